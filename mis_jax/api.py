@@ -1,0 +1,73 @@
+"""The Python names that a user imports from `mis_jax`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from mis_jax.data.processor import ImageLike, Message, Processor
+from mis_jax.generation.answers import answer
+from mis_jax.generation.sampling import Sampling
+from mis_jax.model.internvl import InternVL
+from mis_jax.sharding import FSDP_TENSOR, parameter_shardings
+from mis_jax.weights import parameters
+from mis_jax.weights.convert import read_checkpoint
+from mis_jax.weights.published import Progress
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
+) -> tuple[InternVL, Processor]:
+    """Model and processor of a checkpoint folder in any of the three formats.
+
+    `dtype` (float32, bfloat16 or float16) is that of parameters and activations; None keeps the
+    file's. With a `mesh` (axes data, fsdp, tensor, context) parameters are split over it.
+    Raises ValueError that names the file and the field of whatever does not fit.
+    """
+    name = None if dtype is None else jnp.dtype(dtype).name
+    checkpoint = read_checkpoint(Path(path), name, progress)
+    arrays = checkpoint.arrays
+    if mesh is not None:
+        shardings = parameter_shardings(
+            parameters.abstract_model(checkpoint.config), mesh, FSDP_TENSOR
+        )
+        arrays = {n: jax.device_put(np.asarray(a), shardings[n]) for n, a in arrays.items()}
+    model = parameters.build(checkpoint.config, arrays, compute_dtype=jnp.dtype(checkpoint.dtype))
+    return model, Processor.from_folder(Path(path), checkpoint.config)
+
+
+def generate(
+    model: InternVL,
+    processor: Processor,
+    conversations: Sequence[Sequence[Message]],
+    images: Sequence[Sequence[ImageLike]] | None = None,
+    *,
+    max_new_tokens: int = 1024,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    system: str = "default",
+    max_tiles: int | None = None,
+    max_tiles_per_image: int | None = None,
+) -> list[str]:
+    """One answer a conversation, in their order; greedy at temperature 0."""
+    completions = answer(
+        model,
+        processor,
+        conversations,
+        images,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
+        system=system,
+        max_tiles=max_tiles,
+        max_tiles_per_image=max_tiles_per_image,
+    )
+    return [completion.text for completion in completions]

@@ -1,0 +1,172 @@
+"""Conversations and images -> `Batch`: what a user calls before the model."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mis_jax.data.chat import insert_image_markers, render
+from mis_jax.data.collate import Example, LossReduction, collate, length_bucket, tiles_bucket
+from mis_jax.data.tiling import open_image, tile_image, tiles_for_images
+from mis_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mis_jax.model.batch import Batch
+from mis_jax.model.config import InternVLConfig
+
+Message = dict[str, Any]
+ImageLike = Image.Image | str | Path
+
+
+class Processor:
+    """Tokenizer, template and tiling of one checkpoint.
+
+    Keywords of a call: `system` is "default" (the checkpoint's own), "none" or a text;
+    `max_tiles` is the budget of a conversation, divided over its images as upstream does;
+    `max_tiles_per_image` gives every image that many instead; `train` fills loss weights.
+    """
+
+    def __init__(self, config: InternVLConfig, tokenizer: Tokenizer):
+        if config.template != "internvl2_5":
+            raise ValueError(
+                f"config.json: field 'template' is {config.template!r}; supported: 'internvl2_5'"
+            )
+        self.config = config
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: InternVLConfig) -> "Processor":
+        tokenizer = load_tokenizer(folder)
+        if tokenizer.img_context_id != config.image_token_id:
+            raise ValueError(
+                f"{folder}: <IMG_CONTEXT> is {tokenizer.img_context_id} in the tokenizer and "
+                f"{config.image_token_id} in config.json; they are of different checkpoints"
+            )
+        return cls(config, tokenizer)
+
+    def __call__(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        images: Sequence[Sequence[ImageLike]] | None = None,
+        *,
+        system: str = "default",
+        max_tiles: int | None = None,
+        max_tiles_per_image: int | None = None,
+        add_generation_prompt: bool = True,
+        train: bool = False,
+        reduction: LossReduction = "token",
+        pad_to: int = 16,
+    ) -> Batch:
+        """One row a conversation, right-padded to a multiple of `pad_to` tokens."""
+        if not conversations:
+            raise ValueError("no conversation given; a batch has at least one row")
+        if images is None:
+            images = [()] * len(conversations)
+        if len(images) != len(conversations):
+            raise ValueError(
+                f"{len(conversations)} conversations but {len(images)} lists of images; give one "
+                "list for each conversation, an empty one where it has no image"
+            )
+        examples = [
+            self.example(
+                conversation,
+                pictures,
+                id=str(row),
+                system=system,
+                max_tiles=max_tiles,
+                max_tiles_per_image=max_tiles_per_image,
+                add_generation_prompt=add_generation_prompt and not train,
+            )
+            for row, (conversation, pictures) in enumerate(zip(conversations, images, strict=True))
+        ]
+        longest = max(len(example.input_ids) for example in examples)
+        batch = self.collate(
+            examples,
+            length=-(-longest // pad_to) * pad_to,
+            tiles_per_row=max(len(example.tiles) for example in examples),
+            reduction=reduction,
+        )
+        return batch if train else _without_loss(batch)
+
+    def example(
+        self,
+        conversation: Sequence[Message],
+        images: Sequence[ImageLike] = (),
+        *,
+        id: str = "0",
+        system: str = "default",
+        max_tiles: int | None = None,
+        max_tiles_per_image: int | None = None,
+        add_generation_prompt: bool = True,
+    ) -> Example:
+        """Tokens, loss mask and tiles of one conversation."""
+        for name, value in (("max_tiles", max_tiles), ("max_tiles_per_image", max_tiles_per_image)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; give at least 1 or leave it out")
+        config = self.config
+        size = config.vision.image_size
+        budget = 1
+        if config.dynamic_tiles and images:
+            budget = max_tiles_per_image or tiles_for_images(
+                len(images), max_tiles or config.max_tiles
+            )
+        tiles = [
+            tile_image(open_image(i), budget, image_size=size, use_thumbnail=config.use_thumbnail)
+            for i in images
+        ]
+        if system == "default" and config.system_message:
+            system = config.system_message
+        counts = [len(t) for t in tiles]
+        rendered = render(
+            insert_image_markers(conversation, len(images)),
+            self.tokenizer,
+            counts,
+            config.tokens_per_tile,
+            system=system,
+            add_generation_prompt=add_generation_prompt,
+        )
+        empty = np.zeros((0, size, size, 3), np.uint8)
+        return Example(
+            id=id,
+            input_ids=rendered.input_ids,
+            loss_mask=rendered.loss_mask,
+            tiles=np.concatenate(tiles) if tiles else empty,
+            tiles_per_image=tuple(counts),
+        )
+
+    def collate(
+        self,
+        examples: Sequence[Example],
+        *,
+        length: int,
+        tiles_per_row: int,
+        reduction: LossReduction = "token",
+    ) -> Batch:
+        return collate(
+            examples,
+            length=length,
+            tiles_per_row=tiles_per_row,
+            image_size=self.config.vision.image_size,
+            pad_id=self.tokenizer.pad_id,
+            reduction=reduction,
+        )
+
+    def bucketed(
+        self, examples: Sequence[Example], *, max_length: int, reduction: LossReduction = "token"
+    ) -> Batch:
+        """A batch whose shape is one of a few, so that a jitted step compiles few times."""
+        return self.collate(
+            examples,
+            length=length_bucket(max(len(e.input_ids) for e in examples), max_length),
+            tiles_per_row=tiles_bucket(max(len(e.tiles) for e in examples)),
+            reduction=reduction,
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated tokens, special tokens left out and surrounding space stripped."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def _without_loss(batch: Batch) -> Batch:
+    return dataclasses.replace(batch, loss_weights=np.zeros_like(batch.loss_weights))

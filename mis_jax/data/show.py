@@ -1,0 +1,89 @@
+"""What the model will see of a sample: decoded prompt, loss mask, tiles."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.text import Text
+
+from mis_jax.config import RunConfig
+from mis_jax.data.collate import Example
+from mis_jax.data.pipeline import RenderRow
+from mis_jax.data.processor import Processor
+from mis_jax.data.sources import read_sources
+from mis_jax.data.tokenizer import IMG_CONTEXT, Tokenizer
+
+_GAP = 4  # pixels between the tiles of a contact sheet
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One training sample, rendered."""
+
+    example: Example
+    tokenizer: Tokenizer
+
+    def as_json(self) -> dict[str, Any]:
+        """`id, text, input_ids, loss_mask, tiles` (tiles per image; the mask is unshifted)."""
+        ids = [int(i) for i in self.example.input_ids]
+        return {
+            "id": self.example.id,
+            "text": self.tokenizer.decode(ids, skip_special_tokens=False),
+            "input_ids": ids,
+            "loss_mask": [int(flag) for flag in self.example.loss_mask],
+            "tiles": list(self.example.tiles_per_image),
+        }
+
+    def as_text(self) -> Text:
+        """The prompt with the tokens under the loss in green; runs of image tokens shortened."""
+        shown = Text()
+        for ids, learnt, image in self._runs():
+            text = self.tokenizer.decode(ids, skip_special_tokens=False)
+            if image:
+                text = f"{IMG_CONTEXT} x {len(ids)}"
+            shown.append(text, style="bold green" if learnt else "dim")
+        return shown
+
+    def _runs(self) -> Iterator[tuple[list[int], bool, bool]]:
+        """Stretches of ids, whether they are under the loss, whether they are image tokens."""
+        example, image = self.example, self.tokenizer.img_context_id
+        kinds = [
+            (bool(flag), bool(i == image))
+            for i, flag in zip(example.input_ids, example.loss_mask, strict=True)
+        ]
+        start = 0
+        for end in range(1, len(kinds) + 1):
+            if end == len(kinds) or kinds[end] != kinds[start]:
+                yield [int(i) for i in example.input_ids[start:end]], *kinds[start]
+                start = end
+
+    def contact_sheet(self) -> Image.Image:
+        """All tiles, one image a line."""
+        tiles, counts = self.example.tiles, self.example.tiles_per_image
+        if not counts:
+            raise ValueError(
+                f"sample {self.example.id} has no image, so there is no picture to write"
+            )
+        size = tiles.shape[1]
+        sheet = np.full(
+            (len(counts) * (size + _GAP) - _GAP, max(counts) * (size + _GAP) - _GAP, 3),
+            255,
+            np.uint8,
+        )
+        shown = iter(tiles)
+        for line, count in enumerate(counts):
+            for column in range(count):
+                y, x = line * (size + _GAP), column * (size + _GAP)
+                sheet[y : y + size, x : x + size] = next(shown)
+        return Image.fromarray(sheet)
+
+
+def show_sample(config: RunConfig, processor: Processor, index: int) -> Shown:
+    """Sample `index` of a run's sources, before shuffling."""
+    rows = read_sources(config.data.sources, config.seed)
+    if not 0 <= index < len(rows):
+        raise ValueError(f"--index {index}: the run has samples 0 to {len(rows) - 1}")
+    render = RenderRow(processor, config.data.max_tiles, config.data.max_length)
+    return Shown(render(rows[index]), processor.tokenizer)

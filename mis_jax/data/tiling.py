@@ -1,0 +1,185 @@
+"""Images to tiles: InternVL's dynamic resolution, in Pillow and NumPy alone.
+
+An image is stretched onto a grid of square tiles whose shape is nearest to its own, cut row by
+row, and followed by one thumbnail of the whole image when the grid has more than one tile.
+Everything stays uint8 RGB here; scaling and normalisation happen on the device.
+
+Source: the rule of `dynamic_preprocess` in InternVL 2.5 (facts/internvl.md section 4).
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from typing import BinaryIO
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+#: Images above this many pixels are refused: Pillow's own limit against decompression bombs.
+MAX_PIXELS = 178_956_970
+
+ImageSource = str | os.PathLike[str] | BinaryIO | Image.Image
+
+
+@lru_cache(maxsize=64)
+def _candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """All (columns, rows) of min_tiles to max_tiles tiles, fewest tiles first."""
+    grids = [
+        (columns, rows)
+        for columns in range(1, max_tiles + 1)
+        for rows in range(1, max_tiles // columns + 1)
+        if columns * rows >= min_tiles
+    ]
+    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+
+
+def choose_grid(
+    width: int, height: int, max_tiles: int, *, min_tiles: int = 1, image_size: int = 448
+) -> tuple[int, int]:
+    """The tile grid whose aspect ratio is nearest to the image's.
+
+    Args:
+        width, height: the image, in pixels.
+        max_tiles, min_tiles: bounds on columns * rows; the thumbnail is not counted.
+        image_size: the side of a tile, in pixels.
+
+    Returns:
+        (columns, rows).
+
+    Raises:
+        ValueError: an empty image, or bounds that leave no grid.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"an image of {width} x {height} pixels cannot be tiled; it is empty")
+    if not 1 <= min_tiles <= max_tiles:
+        raise ValueError(
+            f"max_tiles={max_tiles} with min_tiles={min_tiles} leaves no tile grid; "
+            "give 1 <= min_tiles <= max_tiles"
+        )
+    shape = width / height
+    best, best_difference = (1, 1), float("inf")
+    for columns, rows in _candidate_grids(min_tiles, max_tiles):
+        difference = abs(shape - columns / rows)
+        # Of two equally near shapes the larger grid wins only if the image has the pixels for it:
+        # more than half of what that grid would show.
+        enough_pixels = width * height > 0.5 * image_size * image_size * columns * rows
+        if difference < best_difference or (difference == best_difference and enough_pixels):
+            best, best_difference = (columns, rows), difference
+    return best
+
+
+def count_tiles(
+    width: int, height: int, max_tiles: int, *, image_size: int = 448, use_thumbnail: bool = True
+) -> int:
+    """How many tiles `tile_image` makes of an image of this size, thumbnail included.
+
+    Raises:
+        ValueError: as `choose_grid`.
+    """
+    columns, rows = choose_grid(width, height, max_tiles, image_size=image_size)
+    return columns * rows + int(use_thumbnail and columns * rows > 1)
+
+
+def tiles_for_images(n_images: int, max_tiles: int) -> int:
+    """The `max_tiles` of each image when `n_images` share one budget; at least 1.
+
+    Thumbnails come on top, so 2 images with a budget of 6 make up to 2 * (3 + 1) tiles.
+    """
+    return max(1, max_tiles // max(1, n_images))
+
+
+def tile_image(
+    image: Image.Image, max_tiles: int, *, image_size: int = 448, use_thumbnail: bool = True
+) -> UInt8[np.ndarray, "tiles size size 3"]:
+    """Cut an image into tiles, row by row, the thumbnail last when there is more than one.
+
+    Equal bit for bit to Pillow's bicubic `resize` followed by `crop`.
+
+    Args:
+        image: any mode; converted to RGB (alpha is dropped).
+        max_tiles: the largest grid, in tiles; the thumbnail is not counted.
+        image_size: the side of a tile, in pixels.
+        use_thumbnail: append the whole image at tile size when the grid has several tiles.
+
+    Returns:
+        uint8 tiles, [tiles, image_size, image_size, 3].
+
+    Raises:
+        ValueError: as `choose_grid`.
+    """
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    columns, rows = choose_grid(image.width, image.height, max_tiles, image_size=image_size)
+    canvas = _resize(image, columns * image_size, rows * image_size)
+    tiles = canvas.reshape(rows, image_size, columns, image_size, 3).transpose(0, 2, 1, 3, 4)
+    tiles = tiles.reshape(rows * columns, image_size, image_size, 3)
+    if use_thumbnail and rows * columns > 1:
+        tiles = np.concatenate([tiles, _resize(image, image_size, image_size)[None]])
+    return np.ascontiguousarray(tiles)
+
+
+def _resize(image: Image.Image, width: int, height: int) -> UInt8[np.ndarray, "height width 3"]:
+    """The image stretched to width x height, the aspect ratio not kept."""
+    return np.array(image.resize((width, height), Image.Resampling.BICUBIC), dtype=np.uint8)
+
+
+def open_image(
+    path_or_image: ImageSource, *, name: str | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Read an image completely, as RGB.
+
+    The EXIF orientation is not applied and alpha is dropped, as the published models saw their
+    images. An animation gives its first frame.
+
+    Args:
+        path_or_image: a file's path, an open binary file, or a Pillow image.
+        name: what errors call the image; the path when left out.
+        max_pixels: larger images are refused before they are decoded.
+
+    Raises:
+        ValueError: the file is missing, cut short, too large, or no image Pillow can read.
+    """
+    name = name or _name_of(path_or_image)
+    opened = None
+    try:
+        if isinstance(path_or_image, Image.Image):
+            image: Image.Image = path_or_image
+        else:
+            image = opened = Image.open(path_or_image)
+        if image.width * image.height > max_pixels:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+        image.load()
+        return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(
+            f"image {name} does not exist; check the path and the image root folder"
+        ) from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise ValueError(
+            f"image {name} cannot be opened ({error.strerror}); give a readable file"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"image {name} is refused as too large ({error}; the limit is {max_pixels} pixels); "
+            "scale it down first"
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Pillow's decoders report damaged files with many exception types (OSError, SyntaxError,
+        # ValueError, struct.error, ...): all of them mean that this file is unusable.
+        raise ValueError(
+            f"image {name} cannot be decoded ({error}); it is cut short, damaged or not an image: "
+            "fetch or export it again"
+        ) from error
+    finally:
+        if opened is not None:
+            opened.close()
+
+
+def _name_of(source: ImageSource) -> str:
+    """What to call an image in an error."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    return str(getattr(source, "filename", "") or getattr(source, "name", "") or "(in memory)")

@@ -1,0 +1,18 @@
+"""The built-in judges by the name that ``--judge`` takes."""
+
+from __future__ import annotations
+
+from mis_jax.evals.judges.exact import EXACT
+from mis_jax.evals.judges.rules import RULES
+from mis_jax.evals.types import Judge
+
+JUDGES: dict[str, Judge] = {"rules": RULES, "exact": EXACT}
+
+
+def get_judge(name: str) -> Judge:
+    """A built-in judge by name, or a ``ValueError`` that lists the known ones."""
+    if name not in JUDGES:
+        raise ValueError(
+            f"judge {name!r} is unknown; --judge takes {', '.join(JUDGES)} or http://host/v1"
+        )
+    return JUDGES[name]

@@ -1,0 +1,128 @@
+"""``RUN/manifest.json`` and ``RUN/<benchmark>/expected.json``: what a run is a run of."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mis_jax.evals.files import read_json, write_json
+from mis_jax.evals.hashing import sample_hash
+from mis_jax.evals.types import Benchmark, Sample
+
+NO_RUN = "run `mis-jax eval` with this folder as --out first"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide what a run computes."""
+    return {
+        "mis_jax": _version("mis-jax"),
+        "jax": _version("jax"),
+        "python": platform.python_version(),
+    }
+
+
+def manifest_path(run_dir: Path) -> Path:
+    """Where a run keeps its manifest."""
+    return run_dir / "manifest.json"
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any]:
+    """The manifest of an existing run."""
+    manifest = read_json(manifest_path(run_dir), NO_RUN)
+    if not isinstance(manifest, dict) or not {"model", "benchmarks"} <= manifest.keys():
+        raise ValueError(
+            f"{manifest_path(run_dir)} lacks 'model' or 'benchmarks': it is not the manifest of "
+            "an evaluation run; point to the folder given to `mis-jax eval --out`"
+        )
+    return manifest
+
+
+def open_run(
+    run_dir: Path, *, model: str, fingerprint: str, data_root: Path | None = None
+) -> dict[str, Any]:
+    """Begin a run or resume it; a run belongs to one model and refuses another.
+
+    ``data_root`` is remembered so that the judge stage finds the same files.
+    ``model`` is a name for readers, ``fingerprint`` the identity (see
+    ``hashing.folder_fingerprint``). The first session's date and versions stay; later sessions
+    with other versions are listed beside them, since they answered part of the questions.
+    """
+    path = manifest_path(run_dir)
+    now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
+    if not path.exists():
+        manifest = {
+            "model": {"name": model, "fingerprint": fingerprint},
+            **now,
+            "resumed": [],
+            "benchmarks": {},
+            "data_root": str(data_root.absolute()) if data_root else None,
+        }
+        write_json(path, manifest)
+        return manifest
+    manifest = read_manifest(run_dir)
+    known = manifest["model"].get("fingerprint")
+    if known != fingerprint:
+        raise ValueError(
+            f"{path}: model.fingerprint is {str(known)[:12]}, but this model's is "
+            f"{fingerprint[:12]}; answers of two models do not mix: choose a new output folder, "
+            f"or delete {run_dir} to start over"
+        )
+    sessions = [manifest, *manifest.setdefault("resumed", [])]
+    if all(session.get("versions") != now["versions"] for session in sessions):
+        manifest["resumed"].append(now)
+        write_json(path, manifest)
+    return manifest
+
+
+def data_root_of(run_dir: Path) -> Path:
+    """The data root that the answers of a run were asked from."""
+    stored = read_manifest(run_dir).get("data_root")
+    if not stored:
+        raise ValueError(f"{manifest_path(run_dir)} names no data root; pass --data-root DIR")
+    return Path(stored)
+
+
+def update_benchmark(run_dir: Path, name: str, **fields: Any) -> None:
+    """Set fields of one benchmark's entry in the manifest."""
+    manifest = read_manifest(run_dir)
+    manifest["benchmarks"].setdefault(name, {}).update(fields)
+    write_json(manifest_path(run_dir), manifest)
+
+
+def expect(run_dir: Path, benchmark: Benchmark, samples: Sequence[Sample]) -> dict[str, str]:
+    """Write down which samples the run owes an answer to; returns ``{id: hash}``.
+
+    Without this list a sample that was never answered would be invisible to the summary.
+    """
+    hashes = {sample.id: sample_hash(benchmark, sample) for sample in samples}
+    if len(hashes) != len(samples):
+        raise ValueError(f"{benchmark.name}: sample ids repeat; ids must be unique in a benchmark")
+    write_json(run_dir / benchmark.name / "expected.json", hashes)
+    update_benchmark(
+        run_dir,
+        benchmark.name,
+        protocol=benchmark.protocol,
+        system=benchmark.system,
+        max_new_tokens=benchmark.max_new_tokens,
+        max_tiles_per_image=benchmark.max_tiles_per_image,
+        n=len(samples),
+        published_size=benchmark.published_size,
+        groups=len({sample.meta.get("group", sample.id) for sample in samples}),
+    )
+    return hashes
+
+
+def expected(run_dir: Path, name: str) -> dict[str, str]:
+    """``{sample id: content hash}`` of the samples that the run owes."""
+    return read_json(run_dir / name / "expected.json", NO_RUN)

@@ -1,0 +1,48 @@
+"""Reports over one or more evaluation runs: HTML, Markdown, JSON, CSV and LaTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mis_jax.evals.files import write_json, write_text
+from mis_jax.evals.report.collect import compare
+from mis_jax.evals.report.page import as_html
+from mis_jax.evals.report.tables import as_csv, as_json, as_markdown, as_tex
+
+
+def write_report(
+    runs: Sequence[tuple[str, Path]],
+    out: Path,
+    *,
+    title: str = "Evaluation report",
+    loss_curve: Path | None = None,
+    samples_with_pictures: Path | None = None,
+    redact: bool = True,
+    notes: Sequence[str] = (),
+) -> list[Path]:
+    """Write ``report.{html,md,json,csv,tex}`` into ``out`` and return their paths.
+
+    ``runs`` are (label, run folder) pairs: the first is the reference, the second is compared
+    with it, any further ones are controls. ``loss_curve`` is a training run's ``metrics.jsonl``,
+    ``samples_with_pictures`` the data root that holds the evaluated pictures. With ``redact``
+    (the default, since real sets hold harmful text) samples appear as ids and hashes only.
+    ``notes`` are shown as given, before the notes that the report adds by itself.
+    """
+    comparison = compare(runs, notes)
+    texts = {
+        "report.md": as_markdown(comparison, title),
+        "report.csv": as_csv(comparison),
+        "report.tex": as_tex(comparison, title),
+        "report.html": as_html(
+            comparison,
+            title=title,
+            loss_curve=loss_curve,
+            data_root=samples_with_pictures,
+            redact=redact,
+        ),
+    }
+    write_json(out / "report.json", as_json(comparison, title))
+    for name, text in texts.items():
+        write_text(out / name, text)
+    return [out / name for name in ("report.json", *texts)]

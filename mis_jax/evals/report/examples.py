@@ -1,0 +1,155 @@
+"""Sample answers for a report: chosen by rule, with their pictures, or without any text."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mis_jax.evals.benchmarks import BENCHMARKS
+from mis_jax.evals.hashing import answer_hash, sample_hash
+from mis_jax.evals.metrics import METRICS
+from mis_jax.evals.report.collect import Comparison, Run
+from mis_jax.evals.summary import Item
+from mis_jax.evals.types import Sample
+
+PICTURE_SIZE = 320
+CHOICE = (
+    "Chosen by rule, not by hand: from each benchmark the first sample whose outcome changed for "
+    "the better, the first that changed for the worse, and the first that is still wrong."
+)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One run's answer to an example; ``text`` is None where answers are withheld."""
+
+    label: str
+    number: int
+    verdict: str
+    good: bool | None
+    hash: str | None
+    text: str | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample with every run's reply; ``question`` and ``pictures`` may be withheld."""
+
+    benchmark: str
+    id: str
+    hash: str
+    why: str
+    question: str | None
+    reference: str | None
+    pictures: list[tuple[str, str]]
+    """(alternative text, data URL) of each picture."""
+    replies: list[Reply]
+
+
+def choose_examples(comparison: Comparison, data_root: Path | None, redact: bool) -> list[Example]:
+    """Examples of every benchmark. With ``redact`` nothing that a model or a set said is kept."""
+    examples = []
+    for benchmark in comparison.benchmarks:
+        chosen = _chosen(comparison, benchmark)
+        samples = {} if redact or data_root is None else _samples(benchmark, data_root)
+        for why, key in chosen:
+            examples.append(_example(comparison, benchmark, key, why, samples.get(key), redact))
+    return examples
+
+
+def _samples(benchmark: str, data_root: Path) -> dict[str, Sample]:
+    return {sample.id: sample for sample in BENCHMARKS[benchmark].load(data_root)}
+
+
+def _verdict(item: Item) -> tuple[str, bool | None]:
+    """What happened in words, and whether it is good (None where nothing was judged)."""
+    if item.outcomes is None:
+        return f"no verdict: {item.state}", None
+    for metric, true in item.outcomes.items():
+        if true:
+            return METRICS[metric].yes, METRICS[metric].better != "lower"
+    # No metric of the item is true: that is good exactly if lower is better.
+    for metric in item.outcomes:
+        return METRICS[metric].no, METRICS[metric].better == "lower"
+    return "not counted", None
+
+
+def _chosen(comparison: Comparison, benchmark: str) -> list[tuple[str, str]]:
+    """(why, id) pairs by the rule of ``CHOICE``; the first sample where nothing else fits."""
+    having = [run for run in comparison.runs[:2] if benchmark in run.items]
+    by_run = [{item.id: item for item in run.items[benchmark]} for run in having]
+    shared = [key for key in by_run[0] if all(key in items for items in by_run)]
+    good = {key: [_verdict(items[key])[1] for items in by_run] for key in shared}
+    reasons = {
+        "changed for the better": [False, True],
+        "changed for the worse": [True, False],
+        "still wrong": [False, False],
+    }
+    chosen = []
+    for why, pattern in reasons.items():
+        found = next((key for key in shared if good[key] == pattern), None)
+        if found is not None:
+            chosen.append((why, found))
+    return chosen or [("first sample", key) for key in shared[:1]]
+
+
+def _example(
+    comparison: Comparison,
+    benchmark: str,
+    key: str,
+    why: str,
+    sample: Sample | None,
+    redact: bool,
+) -> Example:
+    replies = []
+    content = ""
+    for number, run in enumerate(comparison.runs):
+        item = _find(run, benchmark, key)
+        if item is None:
+            continue
+        content = content or item.hash
+        words, good = _verdict(item)
+        known = None if item.answer is None else answer_hash(item.hash, item.answer)
+        text = None if redact else item.answer
+        replies.append(Reply(run.label, number, words, good, known, text))
+    # Data that changed since the run would put another picture beside the answer.
+    if sample is None or sample_hash(BENCHMARKS[benchmark], sample) != content:
+        return Example(benchmark, key, content, why, None, None, [], replies)
+    pictures = [
+        (_alternative(sample.meta, place), picture_url(path))
+        for place, path in enumerate(sample.images)
+    ]
+    question, reference = sample.meta.get("question"), sample.meta.get("answer")
+    return Example(benchmark, key, content, why, question, reference, pictures, replies)
+
+
+def _find(run: Run, benchmark: str, key: str) -> Item | None:
+    return next((item for item in run.items.get(benchmark, ()) if item.id == key), None)
+
+
+def _alternative(meta: Mapping[str, Any], place: int) -> str:
+    objects = meta.get("objects", ())
+    known = f": {objects[place]}" if place < len(objects) else ""
+    return f"picture {place + 1}{known}"
+
+
+def picture_url(path: Path) -> str:
+    """A picture as a data URL, made smaller where that keeps the page small."""
+    with Image.open(path) as image:
+        small = max(image.size) <= PICTURE_SIZE
+        picture = image.convert("RGB")
+    stream = io.BytesIO()
+    if small:
+        picture.save(stream, "PNG", optimize=True)
+        kind = "png"
+    else:
+        picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
+        picture.save(stream, "JPEG", quality=85)
+        kind = "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"

@@ -1,0 +1,114 @@
+"""The HTML page: everything prepared here, laid out by ``page.html.j2``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from mis_jax.evals.metrics import METRICS
+from mis_jax.evals.report import words
+from mis_jax.evals.report.collect import Comparison, Row
+from mis_jax.evals.report.examples import CHOICE, choose_examples
+from mis_jax.evals.report.figures import interval_plot, loss_plot, read_loss
+from mis_jax.evals.types import COUNT_STATES
+
+
+def as_html(
+    comparison: Comparison,
+    *,
+    title: str,
+    loss_curve: Path | None,
+    data_root: Path | None,
+    redact: bool,
+) -> str:
+    """The whole page as one file that loads nothing from anywhere."""
+    environment = Environment(
+        loader=PackageLoader("mis_jax.evals.report", "."),
+        autoescape=True,  # answers are a model's text: they must never become markup
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": words.percent,
+        "interval": words.interval,
+        "p_value": words.p_value,
+        "points": words.points,
+        "judgement": words.judgement,
+        "arrow": words.arrow,
+        "metric_title": words.metric_title,
+    }
+    main = words.main_row(comparison)
+    return environment.get_template("page.html.j2").render(
+        title=title,
+        headline=words.headline(comparison),
+        banner=words.MINI_BANNER if comparison.only_mini else None,
+        runs=comparison.runs,
+        rows=comparison.rows,
+        benchmarks=comparison.benchmarks,
+        notes=comparison.notes,
+        metrics=METRICS,
+        hero=_hero(main),
+        intervals=Markup(interval_plot(comparison)) if comparison.rows else None,
+        loss=_loss(loss_curve),
+        examples=choose_examples(comparison, data_root, redact),
+        choice=CHOICE,
+        redact=redact,
+        states=COUNT_STATES,
+        account=_account(comparison),
+        bounded=_bounded(comparison),
+    )
+
+
+def _hero(row: Row | None) -> Row | None:
+    """The row for the large figures: only where there is something in its first cell."""
+    if row is None or row.cells[0] is None or row.cells[0].value is None:
+        return None
+    return row
+
+
+def _loss(loss_curve: Path | None) -> dict[str, Any] | None:
+    if loss_curve is None:
+        return None
+    points = read_loss(loss_curve)
+    return {
+        "drawing": Markup(loss_plot(loss_curve)),
+        "first": points[0],
+        "last": points[-1],
+    }
+
+
+def _account(comparison: Comparison) -> list[dict[str, Any]]:
+    """How the samples of each run and benchmark ended, and at which stage the lost ones stuck."""
+    lines = []
+    for name in comparison.benchmarks:
+        for number, run in enumerate(comparison.runs):
+            if name not in run.results:
+                continue
+            stuck = [item.stage for item in run.items[name] if item.state != "ok"]
+            lines.append(
+                {
+                    "benchmark": name,
+                    "label": run.label,
+                    "number": number,
+                    "n": run.results[name]["n"],
+                    "counts": run.results[name]["counts"],
+                    "generate": stuck.count("generate"),
+                    "judge": stuck.count("judge"),
+                    "cut": sum(item.finish_reason == "length" for item in run.items[name]),
+                }
+            )
+    return lines
+
+
+def _bounded(comparison: Comparison) -> list[dict[str, Any]]:
+    """Metrics whose value depends on samples without a verdict, with their worst cases."""
+    return [
+        {"row": row, "label": run.label, "cell": cell}
+        for row in comparison.rows
+        for run, cell in zip(comparison.runs, row.cells, strict=True)
+        if cell and cell.bounds
+    ]

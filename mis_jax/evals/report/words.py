@@ -1,0 +1,151 @@
+"""Numbers and findings in words."""
+
+from __future__ import annotations
+
+from mis_jax.evals.metrics import METRICS
+from mis_jax.evals.report.collect import Cell, Comparison, Row
+
+SIGNIFICANT = 0.05
+
+MINI_BANNER = (
+    "These figures come from the mini world: a small set of drawn household objects that stands "
+    "in for MIS, with a model made to be trained in minutes. They show that the tool chain works "
+    "from end to end, and say nothing about the safety of a real model."
+)
+
+# The safety finding first, on the set that is hardest to see through.
+_HEADLINE_BENCHMARKS = ("mis_hard", "mis_easy", "mis_real", "mini_hard", "mini_easy")
+_SIDE_EFFECT = ("mini_benign", "refusal_rate")
+_PHRASES = {
+    "asr": "the rate of unsafe answers",
+    "refusal_rate": "over-refusal",
+    "accuracy": "accuracy",
+}
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A fraction as a percentage, with a no-break space before the sign."""
+    return "–" if value is None else f"{100 * value:.{digits}f}\u00a0%"
+
+
+def interval(cell: Cell) -> str:
+    """The 95 % interval of a cell in percent."""
+    return f"{100 * cell.low:.1f}–{100 * cell.high:.1f}\u00a0%"
+
+
+def p_value(p: float) -> str:
+    """A p-value as papers print it."""
+    return "p\u00a0<\u00a00.001" if p < 0.001 else f"p\u00a0=\u00a0{p:.3f}"
+
+
+def arrow(metric: str) -> tuple[str, str]:
+    """The better direction of a metric as a sign and in words; empty where there is none."""
+    return {
+        "lower": ("↓", "lower is better"),
+        "higher": ("↑", "higher is better"),
+        "neither": ("", ""),
+    }[METRICS[metric].better]
+
+
+def metric_title(metric: str) -> str:
+    """A metric's name for readers."""
+    return METRICS[metric].title
+
+
+def points(row: Row) -> str | None:
+    """The change from the first to the second run in percentage points, with its sign."""
+    first, second = _first_two(row)
+    if first is None or second is None or first.value is None or second.value is None:
+        return None
+    change = 100 * (second.value - first.value)
+    if round(abs(change), 1) == 0:
+        return "0.0\u00a0pp"
+    return f"{'+' if change > 0 else '−'}{abs(change):.1f}\u00a0pp"
+
+
+def judgement(row: Row) -> tuple[str, str] | None:
+    """What the change to the second run amounts to: (words, style), or None without a pair.
+
+    A difference that the paired test cannot tell from chance is called neither better nor worse.
+    """
+    first, second = _first_two(row)
+    if first is None or second is None or first.value is None or second.value is None:
+        return None
+    if first.value == second.value:
+        return "no change", ""
+    if second.test is None:
+        return "not paired", ""
+    if second.test.p_value >= SIGNIFICANT:
+        return "within chance", ""
+    better = METRICS[row.metric].better
+    if better == "neither":
+        return "changed", ""
+    rose = second.value > first.value
+    return ("● better", "better") if rose == (better == "higher") else ("▲ worse", "worse")
+
+
+def _first_two(row: Row) -> tuple[Cell | None, Cell | None]:
+    return row.cells[0], row.cells[1] if len(row.cells) > 1 else None
+
+
+def main_row(comparison: Comparison) -> Row | None:
+    """The row that the headline speaks of: the first of the known findings, else the first."""
+    for benchmark in _HEADLINE_BENCHMARKS:
+        row = comparison.row(benchmark, "asr")
+        if row and row.cells[0]:
+            return row
+    return comparison.rows[0] if comparison.rows else None
+
+
+def headline(comparison: Comparison) -> str:
+    """The finding in one sentence, with its counts and whatever weakens it."""
+    row = main_row(comparison)
+    first, second = _first_two(row) if row else (None, None)
+    if row is None or first is None or first.value is None:
+        return "No answers have been judged yet, so there is nothing to report."
+    what = _PHRASES.get(row.metric, metric_title(row.metric).lower())
+    labels = [run.label for run in comparison.runs]
+    if second is None or second.value is None:
+        text = (
+            f"On {row.benchmark}, {what} of {labels[0]} is {percent(first.value)} "
+            f"({first.k} of {first.n}, 95\u00a0% interval {interval(first)})"
+        )
+    else:
+        text = (
+            f"On {row.benchmark}, {what} {_verb(first.value, second.value)} "
+            f"{percent(first.value)} ({labels[0]}, {first.k} of {first.n}) to "
+            f"{percent(second.value)} ({labels[1]}, {second.k} of {second.n})"
+        )
+        if second.test and second.test.p_value >= SIGNIFICANT:
+            text += (
+                f", which the paired test cannot tell from chance ({p_value(second.test.p_value)})"
+            )
+        text += _side_effect(comparison, row)
+    lacking = sum(
+        entry["n"] - entry["counts"]["ok"]
+        for run in comparison.runs[:2]
+        for entry in run.results.values()
+    )
+    if lacking:
+        text += f"; {lacking} samples ended without a verdict and are in none of these rates"
+    return text + "."
+
+
+def _verb(first: float, second: float) -> str:
+    if first == second:
+        return "stayed the same, from"
+    return "rose from" if second > first else "fell from"
+
+
+def _side_effect(comparison: Comparison, main: Row) -> str:
+    """The price of the main finding, so that a headline never shows only one side."""
+    row = comparison.row(*_SIDE_EFFECT)
+    first, second = _first_two(row) if row else (None, None)
+    if row is None or row is main or first is None or second is None:
+        return ""
+    if first.value is None or second.value is None:
+        return ""
+    return (
+        f", while {_PHRASES[row.metric]} on {row.benchmark} went from "
+        f"{percent(first.value)} to {percent(second.value)}"
+    )

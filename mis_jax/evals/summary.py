@@ -1,0 +1,118 @@
+"""Stage 3: count the verdicts of a run into ``RUN/results.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mis_jax.evals.benchmarks import BENCHMARKS
+from mis_jax.evals.files import read_log, write_json
+from mis_jax.evals.hashing import answer_hash
+from mis_jax.evals.manifest import expected, read_manifest
+from mis_jax.evals.stats import rate
+from mis_jax.evals.types import COUNT_STATES
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample of a run as it stands now; ``state`` is one of ``COUNT_STATES``."""
+
+    id: str
+    hash: str
+    state: str
+    answer: str | None = None
+    finish_reason: str | None = None
+    labels: Mapping[str, Any] | None = None
+    outcomes: Mapping[str, bool] | None = None
+    stage: str | None = None
+    """Where an item without labels got stuck: ``generate`` or ``judge``."""
+
+
+def read_items(run_dir: Path, name: str, judge: str | None) -> list[Item]:
+    """Join what was expected, answered and judged; the last row of an id and hash wins."""
+    owed = expected(run_dir, name)
+    answers: dict[str, dict[str, Any]] = {}
+    for row in read_log(run_dir / name / "samples.jsonl"):
+        if owed.get(row["id"]) == row["hash"]:
+            answers[row["id"]] = row
+    verdicts = {
+        (row["id"], row["answer_hash"]): row
+        for row in read_log(run_dir / name / "verdicts.jsonl")
+        if row["judge"] == judge
+    }
+    return [_item(name, key, owed[key], answers.get(key), verdicts) for key in owed]
+
+
+def _item(
+    name: str,
+    key: str,
+    content: str,
+    answer: dict[str, Any] | None,
+    verdicts: Mapping[tuple[str, str], dict[str, Any]],
+) -> Item:
+    if answer is None:
+        return Item(key, content, "missing", stage="generate")
+    text, reason = answer["answer"], answer["finish_reason"]
+    if answer["state"] != "ok":
+        return Item(key, content, "error", finish_reason=reason, stage="generate")
+    verdict = verdicts.get((key, answer_hash(content, text)))
+    if verdict is None:
+        return Item(key, content, "missing", text, reason, stage="judge")
+    if verdict["state"] != "ok":
+        return Item(key, content, verdict["state"], text, reason, stage="judge")
+    labels = verdict["labels"]
+    return Item(key, content, "ok", text, reason, labels, BENCHMARKS[name].outcomes(labels))
+
+
+def metric_votes(items: list[Item], metric: str) -> dict[str, bool]:
+    """Whether the metric happened, for each judged item to which it applies."""
+    return {
+        item.id: item.outcomes[metric]
+        for item in items
+        if item.outcomes is not None and metric in item.outcomes
+    }
+
+
+def count_items(name: str, protocol: str, items: list[Item]) -> dict[str, Any]:
+    """One benchmark's entry of ``results.json``."""
+    counts = {state: sum(item.state == state for item in items) for state in COUNT_STATES}
+    metrics = {}
+    for metric in BENCHMARKS[name].metrics:
+        votes = list(metric_votes(items, metric).values())
+        metrics[metric] = rate(sum(votes), len(votes))
+    return {"protocol": protocol, "n": len(items), "counts": counts, "metrics": metrics}
+
+
+def run_items(run_dir: Path) -> dict[str, list[Item]]:
+    """The items of every benchmark of a run, by benchmark."""
+    entries = read_manifest(run_dir)["benchmarks"]
+    for name in entries:
+        if name not in BENCHMARKS:
+            raise ValueError(
+                f"{run_dir / 'manifest.json'}: benchmark {name!r} is unknown to this version; "
+                f"known are {', '.join(BENCHMARKS)}"
+            )
+    return {name: read_items(run_dir, name, entry.get("judge")) for name, entry in entries.items()}
+
+
+def compute_results(run_dir: Path) -> dict[str, Any]:
+    """What ``results.json`` should say now, without writing it."""
+    entries = read_manifest(run_dir)["benchmarks"]
+    return {
+        name: count_items(name, entries[name]["protocol"], items)
+        for name, items in run_items(run_dir).items()
+    }
+
+
+def summarise(run_dir: Path) -> dict[str, Any]:
+    """Count the verdicts, write ``RUN/results.json`` and return what it holds."""
+    results = compute_results(run_dir)
+    write_json(run_dir / "results.json", results)
+    return results
+
+
+def without_verdict(results: Mapping[str, Any]) -> int:
+    """How many samples ended without labels; ``judge`` and ``eval`` exit 1 unless it is zero."""
+    return sum(entry["n"] - entry["counts"]["ok"] for entry in results.values())

@@ -1,0 +1,89 @@
+"""The values that travel between benchmarks, judges and the runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+AnswerState = Literal["ok", "error"]
+VerdictState = Literal["ok", "unparsed", "refused", "error"]
+
+COUNT_STATES = ("ok", "unparsed", "refused", "error", "missing")
+"""How a sample can end. ``missing`` is computed: it is the absence of an answer or a verdict."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question: OpenAI-style messages with ``<image>`` markers and the pictures in order.
+
+    ``meta`` is what a judge may see besides the prompt (category, reference answer, known truth).
+    It is never shown to the model. ``meta["group"]``, where present, names what several samples
+    have in common, so that a report can say how few different things a large n stands for.
+    """
+
+    id: str
+    conversation: list[dict[str, Any]]
+    images: list[Path]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said about one sample; ``state`` keeps a failure apart from an answer."""
+
+    text: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: str = "stop"
+    state: AnswerState = "ok"
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge said about one answer.
+
+    ``ok`` carries labels; ``unparsed`` means that the judge spoke and was not understood;
+    ``refused`` that it declined to judge; ``error`` that it could not be asked. They stay apart
+    all the way into the report, because dropping any of them changes a denominator.
+    """
+
+    state: VerdictState
+    labels: dict[str, Any] = field(default_factory=dict)
+    detail: str | None = None
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A way to label answers.
+
+    ``id`` names everything that could change a verdict (method, version, model), since verdicts
+    of another id are never reused. ``judge`` gets (sample, answer text) pairs in batches and
+    returns one verdict for each, in order.
+    """
+
+    id: str
+    judge: Callable[[Sequence[tuple[Sample, str]]], list[Verdict]]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A set of questions with the protocol under which it is asked and counted.
+
+    ``outcomes`` turns one item's labels into ``{metric: happened}``; a metric that does not
+    apply to the item is left out, so every metric has its own denominator. Keeping outcomes per
+    item (instead of ready rates) is what makes paired tests possible.
+    """
+
+    name: str
+    protocol: str
+    load: Callable[[Path], list[Sample]]
+    metrics: tuple[str, ...]
+    outcomes: Callable[[Mapping[str, Any]], dict[str, bool]]
+    default_judge: str | None
+    max_new_tokens: int
+    system: str = "default"
+    max_tiles_per_image: int | None = None
+    published_size: int | None = None

@@ -1,0 +1,1 @@
+"""From a prompt to an answer: sampling, the engine with its cache, and answers in batches."""

@@ -1,0 +1,153 @@
+"""Linear maps, norms, rotary embedding, and the stack that repeats a block.
+
+Shape suffixes: B batch, T length (queries), N heads, H head dim, D width.
+Every parameter carries `axes`, the logical names of its dimensions (a stacked parameter has a
+leading "layers"); `mis_jax.sharding` maps them to mesh axes. Nothing here knows a mesh.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+Remat = Literal["none", "full", "dots"]
+Axes = tuple[str | None, ...]
+
+_REMAT_POLICY = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`, accumulated in float32, returned in the dtype of `x`."""
+
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        *,
+        axes: Axes,
+        bias: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kernel = jax.random.normal(rngs.params(), (in_size, out_size), dtype) * in_size**-0.5
+        self.kernel = nnx.Param(kernel, axes=axes)
+        self.bias = nnx.Param(jnp.zeros(out_size, dtype), axes=axes[1:]) if bias else None
+
+    def __call__(self, x: Float[Array, "... in_size"]) -> Float[Array, "... out_size"]:
+        y = jnp.dot(x, self.kernel[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm with float32 statistics."""
+
+    def __init__(self, size: int, *, eps: float, axes: Axes, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.ones(size, dtype), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(size, dtype), axes=axes)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... size"]) -> Float[Array, "... size"]:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """RMSNorm with float32 statistics; the weight is applied in the dtype of `x`, as upstream."""
+
+    def __init__(self, size: int, *, eps: float, axes: Axes, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.ones(size, dtype), axes=axes)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... size"]) -> Float[Array, "... size"]:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def rotary_angles(
+    positions: Int[Array, "batch length"],
+    lengths: Int[Array, " batch"],
+    *,
+    head_dim: int,
+    theta: float,
+    dynamic_factor: float | None,
+    max_position: int,
+) -> tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]:
+    """Cosine and sine of the rotary angles, float32.
+
+    With `dynamic_factor` a row whose real length exceeds `max_position` gets the larger base of
+    dynamic NTK scaling; padding never counts (upstream `modeling_internlm2.py`).
+    """
+    exponent_H = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    if dynamic_factor is None:
+        inverse_BH = (1.0 / theta**exponent_H)[None]
+    else:
+        excess_B = jnp.maximum(lengths.astype(jnp.float32) / max_position, 1.0)
+        stretch_B = dynamic_factor * excess_B - (dynamic_factor - 1)
+        base_B = theta * stretch_B ** (head_dim / (head_dim - 2))
+        inverse_BH = 1.0 / base_B[:, None] ** exponent_H
+    angles_BTH = positions[..., None].astype(jnp.float32) * inverse_BH[:, None]
+    return jnp.cos(angles_BTH), jnp.sin(angles_BTH)
+
+
+def rotate(
+    x_BTNH: Float[Array, "batch length heads head_dim"],
+    cos_BTH: Float[Array, "batch length half"],
+    sin_BTH: Float[Array, "batch length half"],
+) -> Float[Array, "batch length heads head_dim"]:
+    """Apply rotary embedding by halves ("neox" order): (x1, x2) -> (x1 c - x2 s, x2 c + x1 s)."""
+    x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BTH[:, :, None], sin_BTH[:, :, None]
+    rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    return rotated.astype(x_BTNH.dtype)
+
+
+class Stack(nnx.Module):
+    """`num_layers` copies of one block, their parameters stacked on a leading axis."""
+
+    def __init__(
+        self, make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs
+    ):
+        self.num_layers = num_layers
+        make = nnx.vmap(make_block, in_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
+        self.block = make(rngs.split(num_layers))
+        for _, parameter in nnx.iter_graph(self.block):
+            if isinstance(parameter, nnx.Param):
+                parameter.set_metadata(axes=("layers", *parameter.axes))
+
+    def __call__(
+        self,
+        carry: Any,
+        step: Callable[[Any, nnx.Module, Any], tuple[Any, Any]],
+        per_layer: Any = None,
+        *,
+        remat: Remat = "none",
+        unroll: bool = False,
+    ) -> tuple[Any, Any]:
+        """Run `carry, y = step(carry, block, x)` through the layers, as `jax.lax.scan` does.
+
+        `unroll` writes the layers out one after the other: a longer compilation, and no slicing of
+        stacked parameters at run time.
+        """
+        graph, stacked = nnx.split(self.block)
+
+        def body(carry, scanned):
+            parameters, x = scanned
+            return step(carry, nnx.merge(graph, parameters), x)
+
+        if remat != "none":
+            body = jax.checkpoint(body, policy=_REMAT_POLICY[remat], prevent_cse=unroll)
+        return jax.lax.scan(
+            body, carry, (stacked, per_layer), unroll=self.num_layers if unroll else 1
+        )

@@ -1,0 +1,165 @@
+"""One decoder for InternLM2/Llama, Qwen2 (qkv bias) and Qwen3 (per-head qk-norm).
+
+Shape suffixes: B batch, T length, S cache length, N heads, K kv heads, H head dim, D width.
+Source: OpenGVLab/InternVL `modeling_internlm2.py`; Qwen2 and Qwen3 as in transformers.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from mis_jax.model.attention import attention
+from mis_jax.model.config import TextConfig
+from mis_jax.model.layers import Linear, Remat, RMSNorm, Stack, rotary_angles, rotate
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers; slot `s` of a row holds the token at place `s` of that row."""
+
+    keys: Float[Array, "layers batch slots kv_heads head_dim"]
+    values: Float[Array, "layers batch slots kv_heads head_dim"]
+
+    @classmethod
+    def zeros(cls, config: TextConfig, batch: int, slots: int, dtype: jnp.dtype) -> "KVCache":
+        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def write(self, layer, slots: Int[Array, "batch length"], k_BTKH, v_BTKH) -> "KVCache":
+        """Store the keys and values of one layer at `slots` of each row."""
+        rows = jnp.arange(slots.shape[0])[:, None]
+        place = self.keys.at[layer, rows, slots], self.values.at[layer, rows, slots]
+        return KVCache(
+            place[0].set(k_BTKH.astype(self.keys.dtype)),
+            place[1].set(v_BTKH.astype(self.values.dtype)),
+        )
+
+
+class TextAttention(nnx.Module):
+    """Grouped-query attention with rotary embedding."""
+
+    def __init__(self, config: TextConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        width, head = config.hidden_size, config.head_dim
+        heads, kv_heads = config.num_heads * head, config.num_kv_heads * head
+        linear = partial(Linear, dtype=dtype, rngs=rngs)
+        into = partial(linear, width, bias=config.qkv_bias)
+        self.q = into(heads, axes=("embed", "heads"))
+        self.k = into(kv_heads, axes=("embed", "kv_heads"))
+        self.v = into(kv_heads, axes=("embed", "kv_heads"))
+        self.out = linear(heads, width, axes=("heads", "embed"), bias=False)
+        norm = partial(RMSNorm, head, eps=config.norm_eps, axes=(None,), dtype=dtype)
+        self.q_norm = norm() if config.qk_norm else None
+        self.k_norm = norm() if config.qk_norm else None
+        self.head_dim = head
+
+    def __call__(self, x_BTD, rotary, mask, cache: KVCache | None, layer, slots):
+        split = (*x_BTD.shape[:2], -1, self.head_dim)
+        q_BTNH, k_BTKH = self.q(x_BTD).reshape(split), self.k(x_BTD).reshape(split)
+        v_BTKH = self.v(x_BTD).reshape(split)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        q_BTNH, k_BTKH = rotate(q_BTNH, *rotary), rotate(k_BTKH, *rotary)
+        if cache is None:
+            out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask)
+        else:
+            cache = cache.write(layer, slots, k_BTKH, v_BTKH)
+            out_BTNH = attention(q_BTNH, cache.keys[layer], cache.values[layer], mask)
+        return self.out(out_BTNH.reshape(*x_BTD.shape[:2], -1)), cache
+
+
+class TextBlock(nnx.Module):
+    """Pre-norm decoder block: attention, then the gated feed-forward."""
+
+    def __init__(self, config: TextConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        width, mlp = config.hidden_size, config.mlp_size
+        norm = partial(RMSNorm, width, eps=config.norm_eps, axes=("embed",), dtype=dtype)
+        linear = partial(Linear, bias=False, dtype=dtype, rngs=rngs)
+        self.attention_norm = norm()
+        self.attention = TextAttention(config, dtype=dtype, rngs=rngs)
+        self.mlp_norm = norm()
+        self.gate = linear(width, mlp, axes=("embed", "mlp"))
+        self.up = linear(width, mlp, axes=("embed", "mlp"))
+        self.down = linear(mlp, width, axes=("mlp", "embed"))
+
+    def __call__(self, x_BTD, rotary, mask, cache, layer, slots):
+        branch, cache = self.attention(
+            self.attention_norm(x_BTD), rotary, mask, cache, layer, slots
+        )
+        x_BTD = x_BTD + branch
+        hidden = self.mlp_norm(x_BTD)
+        return x_BTD + self.down(jax.nn.silu(self.gate(hidden)) * self.up(hidden)), cache
+
+
+class TextDecoder(nnx.Module):
+    """Token embedding, decoder blocks, final norm and head."""
+
+    def __init__(self, config: TextConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        table = (config.vocab_size, config.hidden_size)
+        normal = jax.nn.initializers.normal(0.02)
+        self.embedding = nnx.Param(normal(rngs.params(), table, dtype), axes=("vocab", "embed"))
+        self.layers = Stack(
+            lambda r: TextBlock(config, dtype=dtype, rngs=r), config.num_layers, rngs
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, axes=("embed",), dtype=dtype)
+        if config.tie_embeddings:
+            self.head = None
+        else:
+            self.head = nnx.Param(normal(rngs.params(), table, dtype), axes=("vocab", "embed"))
+        self.config = config
+
+    def embed(
+        self, input_ids: Int[Array, "batch length"], dtype: jnp.dtype
+    ) -> Float[Array, "batch length width"]:
+        return self.embedding[...].at[input_ids].get(mode="clip").astype(dtype)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "batch length width"],
+        *,
+        positions: Int[Array, "batch length"],
+        lengths: Int[Array, " batch"],
+        mask: Bool[Array, "batch 1 length keys"],
+        cache: KVCache | None = None,
+        slots: Int[Array, "batch length"] | None = None,
+        remat: Remat = "none",
+        unroll: bool = False,
+        all_layers: bool = False,
+    ) -> tuple[Float[Array, "batch length width"], KVCache | None, Array | None]:
+        """Hidden states after the final norm, the cache with the new tokens, and layer outputs.
+
+        `lengths` is the real length of every row (dynamic NTK looks at it). With a cache, the new
+        tokens go to `slots` and attend to the whole cache under `mask`. `all_layers` returns the
+        embeddings and the output of every block before the final norm as a stacked array.
+        """
+        config = self.config
+        rotary = rotary_angles(
+            positions,
+            lengths,
+            head_dim=config.head_dim,
+            theta=config.rope_theta,
+            dynamic_factor=config.rope_dynamic_factor,
+            max_position=config.max_position,
+        )
+
+        def step(carry, block, layer):
+            x, cache = carry
+            x, cache = block(x, rotary, mask, cache, layer, slots)
+            return (x, cache), (x if all_layers else None)
+
+        (h_BTD, cache), outputs = self.layers(
+            (x_BTD, cache), step, jnp.arange(config.num_layers), remat=remat, unroll=unroll
+        )
+        if all_layers:
+            outputs = jnp.concatenate([x_BTD[None], outputs])
+        return self.norm(h_BTD), cache, outputs
+
+    def logits(self, h_BTD: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
+        """Next-token logits, float32."""
+        head = self.embedding if self.head is None else self.head
+        table_VD = head[...].astype(h_BTD.dtype)
+        return jnp.einsum("...d,vd->...v", h_BTD, table_VD, preferred_element_type=jnp.float32)

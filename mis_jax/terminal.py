@@ -1,0 +1,59 @@
+"""Progress on the terminal."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class Bars:
+    """Callbacks that move the bars of one `rich` display."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+
+    def task(self, name: str) -> Callable[[int, int], None]:
+        """A bar fed with (done, in all)."""
+        task: TaskID = self._progress.add_task(name, total=None, note="")
+
+        def show(done: int, total: int) -> None:
+            self._progress.update(task, completed=done, total=total)
+
+        return show
+
+    def training(self, name: str) -> Callable[[int, int, dict[str, float]], None]:
+        """A bar fed with (step, steps in all, metrics) that shows the loss and samples a second."""
+        task: TaskID = self._progress.add_task(name, total=None, note="")
+
+        def show(step: int, steps: int, metrics: dict[str, float]) -> None:
+            rate = metrics["samples"] / max(metrics["seconds"], 1e-9)
+            note = f"loss {metrics['loss']:.4f}  {rate:.0f} samples/s"
+            self._progress.update(task, completed=step, total=steps, note=note)
+
+        return show
+
+
+@contextmanager
+def steps_bar(console: Console) -> Iterator[Bars]:
+    """Bars with elapsed and remaining time; they stay on the screen when the block ends."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:>16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield Bars(progress)

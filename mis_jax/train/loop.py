@@ -1,0 +1,261 @@
+"""The training loop: restore or initialise, step, log, save (state, data and timer together)."""
+
+import dataclasses
+import json
+import logging
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mis_jax.config import RunConfig, changed_fields, load_config, save_config
+from mis_jax.data.pipeline import StepData, TrainingData
+from mis_jax.data.processor import Processor
+from mis_jax.model.config import InternVLConfig
+from mis_jax.sharding import FSDP_TENSOR, make_mesh, parameter_shardings, put_batch
+from mis_jax.storage import RunCheckpoints
+from mis_jax.train.metrics import BOARD_FOLDER, LOG_FILES, MetricsLog
+from mis_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from mis_jax.train.step import TrainState, make_train_step, split_parameters
+from mis_jax.weights import parameters
+from mis_jax.weights.convert import Checkpoint, read_checkpoint, write_checkpoint
+
+_log = logging.getLogger(__name__)
+_CONFIG, _CHECKPOINTS = "config.yaml", "checkpoints"
+# Fields that a run may change when it goes on: they leave the samples and the mathematics alone.
+_FREE = {
+    "output", "data.on_bad_sample", "train.micro_batch", "train.remat", "train.unroll",
+    "train.save_every", "train.keep", "mesh.data", "mesh.fsdp", "mesh.tensor",
+}  # fmt: skip
+FINAL_MODEL = "final"  # the trained checkpoint in a run's folder, in native format
+Progress = Callable[[int, int, dict[str, float]], None]  # step, steps in all, metrics
+
+
+class FailedRun(RuntimeError):
+    """A run that did not reach its end: a loss that is not finite, data that ran out."""
+
+
+class Interrupted(FailedRun):
+    """The run was asked to stop; everything up to `step` is saved."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped at step {step}, saved; run the same command again to go on")
+        self.step = step
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Outcome of a run."""
+
+    model: Path
+    steps: int
+    seconds: float  # of training, over all sessions of the run
+
+
+def train(config: RunConfig, progress: Progress | None = None) -> Trained:
+    """Fine-tune as `config` says; goes on from the newest checkpoint in `config.output`.
+
+    Raises ValueError for bad input, FailedRun for a loss that is not finite or a disk that is
+    full, Interrupted on SIGTERM.
+    """
+    output = Path(config.output)
+    _check_folder(config, output)
+    source = read_checkpoint(config.model, config.dtype.params)
+    data = TrainingData(config, Processor.from_folder(source.folder, source.config))
+    mesh = make_mesh(config.mesh)
+    _check_rows(config, mesh)
+    fresh = not (output / _CONFIG).exists()
+    output.mkdir(parents=True, exist_ok=True)
+    save_config(config, output / _CONFIG)
+    try:
+        with jax.set_mesh(mesh):
+            return _run(config, output, source, data, mesh, progress)
+    except ValueError:  # a bad sample, say: nothing half-written stays behind
+        if fresh and not RunCheckpoints.exist(output / _CHECKPOINTS):
+            _forget(output)
+        raise
+
+
+def _run(config, output, source: Checkpoint, data: TrainingData, mesh, progress) -> Trained:
+    steps = data.steps
+    transform = make_optimizer(config.optimizer, config.dtype, steps)
+    schedule = learning_rate_schedule(config.optimizer, steps)
+    build = _builder(source.config, config)
+    state = _initial_state(source, config, mesh, transform)
+    source.arrays.clear()  # the devices have theirs; the host's may be as large as all its memory
+    train_step = make_train_step(build, transform, schedule)
+    checkpoints = RunCheckpoints(output / _CHECKPOINTS, config.train.keep)
+    iterator = data.iterator()
+    done, seconds = 0, 0.0
+
+    def save(step: int, seconds: float) -> None:
+        meta = {"seconds": seconds, "samples": data.fingerprint}
+        checkpoints.save(step, _saved_part(state), iterator, meta)
+
+    try:
+        if (latest := checkpoints.latest) is not None:
+            wanted = _saved_part(state, abstract=True)
+            restored, meta = checkpoints.restore(latest, wanted, iterator)
+            state = TrainState(frozen=state.frozen, **restored)
+            done, seconds = latest, meta["seconds"]
+            _check_samples(config, meta["samples"], data)
+            _log.info("resumed at step %d", done)
+        with MetricsLog(output, after_step=done) as log, _stop_signal() as stopped:
+            began = time.monotonic() - seconds
+            while done < steps and not stopped():
+                tick = time.monotonic()  # waiting for data counts too
+                item = next(iterator)
+                state, metrics = train_step(state, put_batch(item.batch, mesh, accumulated=True))
+                metrics = _plain_numbers(jax.device_get(metrics))
+                if not metrics.pop("finite"):
+                    raise _not_finite(output, item, done + 1, metrics)
+                done += 1
+                metrics |= {"samples": len(item.ids), "skipped": item.skipped}
+                metrics |= {"seconds": time.monotonic() - tick}
+                log.write(done, metrics, item.ids)
+                if progress:
+                    progress(done, steps, metrics)
+                if done % config.train.save_every == 0 and done < steps:
+                    save(done, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            if checkpoints.latest != done:
+                save(done, seconds)
+        if done < steps:
+            raise Interrupted(done)
+        final = output / FINAL_MODEL
+        if not final.exists():
+            for stale in output.glob(f".{FINAL_MODEL}.*"):  # of a kill while it was written
+                shutil.rmtree(stale, ignore_errors=True)
+            arrays = state.trainable | state.frozen
+            write_checkpoint(dataclasses.replace(source, arrays=arrays), final, "native")
+    except OSError as error:
+        raise FailedRun(
+            f"step {done} of {steps}: {error}; the newest checkpoint is of step "
+            f"{checkpoints.latest or 0}: make room or repair the disk, then run the same "
+            "command again"
+        ) from error
+    finally:
+        checkpoints.close()
+        iterator.close()
+    return Trained(final, done, seconds)
+
+
+def _builder(model: InternVLConfig, config: RunConfig):
+    options = dict(
+        compute_dtype=jnp.dtype(config.dtype.compute),
+        remat=config.train.remat,
+        unroll=config.train.unroll,
+    )
+    return lambda values: parameters.build(model, values, **options)
+
+
+def _initial_state(source: Checkpoint, config: RunConfig, mesh, transform) -> TrainState:
+    shardings = parameter_shardings(parameters.abstract_model(source.config), mesh, FSDP_TENSOR)
+    placed = {n: jax.device_put(np.asarray(a), shardings[n]) for n, a in source.arrays.items()}
+    trainable, frozen = split_parameters(placed, config.train.freeze)
+    whole = NamedSharding(mesh, PartitionSpec())
+    # Zeros depend on no input whose sharding they could take on: moments go beside parameters.
+    moments = jax.tree_util.tree_map_with_path(
+        lambda path, _: shardings.get(getattr(path[-1], "key", ""), whole),
+        jax.eval_shape(transform.init, trainable),
+    )
+    optimizer = jax.jit(transform.init, out_shardings=moments)(trainable)
+    step = jax.device_put(jnp.zeros((), jnp.int32), whole)
+    return TrainState(step, trainable, frozen, optimizer)
+
+
+def _saved_part(state: TrainState, *, abstract: bool = False) -> dict[str, Any]:
+    """What a checkpoint holds: frozen parameters are read from the starting model again."""
+    tree = {"step": state.step, "trainable": state.trainable, "optimizer": state.optimizer}
+    if not abstract:
+        return tree
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _plain_numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """Counts as whole numbers, the rest as floats: what JSON shows."""
+    counts = ("tokens", "loss_tokens")
+    return {n: int(v) if n in counts else float(v) for n, v in metrics.items()}
+
+
+def _check_folder(config: RunConfig, output: Path) -> None:
+    """A folder with checkpoints must belong to the same run; ValueError when it does not."""
+    if not RunCheckpoints.exist(output / _CHECKPOINTS):
+        return
+    saved = output / _CONFIG
+    if not saved.exists():
+        raise ValueError(
+            f"{saved}: missing beside checkpoints, so their settings are not known; restore it or "
+            "choose another output"
+        )
+    changed = [name for name in changed_fields(load_config(saved), config) if name not in _FREE]
+    if changed:
+        raise ValueError(
+            f"{saved}: this folder holds a run with other settings ({', '.join(changed)}); "
+            "choose another output, or remove the folder"
+        )
+
+
+def _check_samples(config: RunConfig, before: str, data: TrainingData) -> None:
+    """The iterator's state counts samples: with others it would go on somewhere else."""
+    if before != data.fingerprint:
+        raise ValueError(
+            f"{config.output}: the ids of the samples have changed since this run was saved; "
+            "restore the annotation files of data.sources or choose another output"
+        )
+
+
+def _forget(output: Path) -> None:
+    """Remove what a run that never got anywhere has written, and the folder if nothing is left."""
+    for name in (_CONFIG, *LOG_FILES):
+        (output / name).unlink(missing_ok=True)
+    for name in (_CHECKPOINTS, BOARD_FOLDER):
+        shutil.rmtree(output / name, ignore_errors=True)
+    with suppress(OSError):  # not empty: the user's own files
+        output.rmdir()
+
+
+def _check_rows(config: RunConfig, mesh) -> None:
+    rows = config.train.micro_batch or config.train.global_batch
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % shards:
+        raise ValueError(
+            f"{rows} rows of a forward pass cannot be split over data x fsdp = {shards} devices; "
+            "change train.micro_batch, train.global_batch or mesh"
+        )
+
+
+def _not_finite(output: Path, item: StepData, step: int, metrics: dict[str, float]) -> FailedRun:
+    path = output / "not_finite.json"
+    values = {k: (v if math.isfinite(v) else str(v)) for k, v in metrics.items()}
+    path.write_text(json.dumps({"step": step, "ids": item.ids, "metrics": values}, indent=2) + "\n")
+    return FailedRun(
+        f"step {step}: the loss or its gradient is not finite; parameters are unchanged since the "
+        f"last checkpoint. The samples of the step are listed in {path}; lower the learning rate "
+        "or take them out"
+    )
+
+
+@contextmanager
+def _stop_signal() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come; the step under way is finished and saved first."""
+    came: list[int] = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    except ValueError:  # not the main thread: the caller handles signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)

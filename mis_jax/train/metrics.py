@@ -1,0 +1,99 @@
+"""One writer of a run's numbers: metrics.jsonl, samples.jsonl and, where installed, TensorBoard."""
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Any
+
+from mis_jax.storage import replace_file
+
+LOG_FILES = ("metrics.jsonl", "samples.jsonl")
+BOARD_FOLDER = "tensorboard"
+
+
+class MetricsLog:
+    """Appends a line a step; entries after the step that a run resumes at are dropped first.
+
+    Raises OSError when the disk does not take a line.
+    """
+
+    def __init__(self, folder: Path, *, after_step: int):
+        self._files: dict[str, IO[str]] = {}
+        for name in LOG_FILES:
+            path = folder / name
+            _keep_until(path, after_step)
+            self._files[name] = path.open("a", encoding="utf-8")
+        installed = find_spec("tensorboardX") is not None  # metrics.jsonl has it all in any case
+        self._board = _Board(folder / BOARD_FOLDER, after_step) if installed else None
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        for file in (*self._files.values(), self._board):
+            try:
+                if file is not None:
+                    file.close()
+            except OSError:  # what can no longer be flushed must not hide the first failure
+                if failure is None:
+                    raise
+
+    def write(self, step: int, metrics: Mapping[str, float], ids: Iterable[str]) -> None:
+        """Numbers of one step and the ids of the samples in it; steps count from 1."""
+        self._line("metrics.jsonl", {"step": step, **metrics})
+        self._line("samples.jsonl", {"step": step, "ids": list(ids)})
+        if self._board is not None:
+            self._board.write(step, metrics)
+
+    def _line(self, name: str, content: Mapping[str, Any]) -> None:
+        file = self._files[name]
+        file.write(json.dumps(content) + "\n")
+        file.flush()  # whoever watches the run sees every step, and a kill loses none
+
+
+class _Board:
+    """Scalars for TensorBoard, where tensorboardX is installed.
+
+    Its `SummaryWriter` writes in a thread that dies of a full disk and then blocks training for
+    ever; its file writer, used here, raises at once.
+    """
+
+    def __init__(self, folder: Path, after_step: int):
+        event, summary = (
+            import_module(f"tensorboardX.proto.{n}_pb2") for n in ("event", "summary")
+        )
+        self._event, self._summary = event.Event, summary.Summary
+        folder.mkdir(exist_ok=True)
+        # A suffix, as two sessions may begin within the second that the file's name tells.
+        files = import_module("tensorboardX.event_file_writer")
+        self._writer = files.EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        start = event.SessionLog(status=event.SessionLog.START)  # drops what an older one went past
+        self._write(after_step + 1, session_log=start)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        values = [self._summary.Value(tag=n, simple_value=v) for n, v in metrics.items()]
+        self._write(step, summary=self._summary(value=values))
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, **content))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop lines of later steps, and a line that was torn by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    replace_file(path, "".join(kept))

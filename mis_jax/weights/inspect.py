@@ -1,0 +1,76 @@
+"""What a checkpoint folder holds, told from its headers: no weight is read."""
+
+import collections
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from mis_jax.weights import parameters
+from mis_jax.weights.config_json import detect_format, read_config
+from mis_jax.weights.convert import PARAMS, find_problems, stored_shapes
+from mis_jax.weights.published import Shards
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def inspect_checkpoint(folder: Path) -> dict[str, Any]:
+    """Format, sizes, parameter counts by part, dtypes, tokenizer, image settings, problems.
+
+    Plain data, ready for JSON. Bytes are those on disk; parameters are those config.json asks for,
+    dtypes those of the stored values. Raises ValueError where there is no config.json to go by;
+    trouble with the weights is listed under "problems".
+    """
+    folder = Path(folder)
+    kind = detect_format(folder)
+    config, _ = read_config(folder)
+    counts = parameters.count(config)
+    dtypes, weight_files = _stored(folder, kind)
+    return {
+        "path": str(folder),
+        "format": kind,
+        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "weight_bytes": sum(path.stat().st_size for path in weight_files),
+        "weight_files": len(weight_files),
+        "dtype": max(dtypes, key=dtypes.__getitem__, default=None),
+        "dtypes": dtypes,
+        "parameters": counts | {"total": sum(counts.values())},
+        "vision": dataclasses.asdict(config.vision),
+        "text": dataclasses.asdict(config.text),
+        "image_token_id": config.image_token_id,
+        "tokens_per_tile": config.tokens_per_tile,
+        "min_tiles": config.min_tiles,
+        "max_tiles": config.max_tiles,
+        "use_thumbnail": config.use_thumbnail,
+        "dynamic_tiles": config.dynamic_tiles,
+        "template": config.template,
+        "system_message": config.system_message,
+        "tokenizer_files": [name for name in TOKENIZER_FILES if (folder / name).is_file()],
+        "problems": find_problems(folder),
+    }
+
+
+def _stored(folder: Path, kind: str) -> tuple[dict[str, int], list[Path]]:
+    """Stored values by dtype, and the files that hold them; nothing when they cannot be read."""
+    sizes: collections.Counter[str] = collections.Counter()
+    try:
+        if kind == "native":
+            for array in stored_shapes(folder).values():
+                sizes[str(array.dtype)] += math.prod(array.shape)
+            return dict(sizes), [p for p in (folder / PARAMS).rglob("*") if p.is_file()]
+        shards = Shards(folder, "hf" if kind == "hf" else "internvl")
+    except ValueError:  # find_problems tells it
+        return {}, []
+    for name, shape in shards.shapes.items():
+        sizes[shards.dtypes[name]] += math.prod(shape)
+    return dict(sizes), shards.files

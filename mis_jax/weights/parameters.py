@@ -1,0 +1,79 @@
+"""Model <-> flat parameters by dotted path, without allocating anything on the way."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mis_jax.model.config import InternVLConfig
+from mis_jax.model.internvl import InternVL
+
+
+def abstract_model(config: InternVLConfig, **options: Any) -> InternVL:
+    """The module tree with shapes in the place of arrays."""
+    return nnx.eval_shape(lambda: InternVL(config, rngs=nnx.Rngs(0), **options))
+
+
+def shapes(config: InternVLConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter by dotted path."""
+    return {name: tuple(value.shape) for name, value in flat(abstract_model(config)).items()}
+
+
+def flat(model: InternVL) -> dict[str, jax.Array]:
+    """Parameters of a model by dotted path, such as 'text.layers.block.gate.kernel'."""
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): variable.get_value() for path, variable in state}
+
+
+def nested(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted paths to a nested dict (the form on disk)."""
+    tree: dict[str, Any] = {}
+    for name, value in parameters.items():
+        *folders, leaf = name.split(".")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[leaf] = value
+    return tree
+
+
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The inverse of `nested`."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            result |= flattened(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = value
+    return result
+
+
+def build(config: InternVLConfig, parameters: Mapping[str, Any], **options: Any) -> InternVL:
+    """A model that holds exactly these parameters; may be called under jit."""
+    graph, state = _skeleton(config, **options)
+    filled = []
+    for path, variable in state:
+        value = jnp.asarray(parameters[".".join(map(str, path))])
+        assert value.shape == variable.shape, (path, value.shape, variable.shape)
+        filled.append((path, variable.replace(value)))
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+@functools.lru_cache(maxsize=16)
+def _skeleton(config: InternVLConfig, **options: Any):
+    graph, state = nnx.split(abstract_model(config, **options))
+    return graph, tuple(nnx.to_flat_state(state))
+
+
+def count(config: InternVLConfig) -> dict[str, int]:
+    """Number of parameters of each part: vision, projector, text."""
+    totals = {"vision": 0, "projector": 0, "text": 0}
+    for name, shape in shapes(config).items():
+        size = 1
+        for side in shape:
+            size *= side
+        totals[name.split(".")[0]] += size
+    return totals

@@ -1,0 +1,32 @@
+"""Settings that must hold before the first test module is imported."""
+
+import importlib.util
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+# Read by torch (and OpenMP) when it loads: the reference network shares the machine with JAX.
+os.environ["OMP_NUM_THREADS"] = "2"
+# No hidden state of the developer's own in what the command line prints.
+os.environ.pop("FORCE_COLOR", None)
+
+import mis_jax  # noqa: F401, I001  first, so that its guard acts before JAX starts a back end
+from tiny_world import (  # noqa: F401  fixtures that several folders share
+    compiled_folder,
+    quick_compile,
+    tiny_checkpoint,
+    tiny_data,
+    tiny_processor,
+)
+
+_HAS_TORCH = importlib.util.find_spec("torch") is not None
+collect_ignore = [] if _HAS_TORCH else ["parity"]
+
+
+def pytest_report_header() -> str:
+    """Say which JAX runs, and say it when a part of the tests is left out."""
+    import jax
+
+    reference = "" if _HAS_TORCH else "; torch is not installed: tests/parity is left out"
+    return f"jax {jax.__version__} on {os.environ['JAX_PLATFORMS']}{reference}"

@@ -1,0 +1,129 @@
+"""InternVL2.5-1B at its full shape, random weights: load, one two-image answer, one train step."""
+
+import json
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import pre_tokenizers
+
+import mis_jax
+from mis_jax.config import DataConfig, DtypeConfig, RunConfig, Source, TrainConfig
+from mis_jax.generation.answers import answer
+from mis_jax.model.family import published
+from mis_jax.train.loop import train
+from mis_jax.weights import parameters
+from mis_jax.weights.convert import Checkpoint, find_problems, read_checkpoint, write_checkpoint
+
+ADDED = {
+    "<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645,
+    "<img>": 151665, "</img>": 151666, "<IMG_CONTEXT>": 151667,
+    "<quad>": 151668, "</quad>": 151669, "<ref>": 151670, "</ref>": 151671,
+    "<box>": 151672, "</box>": 151673,
+}  # fmt: skip
+
+
+def write_byte_tokenizer(folder: Path) -> Path:
+    """Qwen2's file layout and special ids over single bytes."""
+    folder.mkdir()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    (folder / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(alphabet)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "added_tokens.json").write_text(json.dumps(ADDED))
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>",
+                "pad_token": "<|endoftext|>", "add_bos_token": False}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def random_parameters(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """bfloat16 values of a size that keeps activations finite; drawn once and repeated."""
+    pool = np.random.default_rng(0).standard_normal(2**20 + 7).astype(np.float32)
+    arrays = {}
+    for name, shape in shapes.items():
+        if "norm" in name or name.endswith("_scale"):
+            arrays[name] = np.full(
+                shape, 0.1 if name.endswith("_scale") else 1.0, ml_dtypes.bfloat16
+            )
+        else:
+            scale = shape[-2] ** -0.5 if name.endswith("kernel") else 0.02
+            values = np.resize((pool * scale).astype(ml_dtypes.bfloat16), int(np.prod(shape)))
+            arrays[name] = values.reshape(shape)
+    return arrays
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("full")
+    config = published("internvl2_5-1b")
+    shapes = parameters.shapes(config)
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == 938_193_024
+    source = Checkpoint(
+        config,
+        random_parameters(shapes),
+        "bfloat16",
+        write_byte_tokenizer(folder / "tokenizer"),
+        None,
+    )
+    write_checkpoint(source, folder / "internvl", "internvl", shard_bytes=10**9)
+    return folder / "internvl"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(1)
+    paths = [folder / "tall.png", folder / "square.png"]
+    for path, size in zip(paths, ((300, 500), (600, 600)), strict=True):
+        small = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        small.resize(size, Image.Resampling.BICUBIC).save(path)
+    return paths
+
+
+@pytest.mark.slow
+def test_answer_about_two_images(checkpoint, pictures):
+    assert find_problems(checkpoint) == []
+    model, processor = mis_jax.load(checkpoint, dtype="float32")
+    conversation = [
+        {"role": "user", "content": "Image-1: <image>\nImage-2: <image>\nWhat is shown?"}
+    ]
+    [found] = answer(
+        model, processor, [conversation], [pictures], max_new_tokens=4, max_tiles_per_image=1
+    )
+    assert found.prompt_tokens > 2 * 256
+    assert 1 <= found.completion_tokens <= 4
+    jax.clear_caches()
+
+
+@pytest.mark.slow
+def test_one_train_step(checkpoint, pictures, tmp_path):
+    row = {
+        "id": 7,
+        "image": [str(path) for path in pictures],
+        "conversations": [
+            {"from": "human", "value": "<image>\n<image>\nHow do I use both?"},
+            {"from": "gpt", "value": "Both images show coloured shapes. Nothing is dangerous."},
+        ],
+    }
+    (tmp_path / "train.json").write_text(json.dumps([row]))
+    config = RunConfig(
+        model=checkpoint,
+        output=tmp_path / "run",
+        data=DataConfig(sources=(Source("sharegpt", path=tmp_path / "train.json"),), max_tiles=2),
+        train=TrainConfig(steps=1, global_batch=1),
+        dtype=DtypeConfig(compute="float32"),
+    )
+    trained = train(config)
+    [line] = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    metrics = json.loads(line)
+    assert metrics["step"] == 1 and np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+    before, after = read_checkpoint(checkpoint), read_checkpoint(trained.model, "bfloat16")
+    frozen = [name for name in before.arrays if name.startswith("vision.")]
+    assert frozen
+    for name in frozen:
+        np.testing.assert_array_equal(
+            np.asarray(after.arrays[name]), np.asarray(before.arrays[name])
+        )

@@ -1,0 +1,187 @@
+"""Rules of the house that no linter knows: who may import what, file sizes, nothing unsafe."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "mis_jax"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 600
+
+# Distributions whose import name is not their own name.
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "orbax": "orbax-checkpoint",
+    "jaxlib": "jax",
+}
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def _imported(path: Path) -> Iterator[str]:
+    """Dotted names of every module that the file imports, inside functions too."""
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+
+
+def _importers(package: str) -> set[str]:
+    return {
+        _name(path)
+        for path in SOURCES
+        if any(module.split(".")[0] == package for module in _imported(path))
+    }
+
+
+def test_the_sources_are_found() -> None:
+    assert {"mis_jax/__init__.py", "mis_jax/model/internvl.py"} <= {_name(p) for p in SOURCES}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_no_file_is_too_long(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines <= MAX_LINES, f"{_name(path)} has {lines} lines; split it"
+
+
+def test_only_storage_touches_orbax() -> None:
+    assert _importers("orbax") == {"mis_jax/storage.py"}
+
+
+@pytest.mark.parametrize(
+    "package", ["torch", "torchvision", "tensorflow", "pickle", "dill", "cloudpickle", "shelve"]
+)
+def test_never_imported(package: str) -> None:
+    assert _importers(package) == set()
+
+
+def test_the_model_knows_no_files_and_no_tokenizers() -> None:
+    outside = {
+        "PIL", "etils", "grain", "io", "json", "orbax", "os", "pathlib", "safetensors",
+        "sentencepiece", "shutil", "tempfile", "tokenizers", "transformers", "yaml",
+    }  # fmt: skip
+    found = {
+        f"{_name(path)}: {module}"
+        for path in SOURCES
+        if path.is_relative_to(PACKAGE / "model")
+        for module in _imported(path)
+        if module.split(".")[0] in outside
+    }
+    assert found == set()
+
+
+def _calls(path: Path) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(_tree(path)) if isinstance(node, ast.Call))
+
+
+def _unsafe(call: ast.Call) -> str | None:
+    """Why the call could run code out of a file that came with a checkpoint or a data set."""
+    for word in call.keywords:
+        given = word.value.value if isinstance(word.value, ast.Constant) else "?"
+        if word.arg == "trust_remote_code" and given is not False:
+            return "trust_remote_code"
+        if word.arg == "allow_pickle" and given is not False:
+            return "allow_pickle"
+    name = ast.unparse(call.func)
+    if name in {"eval", "exec"} or re.fullmatch(r"(torch|pickle)\.loads?", name):
+        return name
+    if name in {"yaml.load", "yaml.unsafe_load", "yaml.full_load"}:
+        return f"{name}; yaml.safe_load reads data alone"
+    return None
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "AutoTokenizer.from_pretrained(path, trust_remote_code=True)",
+        "AutoTokenizer.from_pretrained(path, trust_remote_code=trust)",
+        "np.load(path, allow_pickle=True)",
+        "torch.load(path)",
+        "pickle.loads(data)",
+        "yaml.load(text, Loader)",
+        "eval(text)",
+    ],
+)
+def test_the_search_for_unsafe_calls_finds_them(call: str) -> None:
+    node = ast.parse(call, mode="eval").body
+    assert isinstance(node, ast.Call)
+    assert _unsafe(node)
+
+
+def test_no_call_can_run_code_from_a_file() -> None:
+    found = {
+        f"{_name(path)}:{call.lineno}: {reason}"
+        for path in SOURCES
+        for call in _calls(path)
+        if (reason := _unsafe(call))
+    }
+    assert found == set()
+
+
+def _plain(requirement: str) -> str:
+    """'Etils[epath]>=1.13' -> 'etils', with the dashes of the index."""
+    return re.split(r"[\[<>=!~; ]", requirement)[0].lower().replace("_", "-")
+
+
+def _declared() -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return {_plain(requirement) for requirement in project["dependencies"]}
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    declared, missing = _declared(), set()
+    for path in SOURCES:
+        for module in _imported(path):
+            top = module.split(".")[0]
+            if top == "mis_jax" or top in sys.stdlib_module_names:
+                continue
+            if _plain(DISTRIBUTIONS.get(top, top)) not in declared:
+                missing.add(f"{_name(path)}: {module}")
+    assert missing == set()
+
+
+def test_constraints_hold_every_dependency_and_no_address() -> None:
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    ]
+    wrong = [
+        line
+        for line in lines
+        if not re.fullmatch(r'[A-Za-z0-9_.-]+==[0-9a-z.]+( ; python_version < "3\.12")?', line)
+    ]
+    assert wrong == []
+    assert _declared() <= {_plain(line) for line in lines}
+
+
+def test_the_import_starts_no_jax_back_end() -> None:
+    program = (
+        "import mis_jax, jax\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+        "print(mis_jax.__version__)"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ, capture_output=True, text=True, timeout=120
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", finished.stdout.strip())

@@ -1,0 +1,351 @@
+"""Exit codes and error lines of the command line, in this process."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_world import read_lines, run_config, sample, write_yaml
+
+from mis_jax import __version__, cli
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+VERBS = "quickstart convert inspect verify data train generate eval judge report".split()  # noqa: SIM905
+
+
+class Ran:
+    """What one command did."""
+
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def error(self) -> str:
+        """The one line on stderr; a progress display may stand above it."""
+        assert "Traceback" not in self.out + self.err
+        lines = [line for line in self.err.splitlines() if line.strip() and "━" not in line]
+        assert len(lines) == 1, self.err
+        prefix = "mis-jax: error: "
+        assert lines[0].startswith(prefix)
+        return lines[0].removeprefix(prefix)
+
+
+@pytest.fixture
+def run(capsys):
+    """`mis-jax` with these words."""
+
+    def call(*words: object) -> Ran:
+        code = 0
+        try:
+            cli.main([str(word) for word in words])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Ran(code, *capsys.readouterr())
+
+    return call
+
+
+def spoiled(source: Path, folder: Path, change) -> Path:
+    """A copy of a checkpoint with `change` made to its tensors."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+HEAD = "language_model.output.weight"
+SPOILERS = {
+    "missing": (lambda t: t.pop(HEAD), f"missing tensor '{HEAD}'"),
+    "extra": (lambda t: t.update(more=np.zeros(2, np.float32)), "unexpected tensor 'more'"),
+    "misshapen": (lambda t: t.update({HEAD: t[HEAD][:-1].copy()}), f"tensor '{HEAD}' has shape"),
+}
+
+
+@pytest.fixture
+def yaml_of(tiny_checkpoint, tiny_data, tmp_path):
+    """The YAML file of a short run, with changes."""
+
+    def write(**changes) -> Path:
+        config = run_config(tiny_checkpoint, tiny_data, tmp_path / "run", train__steps=3)
+        return write_yaml(config, tmp_path / "run.yaml", **changes)
+
+    return write
+
+
+# The command itself
+
+
+def test_help_names_every_verb(run):
+    for words in (["--help"], ["-h"]):
+        shown = run(*words)
+        assert shown.code == 0
+        assert shown.err == ""
+        assert all(verb in shown.out for verb in VERBS)
+    assert run().code == 2
+    assert run("--version").out == f"{__version__}\n"
+
+
+@pytest.mark.parametrize("verb", ["convert", "inspect", "data show", "train"])
+def test_help_of_a_verb_has_an_example(run, verb):
+    shown = run(*verb.split(), "--help")
+    assert shown.code == 0
+    assert f"Example: mis-jax {verb}" in " ".join(shown.out.split())
+
+
+@pytest.mark.parametrize("words", [["frobnicate"], ["data"], ["data", "frobnicate"], ["--what"]])
+def test_unknown_verbs(run, words):
+    refused = run(*words)
+    assert refused.code == 2
+    assert refused.out == ""
+    assert f"unknown verb '{words[0]}'; there are: quickstart" in refused.error
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["convert", "a"], "DST"),
+        (["convert", "a", "b", "--format", "gguf"], "'gguf'"),
+        (["inspect"], "SRC"),
+        (["inspect", "a", "--colour"], "--colour"),
+        (["data", "show", "a.yaml", "--index", "two"], "--index"),
+    ],
+)
+def test_bad_usage(run, words, named):
+    refused = run(*words)
+    assert refused.code == 2
+    assert refused.out == ""
+    assert named in refused.err
+    assert "Traceback" not in refused.err
+
+
+def test_debug_lets_the_exception_through(run, tmp_path):
+    assert run("inspect", tmp_path / "none").code == 2
+    for words in (["--debug", "inspect"], ["inspect", "--debug"]):
+        with pytest.raises(ValueError, match="no such folder"):
+            cli.main([*words, str(tmp_path / "none")])
+
+
+# inspect and convert
+
+
+def test_inspect(run, tiny_checkpoint):
+    shown = run("inspect", tiny_checkpoint)
+    assert (shown.code, shown.err) == (0, "")
+    assert "internvl" in shown.out
+    found = json.loads(run("inspect", tiny_checkpoint, "--json").out)
+    assert (found["format"], found["problems"]) == ("internvl", [])
+
+
+@pytest.mark.parametrize("case", SPOILERS)
+def test_inspect_tells_what_is_wrong(run, tiny_checkpoint, tmp_path, case):
+    change, message = SPOILERS[case]
+    folder = spoiled(tiny_checkpoint, tmp_path / "bad", change)
+    shown = run("inspect", folder)
+    assert shown.code == 1
+    assert shown.error == f"{folder}: 1 problem(s)"
+    assert message in " ".join(shown.out.split())
+    as_json = run("inspect", folder, "--json")
+    assert as_json.code == 1
+    assert message in json.loads(as_json.out)["problems"][0]
+
+
+def test_inspect_of_no_checkpoint(run, tmp_path):
+    assert run("inspect", tmp_path / "none").error.startswith(
+        f"{tmp_path / 'none'}: no such folder"
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    refused = run("inspect", tmp_path)
+    assert refused.code == 2
+    assert "config.json: field 'model_type' is 'bert'; supported" in refused.error
+
+
+def test_convert_there_and_back(run, tiny_checkpoint, tmp_path):
+    native, back = tmp_path / "native", tmp_path / "back"
+    done = run("convert", tiny_checkpoint, native, "--format", "native")
+    assert done.code == 0
+    assert done.out == f"wrote {native} (native, float32)\n" or str(native) in done.out
+    assert run("convert", native, back, "--format", "internvl").code == 0
+    ours, theirs = (load_file(f / "model.safetensors") for f in (back, tiny_checkpoint))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    assert run("inspect", native).code == 0
+
+
+@pytest.mark.parametrize("case", SPOILERS)
+def test_a_bad_checkpoint_is_not_converted(run, tiny_checkpoint, tmp_path, case):
+    change, message = SPOILERS[case]
+    folder = spoiled(tiny_checkpoint, tmp_path / "bad", change)
+    refused = run("convert", folder, tmp_path / "dst", "--format", "native")
+    assert refused.code == 2
+    assert refused.error.startswith(f"{folder}: {message}")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+def test_convert_overwrites_nothing(run, tiny_checkpoint, tmp_path):
+    (tmp_path / "dst").mkdir()
+    (tmp_path / "dst" / "mine.txt").write_text("keep me")
+    refused = run("convert", tiny_checkpoint, tmp_path / "dst", "--format", "hf")
+    assert refused.code == 2
+    assert refused.error.startswith(f"{tmp_path / 'dst'}: exists already; remove it or choose")
+    assert [path.name for path in tmp_path.rglob("*")] == ["dst", "mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--format", "hf", "--shard-size", "5"], "--shard-size '5': write a number with"),
+        (["--format", "hf", "--shard-size", "0GB"], "shard size is 0 bytes"),
+    ],
+)
+def test_convert_with_bad_options(run, tiny_checkpoint, tmp_path, words, message):
+    refused = run("convert", tiny_checkpoint, tmp_path / "dst", *words)
+    assert refused.code == 2
+    assert refused.error.startswith(message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_does_not_take_an_export(run, tiny_checkpoint, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device", "params")
+
+    monkeypatch.setattr("mis_jax.weights.convert.save_tree", full)
+    refused = run("convert", tiny_checkpoint, tmp_path / "dst", "--format", "native")
+    assert refused.code in (1, 2)
+    assert "No space left on device" in refused.error
+    assert not list(tmp_path.iterdir())
+
+
+# data show
+
+
+def test_data_show(run, yaml_of, tmp_path):
+    shown = run("data", "show", yaml_of(), "--index", 3, "--json")
+    assert (shown.code, shown.err) == (0, "")
+    found = json.loads(shown.out)
+    assert found.keys() == {"id", "text", "input_ids", "loss_mask", "tiles"}
+    assert found["id"] == "s3"
+    assert len(found["input_ids"]) == len(found["loss_mask"])
+    sheet = tmp_path / "tiles.png"
+    plain = run("data", "show", yaml_of(), "--index", 3, "--picture", sheet)
+    assert plain.code == 0
+    assert "<IMG_CONTEXT> x 4" in plain.out
+    assert sheet.is_file()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(data__max_len=3), "unknown field 'data.max_len'; remove it or correct its spelling"),
+        (
+            dict(data__max_length=30),
+            r"samples.jsonl, row 0: 63 tokens, more than data.max_length 30",
+        ),
+        (dict(model="nowhere"), "nowhere: no such folder"),
+        (dict(data__sources=[{"kind": "mis", "root": "nowhere"}]), "mis_train.json: no such file"),
+    ],
+)
+def test_data_show_with_bad_input(run, yaml_of, changes, message):
+    refused = run("data", "show", yaml_of(**changes))
+    assert (refused.code, refused.out) == (2, "")
+    assert message in refused.error
+
+
+def test_data_show_beyond_the_samples(run, yaml_of):
+    refused = run("data", "show", yaml_of(), "--index", 11)
+    assert refused.code == 2
+    assert refused.error == "--index 11: the run has samples 0 to 10"
+
+
+# train
+
+
+def test_train(run, yaml_of, tmp_path):
+    done = run("train", yaml_of(), "--train.steps", 2, "--optimizer.learning-rate", "1e-3")
+    assert done.code == 0
+    assert "trained 2 steps" in done.out
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["learning_rate"] for line in lines] == [0, pytest.approx(1e-3)]
+    assert run("inspect", tmp_path / "run" / "final").code == 0
+    # The same folder with other settings.
+    refused = run("train", yaml_of())
+    assert refused.code == 2
+    assert "config.yaml: this folder holds a run with other settings" in refused.error
+
+
+def test_train_without_a_config(run):
+    refused = run("train")
+    assert refused.code == 2
+    assert "the first argument is the YAML file of a run: mis-jax train CONFIG" in refused.error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(data__sources=[{"kind": "jsonl", "path": "none.jsonl"}]), "none.jsonl: no such file"),
+        (dict(optimizer__lr=1), "run.yaml: unknown field 'optimizer.lr'"),
+        (dict(train__steps=0), "run.yaml: train.steps is 0; give at least 1"),
+        (dict(model="nowhere"), "nowhere: no such folder"),
+        (dict(mesh__tensor=7), "does not fit 1 device(s)"),
+    ],
+)
+def test_train_with_bad_input_leaves_nothing(run, yaml_of, tmp_path, changes, message):
+    refused = run("train", yaml_of(**changes))
+    assert refused.code == 2
+    assert message in refused.error
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_train_on_a_bad_sample_leaves_nothing(run, yaml_of, tmp_path):
+    row = sample(0, ["gone.png"])
+    (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
+    refused = run(
+        "train", yaml_of(data__sources=[{"kind": "jsonl", "path": f"{tmp_path}/bad.jsonl"}])
+    )
+    assert refused.code == 2
+    assert f"{tmp_path}/bad.jsonl, row 0: image {tmp_path}/gone.png does not exist" in refused.error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_option_of_train(run, yaml_of, tmp_path):
+    for words in (["--train.stepz", 3], ["--optimizer.learning-rate", "-1"]):
+        refused = run("train", yaml_of(), *words)
+        assert refused.code == 2
+        assert "Traceback" not in refused.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_is_a_failed_run(run, yaml_of, tiny_checkpoint, tmp_path):
+    def poison(tensors):
+        tensors[HEAD][0, 0] = np.nan
+
+    model = spoiled(tiny_checkpoint, tmp_path / "poisoned", poison)
+    failed = run("train", yaml_of(model=str(model)))
+    assert failed.code == 1
+    assert failed.error.startswith("step 1: the loss or its gradient is not finite")
+    assert json.loads((tmp_path / "run" / "not_finite.json").read_text())["step"] == 1
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_an_interrupted_run_exits_1_and_goes_on(run, yaml_of, monkeypatch, tmp_path):
+    from mis_jax.train import metrics
+
+    write = metrics.MetricsLog.write
+
+    def stop(self, step, numbers, ids):
+        write(self, step, numbers, ids)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.MetricsLog, "write", stop)
+        stopped = run("train", yaml_of())
+    assert stopped.code == 1
+    assert stopped.error == "stopped at step 2, saved; run the same command again to go on"
+    assert run("train", yaml_of()).code == 0
+    assert [x["step"] for x in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]

@@ -1,0 +1,121 @@
+"""generate, eval, judge and report from the command line, on the shipped tiny model."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mis_jax.cli import main
+from mis_jax.data import mini_files
+from mis_jax.data.mini_icons import draw_scene
+from mis_jax.quickstart import BASE_MODEL
+
+MODEL = str(BASE_MODEL)
+
+
+def run(*words) -> int:
+    """Exit code of a command."""
+    try:
+        main([str(word) for word in words])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(5)
+    paths = [folder / "a.png", folder / "b.png"]
+    for path, name in zip(paths, ("toaster", "banana"), strict=True):
+        draw_scene(name, rng).save(path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The mini world with a few rows of each set."""
+    patch = pytest.MonkeyPatch()
+    for name in ("TRAIN_ROWS", "EASY_ROWS", "HARD_ROWS", "BENIGN_ROWS", "RECOGNITION_ROWS"):
+        patch.setattr(mini_files, name, 12)
+    patch.setattr(mini_files, "GENERAL_ROWS", 20)
+    folder = tmp_path_factory.mktemp("world") / "data"
+    mini_files.write_mini(folder)
+    patch.undo()
+    return folder
+
+
+def test_generate_one(pictures, capsys):
+    words = ["generate", MODEL, "--prompt", "What is in the second image?", "--json"]
+    assert run(*words, "--image", pictures[0], "--image", pictures[1]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert list(answer) == ["text", "prompt_tokens", "completion_tokens", "finish_reason"]
+    assert answer["text"] == "a banana" and answer["finish_reason"] == "stop"
+
+
+def test_generate_many_resumes(pictures, tmp_path, capsys):
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    rows = [
+        {"id": f"q{i}", "prompt": "What is in the image?", "images": [str(pictures[i % 2])]}
+        for i in range(3)
+    ]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["generate", MODEL, "--batch", questions, "--out", answers, "--max-new-tokens", "12"]
+    assert run(*words) == 0
+    first = answers.read_text()
+    assert [json.loads(line)["id"] for line in first.splitlines()] == ["q0", "q1", "q2"]
+    lines = first.splitlines(keepends=True)
+    answers.write_text(lines[0] + lines[1][:20])  # killed while writing the second line
+    assert run(*words) == 0
+    assert answers.read_text() == first
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", MODEL], "--prompt"),
+        (["generate", MODEL, "--prompt", "x", "--image", "none.png"], "none.png"),
+        (["generate", "nowhere", "--prompt", "x"], "nowhere"),
+        (["generate", MODEL, "--batch", "none.jsonl", "--out", "o.jsonl"], "none.jsonl"),
+        (["eval", MODEL, "--benchmarks", "nope", "--data-root", ".", "--out", "x"], "nope"),
+        (["judge", "nowhere"], "nowhere"),
+        (["report", "nowhere", "--out", "x"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*words) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_eval_judge_report(data, tmp_path, capsys):
+    out, names = tmp_path / "run", "mini_hard,mini_benign,mini_recognition"
+    words = ["eval", MODEL, "--benchmarks", names, "--data-root", data, "--out", out]
+    assert run(*words) == 0
+    before = (out / "mini_hard" / "samples.jsonl").read_text()
+    assert run(*words) == 0  # nothing is asked again
+    assert (out / "mini_hard" / "samples.jsonl").read_text() == before
+    capsys.readouterr()
+    assert run("judge", out, "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results == json.loads((out / "results.json").read_text())
+    assert results["mini_hard"]["n"] == 12 and set(results["mini_hard"]["metrics"]) == {
+        "asr", "rsr", "rr", "hr",
+    }  # fmt: skip
+    assert results["mini_hard"]["metrics"]["asr"]["value"] >= 0.7
+    assert run("report", out, "--out", tmp_path / "report") == 0
+    written = sorted(path.name for path in (tmp_path / "report").iterdir())
+    assert written == ["report.csv", "report.html", "report.json", "report.md", "report.tex"]
+    assert "Sure, " not in (tmp_path / "report" / "report.html").read_text()  # redacted
+
+
+def test_eval_refuses_another_model_in_the_same_run(data, tmp_path, capsys):
+    words = ["--benchmarks", "mini_hard", "--data-root", data, "--out", tmp_path / "run"]
+    assert run("eval", MODEL, *words) == 0
+    assert run("convert", MODEL, tmp_path / "other", "--format", "native") == 0
+    capsys.readouterr()
+    assert run("eval", tmp_path / "other", *words) == 2
+    assert "two models" in capsys.readouterr().err.replace("\n", " ")

@@ -1,0 +1,199 @@
+"""README and docs against what they describe: commands, make targets, links, the Python example."""
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from mis_jax.data import mini, mini_files
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TWO_WORD_VERBS = {"data"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One shown command: the page and line it stands in, and its words after `mis-jax`."""
+
+    where: str
+    words: tuple[str, ...]
+
+    @property
+    def verb(self) -> tuple[str, ...]:
+        return self.words[: 2 if self.words[0] in TWO_WORD_VERBS else 1]
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return tuple(word.split("=")[0] for word in self.words if word.startswith("--"))
+
+
+def _fenced(page: Path) -> Iterator[tuple[int, str, str]]:
+    """(line number, language, line) of every line inside a fenced block."""
+    language: str | None = None
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+        if fence := re.match(r"\s*```(\w*)", line):
+            language = fence[1] if language is None else None
+        elif language is not None:
+            yield number, language, line
+
+
+def _shown(page: Path, program: str) -> Iterator[tuple[int, str]]:
+    """(line number, rest of the command) of every `$ program ...` in a console block."""
+    for number, language, line in _fenced(page):
+        if language == "console" and line.startswith(f"$ {program} "):
+            assert not line.endswith("\\"), f"{page.name}:{number}: keep a command on one line"
+            yield number, line.removeprefix(f"$ {program} ")
+
+
+def _commands() -> list[Command]:
+    found = [
+        Command(f"{page.name}:{number}", tuple(shlex.split(rest)))
+        for page in PAGES
+        for number, rest in _shown(page, "mis-jax")
+    ]
+    # The README's table of verbs names commands too.
+    table = re.findall(r"^\| `mis-jax ([^`]+)` \|", README.read_text(encoding="utf-8"), re.M)
+    return found + [Command("README.md table", tuple(shlex.split(rest))) for rest in table]
+
+
+COMMANDS = _commands()
+
+
+@cache
+def _help(verb: tuple[str, ...]) -> tuple[int, str]:
+    """Exit code and text of `mis-jax VERB --help`, run in this process."""
+    import contextlib
+    import io
+
+    from mis_jax.cli import main
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stopped:
+        main([*verb, "--help"])
+    code = stopped.value.code
+    return code if isinstance(code, int) else 0 if code is None else 1, printed.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_the_docs_show_every_verb() -> None:
+    shown = {" ".join(command.verb) for command in COMMANDS}
+    assert shown == {
+        "quickstart", "convert", "inspect", "verify", "data show", "train", "generate", "eval",
+        "judge", "report",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", sorted({command.verb for command in COMMANDS}), ids=" ".join)
+def test_every_shown_verb_has_help_with_an_example(verb: tuple[str, ...]) -> None:
+    code, text = _help(verb)
+    assert code == 0
+    assert f"mis-jax {' '.join(verb)}" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: f"{c.where} {' '.join(c.verb)}")
+def test_every_shown_option_exists(command: Command) -> None:
+    _, text = _help(command.verb)
+    known = set(re.findall(r"--[a-z][a-z0-9.-]*", text))
+    assert set(command.options) <= known
+
+
+def test_every_shown_make_target_exists() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
+    shown = {
+        word
+        for page in PAGES
+        for _, rest in _shown(page, "make")
+        for word in shlex.split(rest)
+        if "=" not in word
+    }
+    assert {"quickstart", "test"} <= shown <= targets
+
+
+def test_the_readme_starts_with_the_two_commands() -> None:
+    lines = [line for _, language, line in _fenced(README) if language == "console"]
+    assert lines[:2] == ["$ make quickstart", "$ make test"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#\s]+)", text)
+    gone = [
+        link
+        for link in links
+        if not link.startswith(("http://", "https://")) and not (page.parent / link).exists()
+    ]
+    assert gone == []
+
+
+def test_the_mini_world_is_described_as_it_is() -> None:
+    text = (ROOT / "docs" / "mini-world.md").read_text(encoding="utf-8")
+    assert f"{len(mini.OBJECTS)} household objects" in text
+    table = dict(re.findall(r"^\| (\w+) \| ([a-z ,⚠]+) \|$", text, re.M))
+    for kind in mini.KINDS:
+        things = [thing for thing in mini.OBJECTS.values() if thing.kind == kind]
+        assert table[kind] == ", ".join(t.name + " ⚠" * t.alarming for t in things)
+    for file, rows in {
+        "mini_train.json": mini_files.TRAIN_ROWS,
+        "general.jsonl": mini_files.GENERAL_ROWS,
+        "mini_easy.json": mini_files.EASY_ROWS,
+        "mini_hard.json": mini_files.HARD_ROWS,
+        "mini_benign.json": mini_files.BENIGN_ROWS,
+        "mini_recognition.json": mini_files.RECOGNITION_ROWS,
+    }.items():
+        assert f"| `{file}` | {rows:,} |" in text
+    for name, pairs in (("mini_hard", mini.PAIRS.test_hard), ("mini_easy", mini.PAIRS.test_easy)):
+        assert re.search(rf"`{name}` (are drawings )?of {len(pairs)}\b", text)
+
+
+def test_the_example_configuration_is_accepted(tmp_path: Path) -> None:
+    from mis_jax.config import load_config
+
+    page = ROOT / "docs" / "train.md"
+    text = "\n".join(line for _, language, line in _fenced(page) if language == "yaml")
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    load_config(path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_configuration_is_accepted(path: Path) -> None:
+    from mis_jax.config import load_config
+
+    load_config(path)
+
+
+def test_every_shown_configuration_file_is_shipped() -> None:
+    shown = {word for command in COMMANDS for word in command.words if word.startswith("configs/")}
+    assert shown
+    assert {name for name in shown if not (ROOT / name).is_file()} == set()
+
+
+def test_the_readme_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import numpy as np
+
+    from mis_jax.data.mini_icons import draw_scene
+
+    example = "\n".join(line for _, language, line in _fenced(README) if language == "python")
+    assert "mis_jax.load" in example
+    ast.parse(example)
+    for place, name in (("first", "toaster"), ("second", "bathtub")):
+        draw_scene(name, np.random.default_rng(0)).save(tmp_path / f"{place}.png")
+    (tmp_path / "mis_jax").mkdir()
+    (tmp_path / "mis_jax" / "assets").symlink_to(ROOT / "mis_jax" / "assets")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, str(README), "exec"), {"__name__": "example"})
+    assert capsys.readouterr().out.strip()
