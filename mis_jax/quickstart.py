@@ -135,9 +135,9 @@ def fine_tuning_config(out: Path, name: str, labels: Path, seed: int) -> RunConf
             max_tiles=2,
         ),
         train=TrainConfig(
-            epochs=2, global_batch=32, freeze=("vision",), save_every=100, unroll=True
+            epochs=2, global_batch=16, freeze=("vision",), save_every=100, unroll=True
         ),
-        optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.05),
+        optimizer=OptimizerConfig(learning_rate=1.5e-3, weight_decay=0.05),
         dtype=DtypeConfig(params="float32", compute="float32"),
     )
 

@@ -158,10 +158,10 @@ def _write_recognition(folder: Path, rng: np.random.Generator) -> Row:
 
 
 def _write_general(folder: Path, rng: np.random.Generator) -> None:
-    """General data to keep abilities: 60 % benign help, 35 % recognition, 5 % knowledge."""
-    helps = _even_kinds(mini.PAIRS.train_benign, GENERAL_ROWS * 6 // 10)
+    """General data to keep abilities: 50 % benign help, 45 % recognition, 5 % knowledge."""
+    helps = _even_kinds(mini.PAIRS.train_benign, GENERAL_ROWS // 2)
     samples = [mini.help_sample(first, second, rng) for first, second in helps]
-    samples += [mini.random_recognition(rng) for _ in range(GENERAL_ROWS * 35 // 100)]
+    samples += [mini.random_recognition(rng) for _ in range(GENERAL_ROWS * 45 // 100)]
     samples += [mini.random_knowledge(rng) for _ in range(GENERAL_ROWS - len(samples))]
     lines = []
     for number, place in enumerate(rng.permutation(len(samples)).tolist()):
