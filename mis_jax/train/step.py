@@ -55,7 +55,13 @@ def make_train_step(
 
     gradient_of = jax.value_and_grad(losses, has_aux=True)
 
-    def step(state: TrainState, batch: Batch):
+    def summed(state: TrainState, batch: Batch):
+        """Gradient, loss and weight summed over micro-batches, float32."""
+        if batch.input_ids.shape[0] == 1:  # no sum: nothing is held twice
+            one = jax.tree.map(lambda field: field[0], batch)
+            (total, weight), gradient = gradient_of(state.trainable, state.frozen, one)
+            return jax.tree.map(lambda g: g.astype(jnp.float32), gradient), total, weight
+
         def accumulate(carry, micro: Batch):
             gradient, total, weight = carry
             (loss, loss_weight), g = gradient_of(state.trainable, state.frozen, micro)
@@ -63,7 +69,10 @@ def make_train_step(
             return (gradient, total + loss, weight + loss_weight), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.trainable)
-        (gradient, total, weight), _ = jax.lax.scan(accumulate, (zeros, 0.0, 0.0), batch)
+        return jax.lax.scan(accumulate, (zeros, 0.0, 0.0), batch)[0]
+
+    def step(state: TrainState, batch: Batch):
+        gradient, total, weight = summed(state, batch)
         weight = jnp.maximum(weight, 1e-8)  # a batch may hold no loss token at all
         loss = total / weight
         gradient = jax.tree.map(lambda g: g / weight, gradient)  # float32, whatever the parameters
