@@ -1,12 +1,13 @@
-"""One writer of a run's numbers: metrics.jsonl, samples.jsonl and, where installed, TensorBoard."""
+"""One writer of a run's numbers: metrics.jsonl, samples.jsonl and TensorBoard."""
 
 import json
 import time
 from collections.abc import Iterable, Mapping
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
+
+from tensorboardX import event_file_writer
+from tensorboardX.proto import event_pb2, summary_pb2
 
 from mis_jax.storage import replace_file
 
@@ -26,8 +27,7 @@ class MetricsLog:
             path = folder / name
             _keep_until(path, after_step)
             self._files[name] = path.open("a", encoding="utf-8")
-        installed = find_spec("tensorboardX") is not None  # metrics.jsonl has it all in any case
-        self._board = _Board(folder / BOARD_FOLDER, after_step) if installed else None
+        self._board = _Board(folder / BOARD_FOLDER, after_step)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -35,8 +35,7 @@ class MetricsLog:
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         for file in (*self._files.values(), self._board):
             try:
-                if file is not None:
-                    file.close()
+                file.close()
             except OSError:  # what can no longer be flushed must not hide the first failure
                 if failure is None:
                     raise
@@ -45,8 +44,7 @@ class MetricsLog:
         """Numbers of one step and the ids of the samples in it; steps count from 1."""
         self._line("metrics.jsonl", {"step": step, **metrics})
         self._line("samples.jsonl", {"step": step, "ids": list(ids)})
-        if self._board is not None:
-            self._board.write(step, metrics)
+        self._board.write(step, metrics)
 
     def _line(self, name: str, content: Mapping[str, Any]) -> None:
         file = self._files[name]
@@ -55,21 +53,19 @@ class MetricsLog:
 
 
 class _Board:
-    """Scalars for TensorBoard, where tensorboardX is installed.
+    """Scalars for TensorBoard.
 
-    Its `SummaryWriter` writes in a thread that dies of a full disk and then blocks training for
-    ever; its file writer, used here, raises at once.
+    tensorboardX's `SummaryWriter` writes in a thread that dies of a full disk and then blocks
+    training for ever; its file writer, used here, raises at once.
     """
 
     def __init__(self, folder: Path, after_step: int):
-        event, summary = (
-            import_module(f"tensorboardX.proto.{n}_pb2") for n in ("event", "summary")
-        )
+        event: Any = event_pb2  # protobuf makes the classes at run time
+        summary: Any = summary_pb2
         self._event, self._summary = event.Event, summary.Summary
         folder.mkdir(exist_ok=True)
         # A suffix, as two sessions may begin within the second that the file's name tells.
-        files = import_module("tensorboardX.event_file_writer")
-        self._writer = files.EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        self._writer = event_file_writer.EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         start = event.SessionLog(status=event.SessionLog.START)  # drops what an older one went past
         self._write(after_step + 1, session_log=start)
 

@@ -108,7 +108,6 @@ def test_logs_have_the_fields_of_the_contract(straight):
 
 
 def test_tensorboard_has_the_same_numbers(straight):
-    pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import Event
 
     (path,) = (straight / "tensorboard").iterdir()

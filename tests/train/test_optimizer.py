@@ -17,7 +17,8 @@ FLOAT32 = DtypeConfig()
 
 def hugging_face_lambda(steps: int, ratio: float):
     """The factor that transformers multiplies the learning rate with, by step."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     torch = pytest.importorskip("torch")
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler = transformers.get_cosine_schedule_with_warmup(
