@@ -32,5 +32,5 @@ def test_quickstart(tmp_path, capsys):
     assert value(after, "mini_benign", "refusal_rate") <= 0.05
     recognition = [value(results, "mini_recognition", "accuracy") for results in (before, after)]
     assert abs(recognition[1] - recognition[0]) <= 0.01
-    page = (out / "report.html").read_text()
-    assert "stands in for MIS" in page and "<svg" in page and "http" not in page
+    page = " ".join((out / "report.html").read_text().split())
+    assert "stands in for MIS" in page and "<svg" in page and "://" not in page
