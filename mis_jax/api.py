@@ -5,8 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from mis_jax.data.processor import ImageLike, Message, Processor
@@ -15,8 +14,9 @@ from mis_jax.generation.sampling import Sampling
 from mis_jax.model.internvl import InternVL
 from mis_jax.sharding import FSDP_TENSOR, parameter_shardings
 from mis_jax.weights import parameters
-from mis_jax.weights.convert import read_checkpoint
-from mis_jax.weights.published import Progress
+from mis_jax.weights.checkpoint import load as load_weights
+from mis_jax.weights.checkpoint import open_checkpoint
+from mis_jax.weights.stream import Progress
 
 
 def load(
@@ -29,18 +29,22 @@ def load(
     """Model and processor of a checkpoint folder in any of the three formats.
 
     `dtype` (float32, bfloat16 or float16) is that of parameters and activations; None keeps the
-    file's. With a `mesh` (axes data, fsdp, tensor, context) parameters are split over it.
+    file's. With a `mesh` (axes data, fsdp, tensor, context) parameters are split over it: every
+    process reads its own slices straight onto its devices, and no host holds a full copy.
     Raises ValueError that names the file and the field of whatever does not fit.
     """
     name = None if dtype is None else jnp.dtype(dtype).name
-    checkpoint = read_checkpoint(Path(path), name, progress)
-    arrays = checkpoint.arrays
-    if mesh is not None:
-        shardings = parameter_shardings(
-            parameters.abstract_model(checkpoint.config), mesh, FSDP_TENSOR
-        )
-        arrays = {n: jax.device_put(np.asarray(a), shardings[n]) for n, a in arrays.items()}
-    model = parameters.build(checkpoint.config, arrays, compute_dtype=jnp.dtype(checkpoint.dtype))
+    opened = open_checkpoint(Path(path))
+    abstract = parameters.abstract_model(opened.config)
+    if mesh is None:
+        here = SingleDeviceSharding(jax.devices()[0])
+        shardings = dict.fromkeys(parameters.flat(abstract), here)
+    else:
+        shardings = parameter_shardings(abstract, mesh, FSDP_TENSOR)
+    checkpoint = load_weights(opened, name, progress, shardings)
+    model = parameters.build(
+        checkpoint.config, checkpoint.arrays, compute_dtype=jnp.dtype(checkpoint.dtype)
+    )
     return model, Processor.from_folder(Path(path), checkpoint.config)
 
 

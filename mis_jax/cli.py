@@ -67,10 +67,14 @@ def convert(
     format: Format,
     dtype: Dtype | None = None,
     shard_size: str = "5GB",
+    adapter: Path | None = None,
+    allow_nan: bool = False,
 ) -> None:
-    """Write a checkpoint in another format.
+    """Write a checkpoint in another format. Interrupted, the same command finishes it.
 
     Example: mis-jax convert InternVL2_5-8B internvl-8b --format native --dtype bfloat16
+
+    Until it is finished the folder is called DST.incomplete.
 
     Args:
         src: Checkpoint folder in any of the three formats.
@@ -78,16 +82,26 @@ def convert(
         format: native (ours), hf (transformers) or internvl (the original internvl_chat).
         dtype: Number format of the weights; the file's own without it.
         shard_size: Largest safetensors file, such as 5GB or 500MB.
+        adapter: Folder of a LoRA adapter in PEFT's format to merge into the weights.
+        allow_nan: Convert tensors that hold NaN or infinity as they are.
     """
-    from mis_jax.terminal import steps_bar
-    from mis_jax.weights.convert import read_checkpoint, write_checkpoint
+    from mis_jax.terminal import bytes_bar
+    from mis_jax.weights import convert
+    from mis_jax.weights.checkpoint import open_checkpoint
 
     shard_bytes = _bytes(shard_size)
-    with steps_bar(_err) as bar:
-        checkpoint = read_checkpoint(src, dtype, bar.task("reading tensors"))
-        show = bar.task("writing tensors")
-        write_checkpoint(checkpoint, dst, format, shard_bytes=shard_bytes, progress=show)
-    _out.print(f"wrote {dst} ({format}, {dtype or checkpoint.dtype})")
+    opened = open_checkpoint(src, adapter)
+    with bytes_bar(_err) as bar:
+        convert.convert(
+            opened,
+            dst,
+            format,
+            dtype=dtype,
+            shard_bytes=shard_bytes,
+            allow_nonfinite=allow_nan,
+            progress=bar.task("converting"),
+        )
+    _out.print(f"wrote {dst} ({format}, {dtype or opened.dtype})")
 
 
 def inspect(src: Annotated[Positional[Path], arg(metavar="SRC")], *, json: bool = False) -> None:

@@ -30,7 +30,8 @@ from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.summary import without_verdict
 from mis_jax.terminal import steps_bar
 from mis_jax.train.loop import train
-from mis_jax.weights.convert import read_checkpoint, write_checkpoint
+from mis_jax.weights.checkpoint import open_checkpoint
+from mis_jax.weights.convert import convert
 
 BASE_MODEL = Path(__file__).parent / "assets" / "mini"
 BENCHMARKS = ("mini_easy", "mini_hard", "mini_benign", "mini_recognition")
@@ -69,7 +70,7 @@ def quickstart(out: Path, *, controls: bool, seed: int, console: Console) -> Out
         write_mini(data, seed)
     if not before.exists():
         say("converting the tiny InternVL from the original layout to ours")
-        write_checkpoint(read_checkpoint(BASE_MODEL), before, "native")
+        convert(open_checkpoint(BASE_MODEL), before, "native")
     results = {}
     say("evaluating the model before fine-tuning")
     results["before"] = evaluate(before, out / "before", data, console)
@@ -77,7 +78,7 @@ def quickstart(out: Path, *, controls: bool, seed: int, console: Console) -> Out
     run = _fine_tune(out, "train", data / "mini_train.json", seed, console)
     if not after.exists():
         say("exporting to the original layout")
-        write_checkpoint(read_checkpoint(run.model), after, "internvl", dtype="bfloat16")
+        convert(open_checkpoint(run.model), after, "internvl", dtype="bfloat16")
     say("evaluating the exported model, loaded again")
     results["after"] = evaluate(after, out / "after", data, console)
     folders = {"before": out / "before", "after": out / "after"}

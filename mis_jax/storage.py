@@ -1,8 +1,5 @@
-"""The one module that touches orbax: trees of arrays on disk, and the checkpoints of a run."""
+"""The one module that touches orbax: the checkpoints of a training run."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,52 +7,7 @@ from typing import Any
 
 import grain
 import grain.checkpoint
-import jax
 import orbax.checkpoint as ocp
-
-
-@contextmanager
-def finished_folder(destination: Path) -> Iterator[Path]:
-    """A temporary sibling folder that becomes `destination` when the block ends without an error.
-
-    Nothing half-written is ever seen under the final name. An existing destination is refused.
-    """
-    destination = Path(destination)
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ValueError(f"{destination}: exists already; remove it or choose another folder")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-    work.chmod(0o755)
-    try:
-        yield work
-        if destination.is_dir():
-            destination.rmdir()
-        os.replace(work, destination)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def save_tree(folder: Path, tree: Any) -> None:
-    """Write a nested dict of arrays. Raises OSError when the disk does not take it."""
-    with _disk_errors(folder), ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(Path(folder).absolute(), tree)
-
-
-def restore_tree(folder: Path, abstract: Any) -> Any:
-    """Read a nested dict of arrays into the shapes, dtypes and shardings of `abstract`."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(Path(folder).absolute(), abstract)
-
-
-def stored_arrays(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of the arrays of a tree on disk by dotted path."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(Path(folder).absolute()).item_metadata.tree
-    leaves, _ = jax.tree_util.tree_flatten_with_path(metadata)
-    return {
-        ".".join(k.key for k in path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for path, leaf in leaves
-    }
 
 
 @contextmanager
@@ -134,17 +86,3 @@ class RunCheckpoints:
 
     def close(self) -> None:
         self._manager.close()
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never a part."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Exit codes and error lines of the command line, in this process."""
 
+import errno
 import json
 import os
 import shutil
@@ -211,11 +212,11 @@ def test_convert_with_bad_options(run, tiny_checkpoint, tmp_path, words, message
 
 def test_a_disk_that_does_not_take_an_export(run, tiny_checkpoint, tmp_path, monkeypatch):
     def full(*arguments):
-        raise OSError(28, "No space left on device", "params")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("mis_jax.weights.convert.save_tree", full)
+    monkeypatch.setattr(os, "pwrite", full)
     refused = run("convert", tiny_checkpoint, tmp_path / "dst", "--format", "native")
-    assert refused.code in (1, 2)
+    assert refused.code == 1
     assert "No space left on device" in refused.error
     assert not list(tmp_path.iterdir())
 

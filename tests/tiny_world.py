@@ -47,7 +47,8 @@ def write_checkpoint_folder(folder: Path, work: Path) -> Path:
     from mis_jax.data.tokenizer import load_tokenizer
     from mis_jax.model.internvl import InternVL
     from mis_jax.weights import parameters
-    from mis_jax.weights.convert import Checkpoint, write_checkpoint
+    from mis_jax.weights.checkpoint import Checkpoint
+    from mis_jax.weights.convert import write_checkpoint
 
     texts = internlm2_folder(work / "tokenizer", train_sentencepiece())
     tokenizer = load_tokenizer(texts)

@@ -32,7 +32,8 @@ from mis_jax.model.config import InternVLConfig, TextConfig, VisionConfig
 from mis_jax.model.internvl import InternVL, merge, pixel_shuffle
 from mis_jax.train.loss import weighted_loss
 from mis_jax.weights import parameters
-from mis_jax.weights.convert import Checkpoint, write_checkpoint
+from mis_jax.weights.checkpoint import Checkpoint
+from mis_jax.weights.convert import write_checkpoint
 
 NAMES = tuple(mini.OBJECTS)
 VISION = VisionConfig(

@@ -1,6 +1,5 @@
 """The training loop: restore or initialise, step, log, save (state, data and timer together)."""
 
-import dataclasses
 import json
 import logging
 import math
@@ -15,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mis_jax.config import RunConfig, changed_fields, load_config, save_config
@@ -28,7 +26,8 @@ from mis_jax.train.metrics import BOARD_FOLDER, LOG_FILES, MetricsLog
 from mis_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from mis_jax.train.step import TrainState, make_train_step, split_parameters
 from mis_jax.weights import parameters
-from mis_jax.weights.convert import Checkpoint, read_checkpoint, write_checkpoint
+from mis_jax.weights.checkpoint import Checkpoint, OpenCheckpoint, load, open_checkpoint
+from mis_jax.weights.convert import write_checkpoint
 
 _log = logging.getLogger(__name__)
 _CONFIG, _CHECKPOINTS = "config.yaml", "checkpoints"
@@ -70,8 +69,8 @@ def train(config: RunConfig, progress: Progress | None = None) -> Trained:
     """
     output = Path(config.output)
     _check_folder(config, output)
-    source = read_checkpoint(config.model, config.dtype.params)
-    data = TrainingData(config, Processor.from_folder(source.folder, source.config))
+    opened = open_checkpoint(config.model)
+    data = TrainingData(config, Processor.from_folder(config.model, opened.config))
     mesh = make_mesh(config.mesh)
     _check_rows(config, mesh)
     fresh = not (output / _CONFIG).exists()
@@ -79,20 +78,19 @@ def train(config: RunConfig, progress: Progress | None = None) -> Trained:
     save_config(config, output / _CONFIG)
     try:
         with jax.set_mesh(mesh):
-            return _run(config, output, source, data, mesh, progress)
+            return _run(config, output, opened, data, mesh, progress)
     except ValueError:  # a bad sample, say: nothing half-written stays behind
         if fresh and not RunCheckpoints.exist(output / _CHECKPOINTS):
             _forget(output)
         raise
 
 
-def _run(config, output, source: Checkpoint, data: TrainingData, mesh, progress) -> Trained:
+def _run(config, output, opened: OpenCheckpoint, data: TrainingData, mesh, progress) -> Trained:
     steps = data.steps
     transform = make_optimizer(config.optimizer, config.dtype, steps)
     schedule = learning_rate_schedule(config.optimizer, steps)
-    build = _builder(source.config, config)
-    state = _initial_state(source, config, mesh, transform)
-    source.arrays.clear()  # the devices have theirs; the host's may be as large as all its memory
+    build = _builder(opened.config, config)
+    state = _initial_state(opened, config, mesh, transform)
     train_step = make_train_step(build, transform, schedule)
     checkpoints = RunCheckpoints(output / _CHECKPOINTS, config.train.keep)
     iterator = data.iterator()
@@ -137,7 +135,10 @@ def _run(config, output, source: Checkpoint, data: TrainingData, mesh, progress)
             for stale in output.glob(f".{FINAL_MODEL}.*"):  # of a kill while it was written
                 shutil.rmtree(stale, ignore_errors=True)
             arrays = state.trainable | state.frozen
-            write_checkpoint(dataclasses.replace(source, arrays=arrays), final, "native")
+            trained = Checkpoint(
+                opened.config, arrays, config.dtype.params, config.model, opened.published
+            )
+            write_checkpoint(trained, final, "native")
     except OSError as error:
         raise FailedRun(
             f"step {done} of {steps}: {error}; the newest checkpoint is of step "
@@ -159,10 +160,10 @@ def _builder(model: InternVLConfig, config: RunConfig):
     return lambda values: parameters.build(model, values, **options)
 
 
-def _initial_state(source: Checkpoint, config: RunConfig, mesh, transform) -> TrainState:
-    shardings = parameter_shardings(parameters.abstract_model(source.config), mesh, FSDP_TENSOR)
-    placed = {n: jax.device_put(np.asarray(a), shardings[n]) for n, a in source.arrays.items()}
-    trainable, frozen = split_parameters(placed, config.train.freeze)
+def _initial_state(opened: OpenCheckpoint, config: RunConfig, mesh, transform) -> TrainState:
+    shardings = parameter_shardings(parameters.abstract_model(opened.config), mesh, FSDP_TENSOR)
+    placed = load(opened, config.dtype.params, shardings=shardings)
+    trainable, frozen = split_parameters(placed.arrays, config.train.freeze)
     whole = NamedSharding(mesh, PartitionSpec())
     # Zeros depend on no input whose sharding they could take on: moments go beside parameters.
     moments = jax.tree_util.tree_map_with_path(

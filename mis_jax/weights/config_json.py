@@ -8,11 +8,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from mis_jax.folders import NOTICE
 from mis_jax.model.config import InternVLConfig, TextConfig, TextKind, VisionConfig
 from mis_jax.weights.fields import Fields, read_json
 
 Format = Literal["native", "hf", "internvl"]
-NATIVE_VERSION = 1
+NATIVE_VERSION = 2
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 #: What transformers' config.json has no field for goes under this key of an export, and comes back.
 EXTRA = "mis_jax"
@@ -35,6 +36,10 @@ def detect_format(folder: Path) -> Format:
     """Which of the three formats a checkpoint folder holds; ValueError when it is none."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give the folder that holds config.json")
+    if (folder / NOTICE).exists():
+        raise ValueError(
+            f"{folder}: not finished: run the same mis-jax command again to finish it, or remove it"
+        )
     raw = read_json(folder / "config.json")
     if raw.get("format") == "mis_jax":
         return "native"

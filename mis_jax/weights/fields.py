@@ -15,7 +15,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; a checkpoint folder must hold it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number without an end
         raise ValueError(f"{path}: not valid JSON ({error}); download the file again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds no JSON object; download the file again")

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.weights import parameters
+from mis_jax.weights.checkpoint import find_problems
 from mis_jax.weights.config_json import detect_format, read_config
-from mis_jax.weights.convert import PARAMS, find_problems, stored_shapes
+from mis_jax.weights.native import PARAMS, stored_shapes
 from mis_jax.weights.published import Shards
 
 TOKENIZER_FILES = (

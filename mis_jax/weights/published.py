@@ -1,35 +1,28 @@
-"""Published checkpoint folders: safetensors shards in, stacked arrays out, and back."""
+"""Published checkpoint folders: which tensors their safetensors files hold, and reading them."""
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from mis_jax.model.config import InternVLConfig
 from mis_jax.weights.fields import Fields, read_json
-from mis_jax.weights.layouts import Layout, Rule, Shape, disk_key, head_key, normal_key, rules
+from mis_jax.weights.layouts import COPY, Layout, Rule, Shape, disk_key, normal_key, rules
+from mis_jax.weights.peft import Factor, plain_key
+from mis_jax.weights.tensor_file import TensorFile
+from mis_jax.weights.values import NUMPY_DTYPES
 
-Progress = Callable[[int, int], None]  # tensors done, tensors in all
-NUMPY_DTYPES: dict[str, Any] = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
 INDEX = "model.safetensors.index.json"
-_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old checkpoints stored
 _LISTED = 50  # problems; beyond it those that differ in the layer alone share a line
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)|(?<=\.layer\.)\d+(?=\.)")
+_RESIDENT = 2**28  # bytes of the mapped files that may stay in memory after they were read
 
 
 class Shards:
-    """All tensors of a folder's safetensors files, read one at a time by the key of the layout.
+    """All tensors of a folder's safetensors files, by the key of the layout.
 
     Opening reads the headers alone. Raises ValueError when there is no file, or one is broken.
     """
@@ -38,35 +31,43 @@ class Shards:
         self.folder = folder
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, str] = {}
-        self._files: dict[Path, Any] = {}
-        self._place: dict[str, tuple[Path, str]] = {}
-        for path in _weight_files(folder):
-            try:
-                self._files[path] = handle = safe_open(path, framework="np")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{path}: not a readable safetensors file ({error}); download it again"
-                ) from None
-            for key in handle.keys():  # noqa: SIM118  not a dict
+        self.factors: dict[Factor, tuple[TensorFile, str]] = {}  # of LoRA that is not merged yet
+        self._place: dict[str, tuple[TensorFile, str]] = {}
+        self._files = [TensorFile(path) for path in _weight_files(folder)]
+        self._looked_at = 0
+        for file in self._files:
+            for key in file.entries:
                 if not key.endswith(_IGNORED):
-                    self._add(layout, path, key, handle.get_slice(key))
+                    self._add(layout, file, key)
 
-    def _add(self, layout: Layout, path: Path, key: str, tensor: Any) -> None:
-        name = normal_key(layout, key)
-        if name in self._place:
+    def _add(self, layout: Layout, file: TensorFile, key: str) -> None:
+        plain, role = plain_key(key)
+        name = normal_key(layout, plain)
+        other = self._place.get(name) if role == "weight" else self.factors.get((name, role))
+        if other is not None:
             raise ValueError(
-                f"{path}: tensor '{key}' occurs twice, also in {self._place[name][0]}; "
+                f"{file.path}: tensor '{key}' occurs twice, also in {other[0].path}; "
                 "remove the file that is left over"
             )
-        self._place[name] = (path, key)
-        self.shapes[name] = tuple(tensor.get_shape())
-        dtype = str(tensor.get_dtype())
-        self.dtypes[name] = _SAFETENSORS_DTYPES.get(dtype, dtype)
+        if role != "weight":
+            self.factors[name, role] = (file, key)
+            return
+        self._place[name] = (file, key)
+        self.shapes[name] = file.entries[key].shape
+        self.dtypes[name] = file.entries[key].dtype
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, in the dtype of the file."""
-        path, key = self._place[name]
-        return self._files[path].get_tensor(key)
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """One tensor, or some of its rows, in the dtype of the file: a view of the file."""
+        file, key = self._place[name]
+        count, size = file.entries[key].shape[0], file.entries[key].size
+        first, last, _ = rows.indices(count)
+        file.read_ahead(key, first * size // count, last * size // count)
+        self._looked_at += (last - first) * size // count
+        if self._looked_at > _RESIDENT:  # or whole files would pile up in the resident set
+            self._looked_at = 0
+            for mapped in self._files:
+                mapped.release()
+        return file.tensor(key)[rows]
 
     def key(self, name: str) -> str:
         """The tensor's key as the file has it."""
@@ -79,7 +80,7 @@ class Shards:
 
     @property
     def files(self) -> list[Path]:
-        return list(self._files)
+        return [file.path for file in self._files]
 
     @property
     def dtype(self) -> str:
@@ -88,12 +89,31 @@ class Shards:
         return max(sorted(set(values)), key=values.count, default="float32")
 
 
+class PublishedSource:
+    """Our parameters as a published checkpoint has them; `mis_jax.weights.stream.Source`."""
+
+    def __init__(self, shards: Shards, layout: Layout, config: InternVLConfig):
+        self._shards, self._config = shards, config
+        self._rules = {
+            ours: (rule, index)
+            for rule in rules(layout, config)
+            for index, ours in enumerate(rule.ours)
+        }
+
+    def read(self, name: str, layer: int | None = None, rows: slice = slice(None)) -> np.ndarray:
+        rule, index = self._rules[name]
+        key = rule.theirs.format(i=layer)
+        if rule.codec is COPY:
+            return self._shards.read(key, rows)
+        theirs = self._shards.read(key)
+        return rule.codec.to_ours(theirs, self._config)[index][rows]
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """The files the index names, else every safetensors file."""
     index = folder / INDEX
     if index.exists():
-        weight_map = Fields(index, read_json(index)).section("weight_map")
-        names = sorted({str(name) for name in weight_map.values.values()})
+        names = sorted({_plain(index, n) for n in _weight_map(index).values()})
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ValueError(
@@ -102,11 +122,32 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED)
+        found = f", only {pickled[0]}" if pickled else ""
         raise ValueError(
-            f"{folder}: no .safetensors file; pickled .bin and .pt weights are never read, "
-            "convert them to safetensors first"
+            f"{folder}: no .safetensors file{found}; pickled .bin and .pt weights are never "
+            "opened: where you trust them, load them with upstream's code and write them with "
+            "save_pretrained(DIR, safe_serialization=True)"
         )
     return files
+
+
+def _weight_map(index: Path) -> dict[str, object]:
+    values = Fields(index, read_json(index)).section("weight_map").values
+    if not values:
+        raise ValueError(f"{index}: field 'weight_map' is empty; download the file again")
+    return values
+
+
+def _plain(index: Path, name: object) -> str:
+    """A file name that cannot lead out of the folder."""
+    plain = isinstance(name, str) and name.isprintable() and Path(name).name == name
+    if not (plain and str(name).endswith(".safetensors")):
+        raise ValueError(
+            f"{index}: field 'weight_map' names {name!r}, which is no plain name of a "
+            ".safetensors file; download the index again"
+        )
+    return str(name)
 
 
 def our_shapes_of_layer(rule: Rule, shapes: Mapping[str, Shape]) -> list[Shape]:
@@ -175,111 +216,3 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def import_arrays(
-    shards: Shards,
-    layout: Layout,
-    config: InternVLConfig,
-    shapes: Mapping[str, Shape],
-    dtype: str,
-    progress: Progress | None = None,
-) -> dict[str, np.ndarray]:
-    """Our parameters by dotted path, layers stacked, cast to `dtype`.
-
-    Raises one ValueError that lists every tensor that does not fit.
-    """
-    found = problems(shards, layout, config, shapes)
-    if found:
-        remedy = "weights and config.json must come from the same checkpoint"
-        raise misfit(shards.folder, found, remedy)
-    done, total = 0, len(shards.shapes)
-    arrays = {name: np.empty(shape, NUMPY_DTYPES[dtype]) for name, shape in shapes.items()}
-    for rule in rules(layout, config):
-        for key, layer in tensors(rule, shapes):
-            parts = rule.codec.to_ours(shards.read(key), config)
-            for name, part in zip(rule.ours, parts, strict=True):
-                arrays[name][... if layer is None else layer] = cast(part, dtype, key)
-            done += 1
-            if progress:
-                progress(done, total)
-    return arrays
-
-
-def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """`array` in another dtype; ValueError when finite values do not fit into float16."""
-    array = np.asarray(array)
-    with np.errstate(over="ignore"):  # told below, by name
-        result = array.astype(NUMPY_DTYPES[dtype], copy=False)
-    narrowed = dtype == "float16" and result is not array
-    if narrowed and np.any(np.isinf(result) & np.isfinite(array.astype(np.float32))):
-        raise ValueError(f"tensor '{name}' has values beyond float16's 65504; choose bfloat16")
-    return result
-
-
-def export_arrays(
-    folder: Path,
-    layout: Layout,
-    config: InternVLConfig,
-    arrays: Mapping[str, np.ndarray],
-    dtype: str,
-    shard_bytes: int,
-    progress: Progress | None = None,
-) -> None:
-    """Write safetensors shards of at most `shard_bytes` (a larger tensor has its own) and index.
-
-    Raises OSError when a file cannot be written, ValueError when a value does not fit `dtype`.
-    """
-    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-    plan: list[tuple[str, int | None, Rule, int]] = []
-    for rule in rules(layout, config):
-        size = NUMPY_DTYPES[dtype].itemsize * sum(
-            int(np.prod(shape)) for shape in our_shapes_of_layer(rule, shapes)
-        )
-        plan += [(key, layer, rule, size) for key, layer in tensors(rule, shapes)]
-    if layout == "internvl" and config.text.tie_embeddings:
-        # Upstream's code never ties and would start from a random head, were there none.
-        embedding = next(item for item in plan if item[2].ours == ("text.embedding",))
-        plan.append((head_key(layout, config), *embedding[1:]))
-    shards = _split(plan, shard_bytes)
-    done, weight_map = 0, {}
-    for number, shard in enumerate(shards, start=1):
-        name = "model.safetensors"
-        if len(shards) > 1:
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        content = {}
-        for key, layer, rule, _ in shard:
-            parts = [arrays[ours] if layer is None else arrays[ours][layer] for ours in rule.ours]
-            theirs = cast(rule.codec.to_theirs(parts, config), dtype, key)
-            content[disk_key(layout, key)] = np.ascontiguousarray(theirs)
-            done += 1
-            if progress:
-                progress(done, len(plan))
-        _save(folder / name, content)
-        weight_map |= dict.fromkeys(content, name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(i[3] for i in plan)}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _split(plan: list[tuple[str, int | None, Rule, int]], shard_bytes: int):
-    """The plan in runs of at most `shard_bytes`."""
-    if shard_bytes <= 0:
-        raise ValueError(f"shard size is {shard_bytes} bytes; give one above zero, such as 5GB")
-    shards: list[list[tuple[str, int | None, Rule, int]]] = [[]]
-    filled = 0
-    for item in plan:
-        if shards[-1] and filled + item[3] > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(item)
-        filled += item[3]
-    return shards
-
-
-def _save(path: Path, content: dict[str, np.ndarray]) -> None:
-    try:
-        save_file(content, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from None
-    path.chmod(0o644)  # safetensors writes through a private temporary file

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from mis_jax.model.batch import Batch
 from mis_jax.model.config import InternVLConfig
-from mis_jax.weights.convert import read_checkpoint
+from mis_jax.weights.checkpoint import read_checkpoint
 from mis_jax.weights.parameters import build
 
 Logits = Callable[[Batch], Float[Array, "batch length vocab"]]

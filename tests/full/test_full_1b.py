@@ -16,7 +16,8 @@ from mis_jax.generation.answers import answer
 from mis_jax.model.family import published
 from mis_jax.train.loop import train
 from mis_jax.weights import parameters
-from mis_jax.weights.convert import Checkpoint, find_problems, read_checkpoint, write_checkpoint
+from mis_jax.weights.checkpoint import Checkpoint, find_problems, read_checkpoint
+from mis_jax.weights.convert import write_checkpoint
 
 ADDED = {
     "<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645,

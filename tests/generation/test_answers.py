@@ -10,7 +10,7 @@ from mis_jax.generation import answers
 from mis_jax.generation.answers import answer
 from mis_jax.generation.engine import generate_tokens
 from mis_jax.generation.sampling import Sampling
-from mis_jax.weights.convert import read_checkpoint
+from mis_jax.weights.checkpoint import read_checkpoint
 from mis_jax.weights.parameters import build
 
 HOT = Sampling(temperature=2.0, seed=3)

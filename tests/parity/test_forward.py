@@ -13,7 +13,7 @@ import torch
 from mis_jax.model.attention import row_index, segment_mask
 from mis_jax.model.batch import Batch
 from mis_jax.model.internvl import row_lengths
-from mis_jax.weights.convert import Checkpoint, read_checkpoint
+from mis_jax.weights.checkpoint import Checkpoint, read_checkpoint
 from mis_jax.weights.parameters import build
 
 TOLERANCE = 1e-4

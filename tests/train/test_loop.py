@@ -18,7 +18,8 @@ from mis_jax.config import load_config
 from mis_jax.data.processor import Processor
 from mis_jax.train import loop
 from mis_jax.train.loop import FailedRun, Interrupted, train
-from mis_jax.weights.convert import read_checkpoint, write_checkpoint
+from mis_jax.weights.checkpoint import read_checkpoint
+from mis_jax.weights.convert import write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 STEPS = 6  # with a checkpoint every 2

@@ -16,7 +16,7 @@ from mis_jax.model.batch import Batch
 from mis_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from mis_jax.train.step import TrainState, make_train_step, split_parameters
 from mis_jax.weights import parameters
-from mis_jax.weights.convert import Checkpoint, read_checkpoint
+from mis_jax.weights.checkpoint import Checkpoint, read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

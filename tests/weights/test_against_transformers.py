@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import IMAGE_TOKEN, random_batch, random_checkpoint, tiny_config
 
-from mis_jax.weights.convert import read_checkpoint, write_checkpoint
+from mis_jax.weights.checkpoint import read_checkpoint
+from mis_jax.weights.convert import write_checkpoint
 from mis_jax.weights.parameters import build
 
 torch = pytest.importorskip("torch")

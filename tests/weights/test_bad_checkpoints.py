@@ -1,6 +1,9 @@
 """Broken input ends in one ValueError naming file, field and remedy; nothing half-written stays."""
 
+import errno
+import itertools
 import json
+import os
 import re
 import shutil
 
@@ -9,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import assert_same, random_checkpoint, tiny_config
 
-from mis_jax.weights import published
-from mis_jax.weights.convert import find_problems, read_checkpoint, write_checkpoint
+from mis_jax.weights.checkpoint import find_problems, open_checkpoint, read_checkpoint
+from mis_jax.weights.convert import convert, write_checkpoint
 
 ATTENTION = "language_model.model.layers.1.self_attn"
 
@@ -171,7 +174,9 @@ def test_missing_folder_and_missing_config(tmp_path):
     assert f"{tmp_path / 'config.json'}: no such file" in error_of(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "", "[1]", "null", '"internvl"'])
+@pytest.mark.parametrize(
+    "content", ["{", "", "[1]", "null", '"internvl"', "[" * 100_000, '{"a": ' + "1" * 9000 + "}"]
+)
 def test_broken_config(content, folder):
     (folder / "config.json").write_text(content)
     message = error_of(folder)
@@ -186,7 +191,7 @@ def test_truncated_weights(folder):
     for size in (0, 4, 60, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         message = error_of(folder)
-        assert message.startswith(f"{path}: not a readable safetensors file (")
+        assert message.startswith(f"{path}: not a whole safetensors file (")
         assert "download it again" in message
 
 
@@ -194,7 +199,9 @@ def test_pickled_weights_are_never_read(folder):
     (folder / "model.safetensors").unlink()
     assert f"{folder}: no .safetensors file; pickled .bin and .pt weights" in error_of(folder)
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit'\ntR.")
-    assert f"{folder}: no .safetensors file; pickled .bin and .pt weights" in error_of(folder)
+    message = error_of(folder)
+    assert f"{folder}: no .safetensors file, only pytorch_model.bin; pickled .bin" in message
+    assert "save_pretrained(DIR, safe_serialization=True)" in message
 
 
 def test_index_that_names_an_absent_shard(start, tmp_path):
@@ -231,7 +238,7 @@ class TestNative:
 
     def test_version(self, native):
         change_config(native, lambda raw: raw.update(version=9))
-        assert "field 'version' is 9, this mis_jax reads 1; convert" in error_of(native)
+        assert "field 'version' is 9, this mis_jax reads 2; convert" in error_of(native)
 
     def test_unknown_field(self, native):
         change_config(native, lambda raw: raw["config"].update(colour=1))
@@ -249,10 +256,17 @@ class TestNative:
     def test_values_that_are_cut_short(self, native):
         largest = max((native / "params").rglob("*"), key=lambda path: path.stat().st_size)
         largest.write_bytes(largest.read_bytes()[:100])
-        with pytest.raises(
-            ValueError, match=r"params: not readable \(.*convert the checkpoint again"
-        ):
-            read_checkpoint(native)
+        message = error_of(native)
+        assert f"parameter '{largest.parent.name}' lacks chunk {largest.name}, or has it" in message
+        assert message.endswith("convert the checkpoint again")
+
+    def test_chunks_that_are_gone(self, native):
+        """zarr would read zeros where a file is missing."""
+        for layer in (0, 2):
+            (native / "params" / "text.layers.block.gate.kernel" / f"{layer}.0.0").unlink()
+        expected = "parameter 'text.layers.block.gate.kernel' lacks chunk 0.0.0 and 1 more"
+        assert expected in error_of(native)
+        assert expected in find_problems(native)[0]
 
     def test_metadata_or_folder_that_is_gone(self, native):
         metadata = native / "params" / "_METADATA"
@@ -278,31 +292,40 @@ def test_shard_size_of_nothing_is_refused(start, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("layout", ["hf", "internvl"])
+@pytest.mark.parametrize("layout", ["hf", "internvl", "native"])
 def test_full_disk_leaves_nothing_behind(layout, start, tmp_path, monkeypatch):
-    real, written = published.save_file, []
-
-    def fill_up(content, path, **options):
-        if len(written) == 1:
-            raise OSError(28, "No space left on device", str(path))
-        written.append(path)
-        real(content, path, **options)
-
-    monkeypatch.setattr(published, "save_file", fill_up)
+    fill_disk(monkeypatch, after=3)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OSError, match="No space left on device"):
         write_checkpoint(start, tmp_path / "out", layout, shard_bytes=20_000)
-    assert written and sorted(tmp_path.iterdir()) == before
-
-
-def test_failed_native_write_leaves_nothing_behind(start, tmp_path, monkeypatch):
-    def fill_up(folder, tree):
-        folder.mkdir()
-        (folder / "half").write_text("x")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("mis_jax.weights.convert.save_tree", fill_up)
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(OSError, match="No space left"):
-        write_checkpoint(start, tmp_path / "out", "native")
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("layout", ["hf", "internvl", "native"])
+def test_full_disk_keeps_what_a_conversion_has_done(layout, folder, start, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        fill_disk(patch, after=20)
+        with pytest.raises(OSError, match="make room and run the same command again") as caught:
+            convert(open_checkpoint(folder), tmp_path / "out", layout)
+        assert caught.value.errno == errno.ENOSPC
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="not finished: run the same mis-jax command again"):
+        read_checkpoint(tmp_path / "out.incomplete")
+    seen: list[tuple[int, int]] = []
+    convert(open_checkpoint(folder), tmp_path / "out", layout, progress=lambda *p: seen.append(p))
+    assert 0 < seen[0][0] < seen[-1][0] == seen[-1][1]  # went on, and did not start again
+    assert_same(start, read_checkpoint(tmp_path / "out"))
+    assert not (tmp_path / "out.incomplete").exists()
+    assert not list((tmp_path / "out").glob("*INCOMPLETE*"))
+
+
+def fill_disk(monkeypatch, *, after: int) -> None:
+    """Let the disk be full once `after` pieces are written."""
+    pwrite, pieces = os.pwrite, itertools.count()
+
+    def full(descriptor, content, offset):
+        if next(pieces) >= after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(descriptor, content, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)

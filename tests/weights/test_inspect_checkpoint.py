@@ -26,7 +26,7 @@ def test_what_it_tells(format_and_folder, monkeypatch):
         raise AssertionError("a weight was read")
 
     monkeypatch.setattr(published.Shards, "read", no_reading)
-    monkeypatch.setattr("mis_jax.weights.convert.restore_tree", no_reading)
+    monkeypatch.setattr("mis_jax.weights.native.NativeSource.read", no_reading)
     fmt, folder = format_and_folder
     found = inspect_checkpoint(folder)
     assert json.loads(json.dumps(found)) == found
@@ -58,7 +58,7 @@ def test_trouble_with_the_weights_is_listed(rng, tmp_path):
     ]
     path.write_bytes(b"no")
     found = inspect_checkpoint(tmp_path / "out")
-    assert len(found["problems"]) == 1 and "not a readable safetensors" in found["problems"][0]
+    assert len(found["problems"]) == 1 and "not a whole safetensors" in found["problems"][0]
     assert (found["dtype"], found["dtypes"], found["weight_files"]) == (None, {}, 0)
     with pytest.raises(ValueError, match="no such folder"):
         inspect_checkpoint(tmp_path / "nowhere")

@@ -6,7 +6,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import KINDS, TOWERS, assert_same, random_checkpoint, tiny_config
 
 from mis_jax.weights import parameters
-from mis_jax.weights.convert import find_problems, read_checkpoint, write_checkpoint
+from mis_jax.weights.checkpoint import find_problems, read_checkpoint
+from mis_jax.weights.convert import write_checkpoint
 from mis_jax.weights.layouts import rules
 
 

@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_models import IMAGE_TOKEN, KINDS, TOWERS, assert_same, random_checkpoint, tiny_config
 
-from mis_jax.weights.convert import find_problems, read_checkpoint, write_checkpoint
+from mis_jax.weights.checkpoint import find_problems, read_checkpoint
+from mis_jax.weights.convert import write_checkpoint
 
 
 def through(checkpoint, folder, kind, **options):
@@ -161,12 +162,14 @@ def test_companions_and_unknown_fields_go_along(rng, tmp_path):
     )
 
 
-def test_progress_counts_every_tensor(rng, tmp_path):
+def test_progress_counts_bytes(rng, tmp_path):
     start = random_checkpoint(tiny_config("internlm2"), rng, tmp_path / "start")
     seen: list[tuple[int, int]] = []
     write_checkpoint(start, tmp_path / "out", "internvl", progress=lambda *p: seen.append(p))
-    tensors = len(load_file(tmp_path / "out" / "model.safetensors"))
-    assert seen == [(i + 1, tensors) for i in range(tensors)]
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    assert seen[0] == (0, size) and seen[-1] == (size, size)
+    assert len(seen) == len(tensors) + 1 and seen == sorted(seen)
     seen.clear()
     read_checkpoint(tmp_path / "out", progress=lambda *p: seen.append(p))
-    assert seen == [(i + 1, tensors) for i in range(tensors)]
+    assert seen[-1] == (size, size) and seen == sorted(seen)

@@ -10,8 +10,8 @@ import numpy as np
 from mis_jax.model.batch import Batch
 from mis_jax.model.config import InternVLConfig, TextConfig, VisionConfig
 from mis_jax.weights import parameters
-from mis_jax.weights.convert import Checkpoint
-from mis_jax.weights.published import NUMPY_DTYPES
+from mis_jax.weights.checkpoint import Checkpoint
+from mis_jax.weights.values import NUMPY_DTYPES
 
 IMAGE_SIZE = 56  # pixels; 4 x 4 patches, 4 tokens a tile
 IMAGE_TOKEN = 60

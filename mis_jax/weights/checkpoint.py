@@ -1,0 +1,237 @@
+"""A checkpoint folder of any of the three formats, opened, and read into memory or onto a mesh."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from mis_jax.model.config import InternVLConfig
+from mis_jax.weights import parameters
+from mis_jax.weights.config_json import detect_format, read_config
+from mis_jax.weights.fields import Fields
+from mis_jax.weights.layouts import Layout, head_key, rules
+from mis_jax.weights.native import PARAMS, NativeSource, native_problems, stored_shapes
+from mis_jax.weights.peft import (
+    Merged,
+    Settings,
+    adapter_from_tensors,
+    factor_problems,
+    value_problems,
+)
+from mis_jax.weights.peft_files import LORA_FIELDS, official_settings, read_adapter
+from mis_jax.weights.published import PublishedSource, Shards, misfit, problems
+from mis_jax.weights.stream import WORKERS, Progress, Source, is_stacked
+from mis_jax.weights.values import NUMPY_DTYPES, check_dtype, packed
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenCheckpoint:
+    """A checkpoint whose tensors are known and fit its config, and whose values are not read."""
+
+    config: InternVLConfig
+    weights: Source
+    dtype: str  # of most stored tensors
+    folder: Path | None  # its tokenizer files go with every export
+    published: dict[str, Any] | None  # the published config.json it comes from
+    files: tuple[Path, ...] = ()  # that the values lie in
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Parameters in memory, with what is needed to write them again."""
+
+    config: InternVLConfig
+    arrays: dict[str, Any]  # by dotted path, as `parameters.flat` gives them
+    dtype: str
+    folder: Path | None  # its tokenizer files go with every export
+    source: dict[str, Any] | None  # the published config.json it comes from
+
+
+def open_checkpoint(folder: Path, adapter: Path | None = None) -> OpenCheckpoint:
+    """Open a folder of any format, and merge a PEFT `adapter` into it; no value of it is read.
+
+    A checkpoint that holds LoRA factors beside its weights, as the official scripts save it, is
+    merged as well. Raises ValueError: a folder, config.json or weight file that is missing or
+    broken, a model outside the family, or tensors that do not fit, all of them in one error.
+    """
+    opened = _open(Path(folder))
+    if adapter is None:
+        return opened
+    weights = Merged(opened.weights, read_adapter(adapter, opened.config))
+    files = (*opened.files, *(path for path in sorted(adapter.iterdir()) if path.is_file()))
+    return dataclasses.replace(opened, weights=weights, files=files)
+
+
+def _open(folder: Path) -> OpenCheckpoint:
+    kind = detect_format(folder)
+    config, raw = read_config(folder)
+    if kind == "native":
+        found = native_problems(folder, parameters.shapes(config))
+        if found:
+            raise misfit(folder, found, "convert the checkpoint again")
+        dtype = str(next(iter(stored_shapes(folder).values())).dtype)
+        files = tuple(path for path in sorted((folder / PARAMS).rglob("*")) if path.is_file())
+        return OpenCheckpoint(config, NativeSource(folder), dtype, folder, raw.get("source"), files)
+    shards = Shards(folder, kind)
+    config = _tied_as_stored(config, kind, shards)
+    found = problems(shards, kind, config, parameters.shapes(config))
+    found += _lora_problems(shards, kind, config, raw)
+    if found:
+        raise misfit(folder, found, "weights and config.json must come from the same checkpoint")
+    weights: Source = PublishedSource(shards, kind, config)
+    if shards.factors:
+        factors = {factor: file.tensor(key) for factor, (file, key) in shards.factors.items()}
+        if found := value_problems(factors):
+            raise misfit(folder, found, "download the file again")
+        adapter = adapter_from_tensors(factors, kind, config, _lora_settings(shards, raw))
+        weights = Merged(weights, adapter)
+        raw = raw | dict.fromkeys(LORA_FIELDS, 0)
+    return OpenCheckpoint(config, weights, shards.dtype, folder, raw, tuple(shards.files))
+
+
+def _lora_settings(shards: Shards, raw: dict[str, Any]) -> Settings:
+    return official_settings(Fields(shards.folder / "config.json", raw))
+
+
+def _lora_problems(
+    shards: Shards, layout: Layout, config: InternVLConfig, raw: dict[str, Any]
+) -> list[str]:
+    if not shards.factors:
+        return []
+    entries = {factor: file.entries[key] for factor, (file, key) in shards.factors.items()}
+    shapes = {factor: entry.shape for factor, entry in entries.items()}
+    return factor_problems(shapes, layout, config, _lora_settings(shards, raw)) + [
+        f"tensor '{module}.{role}' has dtype {entry.dtype}; supported: F32, BF16, F16"
+        for (module, role), entry in entries.items()
+        if entry.dtype not in NUMPY_DTYPES
+    ]
+
+
+def read_checkpoint(
+    folder: Path,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+    shardings: Mapping[str, Sharding] | None = None,
+) -> Checkpoint:
+    """Read a folder of any format; `dtype` None keeps that of the file (of most of its tensors).
+
+    Without `shardings` (by dotted path) parameters are numpy arrays. With them they go straight to
+    their devices, one parameter after the other, and a process reads the slices it holds alone.
+    Raises ValueError as `open_checkpoint`.
+    """
+    if dtype is not None:
+        check_dtype(dtype)
+    return load(open_checkpoint(folder), dtype, progress, shardings)
+
+
+def load(
+    opened: OpenCheckpoint,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+    shardings: Mapping[str, Sharding] | None = None,
+) -> Checkpoint:
+    """`read_checkpoint` of one that is open."""
+    kept = dtype or opened.dtype
+    shapes = parameters.shapes(opened.config)
+    sizes = {name: NUMPY_DTYPES[kept].itemsize * math.prod(s) for name, s in shapes.items()}
+    arrays: dict[str, Any] = {}
+    done = 0
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for name, shape in shapes.items():
+            part = _Parts(opened.weights, name, shape, kept, pool)
+            if shardings is None:
+                arrays[name] = part(tuple(slice(None) for _ in shape))
+            else:
+                arrays[name] = jax.make_array_from_callback(shape, shardings[name], part)
+            done += sizes[name]
+            if progress:
+                progress(done, sum(sizes.values()))
+    return Checkpoint(opened.config, arrays, kept, opened.folder, opened.published)
+
+
+class _Parts:
+    """Slices of one parameter, each read once; layers are read in parallel."""
+
+    def __init__(
+        self,
+        source: Source,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: str,
+        pool: ThreadPoolExecutor,
+    ):
+        self._source, self._name, self._shape = source, name, shape
+        self._dtype, self._pool = dtype, pool
+        self._read: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
+
+    def __call__(self, index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # None is for types that have no axes
+        spans = tuple(s.indices(side) for s, side in zip(index, self._shape, strict=True))
+        if spans not in self._read:  # devices that hold copies ask for the same slice
+            self._read[spans] = self._slice([slice(*span) for span in spans])
+        return self._read[spans]
+
+    def _slice(self, index: list[slice]) -> np.ndarray:
+        if not is_stacked(self._name):
+            return packed(self._rows(None, index), self._dtype, self._name)
+        result = np.empty([len(range(s.start, s.stop)) for s in index], NUMPY_DTYPES[self._dtype])
+
+        def fill(place: int, layer: int) -> None:
+            result[place] = packed(self._rows(layer, index[1:]), self._dtype, self._name)
+
+        layers = range(index[0].start, index[0].stop)
+        list(self._pool.map(fill, itertools.count(), layers))
+        return result
+
+    def _rows(self, layer: int | None, index: list[slice]) -> np.ndarray:
+        return self._source.read(self._name, layer, index[0])[:, *index[1:]]
+
+
+def find_problems(folder: Path) -> list[str]:
+    """What keeps a folder from being read, one line each; empty when it is sound.
+
+    Looks at headers alone and reads no weights.
+    """
+    folder = Path(folder)
+    try:
+        kind = detect_format(folder)
+        config, raw = read_config(folder)
+        if kind == "native":
+            return native_problems(folder, parameters.shapes(config))
+        shards = Shards(folder, kind)
+        if config.text.tie_embeddings and head_key(kind, config) in shards.shapes:
+            config = _untied(config)  # either way of reading it is sound
+        found = problems(shards, kind, config, parameters.shapes(config))
+        return found + _lora_problems(shards, kind, config, raw)
+    except ValueError as error:
+        return [str(error)]
+
+
+def _tied_as_stored(config: InternVLConfig, layout: Layout, shards: Shards) -> InternVLConfig:
+    """The file decides: a head that differs from the embedding is one of its own.
+
+    Published checkpoints have heads of their own under a config.json that calls them tied, and
+    exports of tied models in the original layout hold the embedding twice.
+    """
+    head = head_key(layout, config)
+    if not config.text.tie_embeddings or head not in shards.shapes:
+        return config
+    untied = _untied(config)
+    if problems(shards, layout, untied, parameters.shapes(untied)):
+        return untied  # whose import tells them
+    embedding = next(r.theirs for r in rules(layout, config) if r.ours == ("text.embedding",))
+    if not np.array_equal(shards.read(head), shards.read(embedding)):
+        return untied
+    shards.drop(head)
+    return config
+
+
+def _untied(config: InternVLConfig) -> InternVLConfig:
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, tie_embeddings=False))

@@ -1,0 +1,94 @@
+"""Parameters that flow piece by piece from where they are to where they shall be."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from mis_jax.folders import Journal
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+#: Bytes of one piece. Memory is bounded by a few pieces, or by the few largest tensors of a layer.
+PIECE = 256 * 2**20
+WORKERS = min(4, os.cpu_count() or 1)
+
+
+class Source(Protocol):
+    """Parameters of a model by our dotted path, in our orientation."""
+
+    def read(self, name: str, layer: int | None = None, rows: slice = slice(None)) -> np.ndarray:
+        """One parameter or, of a stacked one, one `layer`; `rows` cuts the first axis of that.
+
+        The result may be a view, of memory or of a file, and is not to be written to.
+        """
+        ...
+
+
+class ArraySource:
+    """Parameters that are in memory, on the host or on devices."""
+
+    def __init__(self, arrays: Mapping[str, Any]):
+        self._arrays = arrays
+
+    def read(self, name: str, layer: int | None = None, rows: slice = slice(None)) -> np.ndarray:
+        array = self._arrays[name]
+        if isinstance(array, jax.Array) and all(d.platform == "cpu" for d in array.devices()):
+            array = np.asarray(array)  # costs nothing, where slices would be compiled
+        return np.asarray(array if layer is None else array[layer])[rows]
+
+
+def is_stacked(name: str) -> bool:
+    """Whether a parameter has one slice a layer on its first axis."""
+    return ".layers.block." in name
+
+
+def layers_of(name: str, shape: tuple[int, ...]) -> Iterable[int | None]:
+    """The layers of a stacked parameter; of another one, None once."""
+    return range(shape[0]) if is_stacked(name) else (None,)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of a conversion."""
+
+    name: str  # unique in its conversion, the same in every run of it
+    tensor: str  # what a message calls it
+    size: int  # bytes it writes
+    run: Callable[[], bool]  # does it; False when a value is NaN or infinite
+
+
+def run_jobs(jobs: list[Job], journal: Journal | None, progress: Progress | None) -> list[str]:
+    """Do what the journal does not have yet, a few at once; names of tensors with NaN or infinity.
+
+    The first error stops the rest and is raised.
+    """
+    finite: dict[str, bool] = journal.done if journal else {}
+    total = sum(job.size for job in jobs)
+    done = sum(job.size for job in jobs if job.name in finite)
+    if progress:
+        progress(done, total)
+    todo = iter([job for job in jobs if job.name not in finite])
+    running = {}
+    with ThreadPoolExecutor(WORKERS) as pool:
+        try:
+            while True:
+                while len(running) < WORKERS and (job := next(todo, None)):
+                    running[pool.submit(job.run)] = job
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job = running.pop(future)
+                    finite[job.name] = future.result()
+                    if journal:
+                        journal.record(job.name, finite[job.name])
+                    done += job.size
+                    if progress:
+                        progress(done, total)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return list(dict.fromkeys(job.tensor for job in jobs if not finite[job.name]))
