@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,17 +10,15 @@ from typing import Any
 from mis_jax.folders import Journal, finished_folder, resumable_folder
 from mis_jax.weights import parameters
 from mis_jax.weights.checkpoint import Checkpoint, OpenCheckpoint
+from mis_jax.weights.companions import write_companions
 from mis_jax.weights.config_json import Format
-from mis_jax.weights.config_write import native_json, processor_files, published_json
+from mis_jax.weights.config_write import native_json, published_json
 from mis_jax.weights.native import finish_native, native_jobs
 from mis_jax.weights.published_write import finish_published, published_jobs
 from mis_jax.weights.stream import ArraySource, Progress, run_jobs
 from mis_jax.weights.values import check_dtype
 
 SHARD_BYTES = 5 * 10**9
-_WEIGHT_FILES = ("*.safetensors", "*.index.json", "*.bin", "*.pt")
-_TEXT_FILES = (".json", ".model", ".txt", ".jinja")
-_REWRITTEN = ("config.json", "preprocessor_config.json", "processor_config.json")
 _PLAN_VERSION = 1  # another order or size of pieces needs another
 _log = logging.getLogger(__name__)
 
@@ -54,6 +51,7 @@ def convert(
     shapes = parameters.shapes(config)
     plan = {"format": kind, "dtype": dtype, "shard_bytes": shard_bytes}
     with _workplace(opened, destination, plan) as (folder, journal):
+        write_companions(opened.folder, folder, config, kind)  # first: a bad one is told at once
         if kind == "native":
             jobs = native_jobs(folder, opened.weights, shapes, dtype)
         else:
@@ -65,11 +63,6 @@ def convert(
             finish_native(folder, shapes)
         else:
             finish_published(folder)
-        if opened.folder:
-            copy_companions(opened.folder, folder, code=kind != "hf")
-        if kind == "hf":
-            for name, settings in processor_files(config).items():
-                _write_json(folder / name, settings)
         _write_json(folder / "config.json", content)
 
 
@@ -127,20 +120,6 @@ def _not_finite(opened: OpenCheckpoint, tensors: list[str]) -> ValueError:
         f"{opened.folder}: {len(tensors)} tensor(s) hold NaN or infinite values: {named}; download "
         "the file again, or add --allow-nan to convert them as they are"
     )
-
-
-def copy_companions(source: Path, destination: Path, *, code: bool = False) -> None:
-    """Copy tokenizer, generation and template files: everything readable but weights.
-
-    With `code` upstream's Python files go along. They are never run here.
-    """
-    suffixes = (*_TEXT_FILES, ".py") if code else _TEXT_FILES
-    for path in sorted(source.iterdir()):
-        is_weight = any(path.match(pattern) for pattern in _WEIGHT_FILES)
-        if is_weight or path.name in _REWRITTEN or path.suffix not in suffixes:
-            continue
-        if path.is_file():
-            shutil.copyfile(path, destination / path.name)
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -11,6 +11,7 @@ from mis_jax.weights.checkpoint import find_problems
 from mis_jax.weights.config_json import detect_format, read_config
 from mis_jax.weights.native import PARAMS, stored_shapes
 from mis_jax.weights.published import Shards
+from mis_jax.weights.tokenizer_files import tokenizer_problems
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -57,7 +58,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "template": config.template,
         "system_message": config.system_message,
         "tokenizer_files": [name for name in TOKENIZER_FILES if (folder / name).is_file()],
-        "problems": find_problems(folder),
+        "problems": find_problems(folder) + tokenizer_problems(folder, config),
     }
 
 

@@ -40,7 +40,10 @@ def test_what_it_tells(format_and_folder, monkeypatch):
     assert found["text"]["kind"] == "qwen3" and found["vision"]["norm"] == "rms_norm"
     assert (found["tokens_per_tile"], found["max_tiles"], found["image_token_id"]) == (4, 12, 60)
     assert found["template"] == "internvl2_5" and found["system_message"] is None
-    assert found["tokenizer_files"] == ["added_tokens.json"]
+    qwen = {"added_tokens.json", "vocab.json", "merges.txt"}
+    ready = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    files = qwen if fmt != "hf" else qwen - {"added_tokens.json"} | ready
+    assert set(found["tokenizer_files"]) == files
     assert found["problems"] == []
 
 

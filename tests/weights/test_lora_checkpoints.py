@@ -38,7 +38,7 @@ def merged(rng, tmp_path):
         expected[key] = values + 2 * (b @ a)
     folder = tmp_path / "unmerged"
     folder.mkdir()
-    for path in (tmp_path / "plain").glob("*.json"):
+    for path in [*(tmp_path / "plain").glob("*.json"), tmp_path / "plain" / "merges.txt"]:
         (folder / path.name).write_bytes(path.read_bytes())
     change(folder, use_llm_lora=RANK, use_backbone_lora=RANK)
     save_file(unmerged, folder / "model.safetensors")

@@ -137,7 +137,7 @@ def test_companions_and_unknown_fields_go_along(rng, tmp_path):
     raw |= {"auto_map": {"AutoConfig": "x.Y"}, "system_message": None}
     raw["llm_config"] |= {"eos_token_id": 2, "pad_token_id": 2, "torch_dtype": "float32", "odd": 1}
     path.write_text(json.dumps(raw))
-    for name in ("tokenizer.model", "generation_config.json", "merges.txt", "chat_template.jinja"):
+    for name in ("readme.txt", "generation_config.json", "chat_template.jinja"):
         (tmp_path / "a" / name).write_text(name)
     (tmp_path / "a" / "modeling.py").write_text("raise SystemExit")
     (tmp_path / "a" / "pytorch_model.bin").write_text("x")
@@ -146,8 +146,9 @@ def test_companions_and_unknown_fields_go_along(rng, tmp_path):
     write_checkpoint(read_checkpoint(tmp_path / "a"), tmp_path / "b", "native")
     write_checkpoint(read_checkpoint(tmp_path / "b"), tmp_path / "c", "internvl", dtype="bfloat16")
     kept = {p.name for p in (tmp_path / "c").iterdir()}
-    text = {"tokenizer.model", "generation_config.json", "merges.txt", "chat_template.jinja"}
-    assert kept == text | {"added_tokens.json", "modeling.py", "config.json", "model.safetensors"}
+    text = {"readme.txt", "generation_config.json", "chat_template.jinja"}
+    text |= {"added_tokens.json", "vocab.json", "merges.txt", "modeling.py"}
+    assert kept == text | {"config.json", "model.safetensors"}
     back = json.loads((tmp_path / "c" / "config.json").read_text())
     assert back["auto_map"] == {"AutoConfig": "x.Y"} and back["llm_config"]["odd"] == 1
     assert back["torch_dtype"] == back["llm_config"]["torch_dtype"] == "bfloat16"

@@ -37,12 +37,22 @@ def tiny_config(kind: str, tower: str = "layer_norm", **text_changes: Any) -> In
     )
 
 
+def write_tokenizer(folder: Path) -> None:
+    """Letters, and the tokens that every prompt is built of, in Qwen's files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = {chr(ord("a") + i): i for i in range(26)}
+    (folder / "vocab.json").write_text(json.dumps(letters))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokens = ["<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>", "<img>", "</img>", "<quad>"]
+    added = {token: IMAGE_TOKEN - 2 + i for i, token in enumerate(tokens)}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+
+
 def random_checkpoint(
     config: InternVLConfig, rng: np.random.Generator, folder: Path, dtype: str = "float32"
 ) -> Checkpoint:
     """Every parameter random, norms included; `folder` gets the tokenizer file of the model."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "added_tokens.json").write_text(json.dumps({"<IMG_CONTEXT>": IMAGE_TOKEN}))
+    write_tokenizer(folder)
     arrays = {}
     for name, shape in parameters.shapes(config).items():
         values = rng.standard_normal(shape)
