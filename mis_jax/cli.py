@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 Format = Literal["native", "hf", "internvl"]
@@ -132,36 +133,62 @@ def verify(
     a: Annotated[Positional[Path], arg(metavar="A")],
     b: Annotated[Positional[Path], arg(metavar="B")],
     *,
-    dtype: Dtype = "float32",
+    dtype: Dtype | None = None,
+    layers: bool = False,
+    min_overlap: float = 0.99,
+    max_kl: float = 1e-3,
+    max_difference: float | None = None,
+    max_relative: float = 1e-2,
     json: bool = False,
 ) -> None:
-    """Compare the logits of two checkpoints on fixed prompts. Exit code 1 past the thresholds.
+    """Compare two checkpoints on fixed prompts with pictures. Exit code 1 past the thresholds.
 
     Example: mis-jax verify InternVL2_5-8B internvl-8b
+
+    Computes in float32 with one layer of each in memory, so that any size can be compared.
 
     Args:
         a: Reference checkpoint.
         b: Checkpoint to compare with it.
-        dtype: Number format of both.
+        dtype: Round the weights of both to this first; as they are stored without it.
+        layers: Show the difference after every layer, and name the first that differs.
+        min_overlap: Least share of the five likeliest tokens that both must name.
+        max_kl: Largest mean KL divergence of the next-token distributions, in nats.
+        max_difference: Largest difference of two logits; not asked without it.
+        max_relative: What counts as a layer that differs: norm of the difference over the norm.
         json: Print JSON.
     """
     from mis_jax.data.processor import Processor
     from mis_jax.probes import probe_batches
     from mis_jax.weights.config_json import read_config
-    from mis_jax.weights.verify import verify_checkpoints
+    from mis_jax.weights.verify import Thresholds, verify_checkpoints
 
     processor = Processor.from_folder(a, read_config(a)[0])
-    result = verify_checkpoints(a, b, probe_batches(processor), dtype=dtype)
+    thresholds = Thresholds(min_overlap, max_kl, max_difference)
+    result = verify_checkpoints(a, b, probe_batches(processor), thresholds, dtype=dtype)
+    first = result.first_beyond(max_relative)
     if json:
-        _print_json(dataclasses.asdict(result))
+        _print_json(dataclasses.asdict(result) | {"first_layer_that_differs": first and first.name})
     else:
         found = result.comparison
+        if layers:
+            _out.print(_layer_table(result.layers, first))
+            _out.print(f"first that differs: {first.name if first else 'none'}")
         _out.print(f"top-k overlap {found.top_k_overlap:.4f}, mean KL {found.kl:.2e} nats,")
         _out.print(
             f"largest difference {found.max_difference:.2e} over {found.positions} positions"
         )
     if not result.passed:
-        raise Failed(f"{b} does not compute what {a} computes: {'; '.join(result.reasons)}")
+        where = f"; the first layer that differs is {first.name}" if first else ""
+        raise Failed(f"{b} does not compute what {a} computes: {'; '.join(result.reasons)}{where}")
+
+
+def _layer_table(layers: Sequence[Any], first: Any) -> Table:
+    table = Table("after", "largest difference", "relative")
+    for layer in layers:
+        row = (layer.name, f"{layer.max_difference:.2e}", f"{layer.relative:.2e}")
+        table.add_row(*row, style="red" if layer is first else None)
+    return table
 
 
 def data_show(
@@ -505,11 +532,11 @@ def _load_quietly(path: Path, dtype: str | None):
     import jax
 
     from mis_jax.api import load
-    from mis_jax.terminal import steps_bar
+    from mis_jax.terminal import bytes_bar
 
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
-    with steps_bar(_err) as bar:
+    with bytes_bar(_err) as bar:
         return load(path, dtype=dtype, progress=bar.task("reading tensors"))
 
 

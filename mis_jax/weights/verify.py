@@ -3,21 +3,18 @@
 The caller brings the batches, so that nothing here knows prompts or tokenizers.
 """
 
-import functools
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from mis_jax.model.batch import Batch
 from mis_jax.model.config import InternVLConfig
-from mis_jax.weights.checkpoint import read_checkpoint
-from mis_jax.weights.parameters import build
+from mis_jax.weights.checkpoint import open_checkpoint
+from mis_jax.weights.layerwise import States, stages
 
 Logits = Callable[[Batch], Float[Array, "batch length vocab"]]
 TOP_K = 5
@@ -60,12 +57,26 @@ class Thresholds:
 
 
 @dataclass(frozen=True)
+class LayerDifference:
+    """How far the outputs of one stage of two models are apart, over real tiles or tokens."""
+
+    name: str  # "vision layer 3", "projector", "text layer 0", "logits"
+    max_difference: float
+    relative: float  # norm of the difference over the norm of the first one's outputs
+
+
+@dataclass(frozen=True)
 class Verification:
     """The gate's verdict."""
 
     passed: bool
     reasons: list[str]  # empty when passed
     comparison: Comparison
+    layers: list[LayerDifference] = field(default_factory=list)  # in the order of the network
+
+    def first_beyond(self, relative: float) -> LayerDifference | None:
+        """The first stage further apart than that; NaN is. What follows it inherits from it."""
+        return next((layer for layer in self.layers if not layer.relative <= relative), None)
 
 
 def compare(a: Logits, b: Logits, batches: Sequence[Batch]) -> Comparison:
@@ -91,38 +102,57 @@ def verify_checkpoints(
     *,
     dtype: str | None = None,
 ) -> Verification:
-    """Compare two checkpoints of any format, one model in memory at a time, computed in float32.
+    """Compare two checkpoints of any format and size, layer by layer, computed in float32.
 
-    `dtype` is that of the parameters, None what each file has. The logits of `a` are kept
-    meanwhile: positions x vocabulary x 4 bytes. Raises ValueError when a checkpoint cannot be read
-    or the two have different vocabularies or image tokens.
+    One layer of each is in memory at a time. `dtype` rounds the parameters of both first, None
+    leaves them as they are. Raises ValueError when a checkpoint cannot be read or the two are not
+    of one shape, vocabulary and image token.
     """
-    config, model = _load(a, dtype)
-    of_a = list(_logits(model, batches))
-    del model  # before the other one is read
-    other, model = _load(b, dtype)
-    if config.image_token_id != other.image_token_id:
+    thresholds = thresholds or Thresholds()
+    first, second = open_checkpoint(a), open_checkpoint(b)
+    _check_comparable(a, first.config, b, second.config)
+    layers, found = [], None
+    both = zip(stages(first, batches, dtype), stages(second, batches, dtype), strict=True)
+    for (name, x), (_, y) in both:
+        layers.append(_difference(name, x, y))
+        if name == "logits":
+            found = _summary(zip(x, y, strict=True))
+    assert found is not None
+    return dataclasses.replace(_judged(found, thresholds), layers=layers)
+
+
+def _check_comparable(a: Path, first: InternVLConfig, b: Path, second: InternVLConfig) -> None:
+    if first.image_token_id != second.image_token_id:
         raise ValueError(
-            f"{b}: image token {other.image_token_id} is not {config.image_token_id}, "
+            f"{b}: image token {second.image_token_id} is not {first.image_token_id}, "
             f"that of {a}; the two need one tokenizer to be compared"
         )
-    found = _summary(zip(of_a, _logits(model, batches), strict=True))
-    return _judged(found, thresholds)
+    for part in ("vision", "text"):
+        for name in ("num_layers", "hidden_size"):
+            x, y = (getattr(getattr(config, part), name) for config in (first, second))
+            if x != y:
+                raise ValueError(
+                    f"{b}: {part} {name} is {y} and {x} in {a}; verify a model against a "
+                    "conversion of itself"
+                )
+
+
+def _difference(name: str, a: States, b: States) -> LayerDifference:
+    """How far the outputs of one stage are apart, over all batches."""
+    largest = apart = size = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.shape != y.shape or not x.size:  # vocabularies that differ are told with the logits
+            continue
+        largest = float(np.maximum(largest, np.abs(x - y).max()))
+        apart += float(np.square(x - y, dtype=np.float64).sum())
+        size += float(np.square(x, dtype=np.float64).sum())
+    relative = float(np.sqrt(apart / size)) if size else 0.0
+    return LayerDifference(name, largest, relative)
 
 
 def _judged(found: Comparison, thresholds: Thresholds | None) -> Verification:
     reasons = (thresholds or Thresholds()).failures(found)
     return Verification(not reasons, reasons, found)
-
-
-def _load(folder: Path, dtype: str | None) -> tuple[InternVLConfig, Logits]:
-    checkpoint = read_checkpoint(folder, dtype)
-    return checkpoint.config, functools.partial(_run, checkpoint.config, checkpoint.arrays)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _run(config: InternVLConfig, arrays: dict[str, Any], batch: Batch):
-    return build(config, arrays, compute_dtype=jnp.float32)(batch)
 
 
 def _logits(model: Logits, batches: Sequence[Batch]) -> Iterator[np.ndarray]:

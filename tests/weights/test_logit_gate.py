@@ -6,10 +6,21 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import random_batch, random_checkpoint, tiny_config
+from tiny_models import KINDS, random_batch, random_checkpoint, tiny_config
 
+from mis_jax.weights.checkpoint import open_checkpoint
 from mis_jax.weights.convert import write_checkpoint
-from mis_jax.weights.verify import Comparison, Thresholds, compare, verify, verify_checkpoints
+from mis_jax.weights.layerwise import stages
+from mis_jax.weights.parameters import build
+from mis_jax.weights.verify import (
+    Comparison,
+    LayerDifference,
+    Thresholds,
+    Verification,
+    compare,
+    verify,
+    verify_checkpoints,
+)
 
 
 @pytest.fixture
@@ -102,3 +113,79 @@ def test_nothing_to_compare(rng):
         compare(fixed([1.0]), fixed([1.0]), [])
     with pytest.raises(ValueError, match="vocabularies of 2 and 3 tokens"):
         compare(fixed([1.0, 2.0]), fixed([1.0, 2.0, 3.0]), [random_batch(rng)])
+
+
+# Layer by layer
+
+STAGES = [
+    "vision embeddings", "vision layer 0", "vision layer 1", "projector", "text embeddings",
+    "text layer 0", "text layer 1", "text layer 2", "logits",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tower", ["layer_norm", "rms_norm"])
+def test_one_layer_at_a_time_gives_the_same_logits(kind, tower, rng, tmp_path):
+    config = dataclasses.replace(
+        tiny_config(kind, tower), select_layer=-1 if kind != "llama" else -2
+    )
+    start = random_checkpoint(config, rng, tmp_path / "start")
+    write_checkpoint(start, tmp_path / "model", "internvl")
+    with_pictures = random_batch(rng)
+    none = {"tiles": with_pictures.tiles[:0], "tile_mask": with_pictures.tile_mask[:0]}
+    text_only = dataclasses.replace(with_pictures, **none)
+    batches = [with_pictures, text_only]
+    model = build(config, start.arrays, compute_dtype=jnp.float32)
+    found = list(stages(open_checkpoint(tmp_path / "model"), batches, None))
+    assert [name for name, _ in found] == [
+        stage for stage in STAGES if kind != "llama" or stage != "vision layer 1"
+    ]
+    for batch, logits in zip(batches, found[-1][1], strict=True):
+        real = np.asarray(batch.segment_ids) > 0
+        expected = np.asarray(model(batch))[real]
+        # What rounding leaves after sums in another order: relative to the logits' own size.
+        assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+CHANGED = {
+    "vision.position_embed": (None, "vision embeddings"),
+    "vision.layers.block.up.kernel": (1, "vision layer 1"),
+    "vision.layers.block.attention_norm.scale": (0, "vision layer 0"),
+    "projector.second.bias": (None, "projector"),
+    "text.embedding": (None, "text embeddings"),
+    "text.layers.block.attention.k.kernel": (2, "text layer 2"),
+    "text.layers.block.down.kernel": (0, "text layer 0"),
+    "text.norm.scale": (None, "logits"),
+    "text.head": (None, "logits"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_the_first_layer_that_differs_is_named(name, rng, tmp_path):
+    start = random_checkpoint(tiny_config("qwen2"), rng, tmp_path / "start")
+    write_checkpoint(start, tmp_path / "a", "internvl")
+    layer, stage = CHANGED[name]
+    changed = start.arrays[name].copy()
+    changed[slice(None) if layer is None else layer] *= -1.3
+    arrays = start.arrays | {name: changed}
+    write_checkpoint(dataclasses.replace(start, arrays=arrays), tmp_path / "b", "hf")
+    found = verify_checkpoints(tmp_path / "a", tmp_path / "b", [random_batch(rng)])
+    assert [layer.name for layer in found.layers] == STAGES
+    first = found.first_beyond(1e-3)
+    assert first is not None and first.name == stage
+    assert all(layer.relative == 0 for layer in found.layers[: STAGES.index(stage)])
+
+
+def test_nan_is_beyond_every_threshold():
+    row = LayerDifference("text layer 0", float("nan"), float("nan"))
+    found = Verification(False, [], Comparison(1.0, 0.0, 0.0, 1), [row])
+    assert found.first_beyond(1e9) is row
+
+
+def test_models_of_other_shapes_are_refused(rng, tmp_path):
+    for name, layers in (("a", 3), ("b", 2)):
+        config = tiny_config("qwen2", num_layers=layers)
+        start = random_checkpoint(config, rng, tmp_path / f"{name}.start")
+        write_checkpoint(start, tmp_path / name, "internvl")
+    with pytest.raises(ValueError, match="text num_layers is 2 and 3 in"):
+        verify_checkpoints(tmp_path / "a", tmp_path / "b", [random_batch(rng)])
