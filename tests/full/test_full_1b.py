@@ -1,14 +1,13 @@
 """InternVL2.5-1B at its full shape, random weights: load, one two-image answer, one train step."""
 
 import json
+import sys
 from pathlib import Path
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizers import pre_tokenizers
 
 import mis_jax
 from mis_jax.config import DataConfig, DtypeConfig, RunConfig, Source, TrainConfig
@@ -16,60 +15,18 @@ from mis_jax.generation.answers import answer
 from mis_jax.model.family import published
 from mis_jax.train.loop import train
 from mis_jax.weights import parameters
-from mis_jax.weights.checkpoint import Checkpoint, find_problems, read_checkpoint
-from mis_jax.weights.convert import write_checkpoint
+from mis_jax.weights.checkpoint import find_problems, read_checkpoint
 
-ADDED = {
-    "<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645,
-    "<img>": 151665, "</img>": 151666, "<IMG_CONTEXT>": 151667,
-    "<quad>": 151668, "</quad>": 151669, "<ref>": 151670, "</ref>": 151671,
-    "<box>": 151672, "</box>": 151673,
-}  # fmt: skip
-
-
-def write_byte_tokenizer(folder: Path) -> Path:
-    """Qwen2's file layout and special ids over single bytes."""
-    folder.mkdir()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    (folder / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(alphabet)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    (folder / "added_tokens.json").write_text(json.dumps(ADDED))
-    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>",
-                "pad_token": "<|endoftext|>", "add_bos_token": False}  # fmt: skip
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
-
-
-def random_parameters(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """bfloat16 values of a size that keeps activations finite; drawn once and repeated."""
-    pool = np.random.default_rng(0).standard_normal(2**20 + 7).astype(np.float32)
-    arrays = {}
-    for name, shape in shapes.items():
-        if "norm" in name or name.endswith("_scale"):
-            arrays[name] = np.full(
-                shape, 0.1 if name.endswith("_scale") else 1.0, ml_dtypes.bfloat16
-            )
-        else:
-            scale = shape[-2] ** -0.5 if name.endswith("kernel") else 0.02
-            values = np.resize((pool * scale).astype(ml_dtypes.bfloat16), int(np.prod(shape)))
-            arrays[name] = values.reshape(shape)
-    return arrays
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+import make_random_checkpoint
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("full")
     config = published("internvl2_5-1b")
-    shapes = parameters.shapes(config)
-    assert sum(int(np.prod(shape)) for shape in shapes.values()) == 938_193_024
-    source = Checkpoint(
-        config,
-        random_parameters(shapes),
-        "bfloat16",
-        write_byte_tokenizer(folder / "tokenizer"),
-        None,
-    )
-    write_checkpoint(source, folder / "internvl", "internvl", shard_bytes=10**9)
+    assert sum(parameters.count(config).values()) == 938_193_024
+    make_random_checkpoint.write(config, folder / "internvl", shard_bytes=10**9)
     return folder / "internvl"
 
 
