@@ -19,7 +19,7 @@ DEV := $(VENV)/.installed-dev
 PYTEST_ARGS ?=
 ARGS ?=
 
-.PHONY: help setup quickstart test lint format docs clean
+.PHONY: help setup quickstart test bench lint format docs clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -31,6 +31,9 @@ quickstart: $(CORE)  ## the whole loop on the mini world, report in runs/quickst
 
 test: lint  ## lint, then every test
 	$(BIN)/pytest --durations=15 $(PYTEST_ARGS)
+
+bench: $(DEV)  ## conversion of a 1B-size checkpoint: time against a plain copy, memory, every bit
+	$(BIN)/python -m benchmarks convert internvl2_5-1b
 
 lint: $(DEV)  ## import order of the folders, style, format, types
 	$(BIN)/lint-imports

@@ -1,0 +1,1 @@
+"""Ours against the peer and against the machine, measured in one run."""

@@ -1,0 +1,18 @@
+"""`python -m benchmarks NAME ...`: one benchmark; `--help` after the name tells its options."""
+
+import importlib
+import sys
+
+NAMES = ("convert",)
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in NAMES:
+        sys.exit(f"usage: python -m benchmarks {{{','.join(NAMES)}}} [--help]")
+    sys.argv[:2] = [f"python -m benchmarks {name}"]
+    importlib.import_module(f"benchmarks.{name}").main()
+
+
+if __name__ == "__main__":
+    main()

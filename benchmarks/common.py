@@ -1,0 +1,71 @@
+"""What every benchmark shares: the machine's description, result files, child processes."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "tensorstore",
+    "safetensors",
+    "torch",
+    "transformers",
+)
+
+
+def environment() -> dict[str, Any]:
+    """Date, processor, memory and versions, to stand beside every figure."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": f"CPU, {os.cpu_count()} cores, {platform.machine()}",
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """A finished child process."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_gib: float  # resident, mapped files included
+
+
+def run(command: Sequence[str]) -> Ran:
+    """Run a child to its end; RuntimeError when it fails."""
+    began = time.perf_counter()
+    child = subprocess.Popen(command)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}")
+    cpu = usage.ru_utime + usage.ru_stime
+    return Ran(time.perf_counter() - began, cpu, usage.ru_maxrss / 2**20)
+
+
+def save(name: str, results: dict[str, Any]) -> Path:
+    """Write one run's figures into `benchmarks/results/`."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(environment() | results, indent=2) + "\n", encoding="utf-8")
+    return path
