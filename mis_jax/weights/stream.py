@@ -1,8 +1,9 @@
 """Parameters that flow piece by piece from where they are to where they shall be."""
 
+import collections
 import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +15,9 @@ from mis_jax.folders import Journal
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 #: Bytes of one piece. Memory is bounded by a few pieces, or by the few largest tensors of a layer.
 PIECE = 256 * 2**20
-WORKERS = min(4, os.cpu_count() or 1)
+#: More than there are cores: some wait for the disk.
+WORKERS = min(8, 2 * (os.cpu_count() or 1))
+_IN_FLIGHT = 2**30  # bytes that the pieces under way may write, unless one alone writes more
 
 
 class Source(Protocol):
@@ -71,12 +74,16 @@ def run_jobs(jobs: list[Job], journal: Journal | None, progress: Progress | None
     done = sum(job.size for job in jobs if job.name in finite)
     if progress:
         progress(done, total)
-    todo = iter([job for job in jobs if job.name not in finite])
-    running = {}
+    coming = collections.deque(job for job in jobs if job.name not in finite)
+    running: dict[Future[bool], Job] = {}
     with ThreadPoolExecutor(WORKERS) as pool:
         try:
             while True:
-                while len(running) < WORKERS and (job := next(todo, None)):
+                while coming and len(running) < WORKERS:
+                    under_way = sum(job.size for job in running.values())
+                    if running and under_way + coming[0].size > _IN_FLIGHT:
+                        break
+                    job = coming.popleft()
                     running[pool.submit(job.run)] = job
                 if not running:
                     break

@@ -1,0 +1,151 @@
+"""Verbs over checkpoint folders: convert, inspect, verify."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from rich.table import Table
+from tyro.conf import Positional, arg
+
+from mis_jax.cli.common import Dtype, Failed, console, err_console, print_json
+
+Format = Literal["native", "hf", "internvl"]
+
+
+def convert(
+    src: Annotated[Positional[Path], arg(metavar="SRC")],
+    dst: Annotated[Positional[Path], arg(metavar="DST")],
+    *,
+    format: Format,
+    dtype: Dtype | None = None,
+    shard_size: str = "5GB",
+    adapter: Path | None = None,
+    allow_nan: bool = False,
+) -> None:
+    """Write a checkpoint in another format. Interrupted, the same command finishes it.
+
+    Example: mis-jax convert InternVL2_5-8B internvl-8b --format native --dtype bfloat16
+
+    Until it is finished the folder is called DST.incomplete.
+
+    Args:
+        src: Checkpoint folder in any of the three formats.
+        dst: Folder to write; it must not exist yet.
+        format: native (ours), hf (transformers) or internvl (the original internvl_chat).
+        dtype: Number format of the weights; the file's own without it.
+        shard_size: Largest safetensors file, such as 5GB or 500MB.
+        adapter: Folder of a LoRA adapter in PEFT's format to merge into the weights.
+        allow_nan: Convert tensors that hold NaN or infinity as they are.
+    """
+    from mis_jax.terminal import bytes_bar
+    from mis_jax.weights import convert
+    from mis_jax.weights.checkpoint import open_checkpoint
+
+    shard_bytes = _bytes(shard_size)
+    opened = open_checkpoint(src, adapter)
+    with bytes_bar(err_console) as bar:
+        convert.convert(
+            opened,
+            dst,
+            format,
+            dtype=dtype,
+            shard_bytes=shard_bytes,
+            allow_nonfinite=allow_nan,
+            progress=bar.task("converting"),
+        )
+    console.print(f"wrote {dst} ({format}, {dtype or opened.dtype})")
+
+
+def inspect(src: Annotated[Positional[Path], arg(metavar="SRC")], *, json: bool = False) -> None:
+    """What a checkpoint folder holds, and what is wrong with it. Exit code 1 if anything is.
+
+    Example: mis-jax inspect InternVL2_5-8B
+
+    Args:
+        src: Checkpoint folder in any of the three formats.
+        json: Print JSON.
+    """
+    from mis_jax.weights.inspect import inspect_checkpoint
+
+    found = inspect_checkpoint(src)
+    if json:
+        print_json(found)
+    else:
+        for key, value in found.items():
+            if key != "problems":
+                console.print(f"{key:>20}  {value}", highlight=False)
+        for problem in found["problems"]:
+            console.print(f"[red]problem[/]  {problem}", highlight=False)
+    if found["problems"]:
+        raise Failed(f"{src}: {len(found['problems'])} problem(s)")
+
+
+def verify(
+    a: Annotated[Positional[Path], arg(metavar="A")],
+    b: Annotated[Positional[Path], arg(metavar="B")],
+    *,
+    dtype: Dtype | None = None,
+    layers: bool = False,
+    min_overlap: float = 0.99,
+    max_kl: float = 1e-3,
+    max_difference: float | None = None,
+    max_relative: float = 1e-2,
+    json: bool = False,
+) -> None:
+    """Compare two checkpoints on fixed prompts with pictures. Exit code 1 past the thresholds.
+
+    Example: mis-jax verify InternVL2_5-8B internvl-8b
+
+    Computes in float32 with one layer of each in memory, so that any size can be compared.
+
+    Args:
+        a: Reference checkpoint.
+        b: Checkpoint to compare with it.
+        dtype: Round the weights of both to this first; as they are stored without it.
+        layers: Show the difference after every layer, and name the first that differs.
+        min_overlap: Least share of the five likeliest tokens that both must name.
+        max_kl: Largest mean KL divergence of the next-token distributions, in nats.
+        max_difference: Largest difference of two logits; not asked without it.
+        max_relative: What counts as a layer that differs: norm of the difference over the norm.
+        json: Print JSON.
+    """
+    from mis_jax.data.processor import Processor
+    from mis_jax.probes import probe_batches
+    from mis_jax.weights.config_json import read_config
+    from mis_jax.weights.verify import Thresholds, verify_checkpoints
+
+    processor = Processor.from_folder(a, read_config(a)[0])
+    thresholds = Thresholds(min_overlap, max_kl, max_difference)
+    result = verify_checkpoints(a, b, probe_batches(processor), thresholds, dtype=dtype)
+    first = result.first_beyond(max_relative)
+    if json:
+        print_json(dataclasses.asdict(result) | {"first_layer_that_differs": first and first.name})
+    else:
+        found = result.comparison
+        if layers:
+            console.print(_layer_table(result.layers, first))
+            console.print(f"first that differs: {first.name if first else 'none'}")
+        console.print(f"top-k overlap {found.top_k_overlap:.4f}, mean KL {found.kl:.2e} nats,")
+        console.print(
+            f"largest difference {found.max_difference:.2e} over {found.positions} positions"
+        )
+    if not result.passed:
+        where = f"; the first layer that differs is {first.name}" if first else ""
+        raise Failed(f"{b} does not compute what {a} computes: {'; '.join(result.reasons)}{where}")
+
+
+def _layer_table(layers: Sequence[Any], first: Any) -> Table:
+    table = Table("after", "largest difference", "relative")
+    for layer in layers:
+        row = (layer.name, f"{layer.max_difference:.2e}", f"{layer.relative:.2e}")
+        table.add_row(*row, style="red" if layer is first else None)
+    return table
+
+
+def _bytes(text: str) -> int:
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = text[:-2], text[-2:].upper()
+    if unit not in units or not number.replace(".", "", 1).isdigit():
+        raise ValueError(f"--shard-size {text!r}: write a number with KB, MB or GB, such as 5GB")
+    return int(float(number) * units[unit])

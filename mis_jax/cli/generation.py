@@ -1,0 +1,72 @@
+"""The verb generate."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional, arg
+
+from mis_jax.cli.common import Dtype, console, err_console, load_quietly, print_json
+
+
+def generate(
+    model: Annotated[Positional[Path], arg(metavar="MODEL")],
+    *,
+    prompt: str | None = None,
+    image: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+    system: str = "default",
+    max_new_tokens: int = 1024,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    max_tiles: int | None = None,
+    dtype: Dtype | None = None,
+    batch: Path | None = None,
+    out: Path | None = None,
+    json: bool = False,
+) -> None:
+    r"""Answer one prompt, or many from a file.
+
+    Example: mis-jax generate runs/mirage/final --prompt "What is it?" --image a.png --image b.png
+
+    Args:
+        model: Checkpoint folder in any of the three formats.
+        prompt: The question; <image> marks where each image belongs, else they come first.
+        image: An image file; repeat the option for several.
+        system: default (the checkpoint's own), none, or a text.
+        max_new_tokens: Longest answer.
+        temperature: 0 is greedy.
+        top_p: Sample from the most probable tokens of this total probability.
+        seed: Of the sampling.
+        max_tiles: Tiles of a conversation, divided over its images; the checkpoint's without it.
+        dtype: Number format; float32 on a CPU and the file's own elsewhere without it.
+        batch: JSON lines with id, prompt and images (a list of paths) instead of --prompt.
+        out: Answers to --batch, one JSON line each.
+        json: Print text, prompt_tokens, completion_tokens and finish_reason as JSON.
+    """
+    from mis_jax.generation.files import Request, answer_file, ask_once, printed
+    from mis_jax.generation.sampling import Sampling
+
+    if (prompt is None) == (batch is None):
+        raise ValueError("give either --prompt TEXT or --batch FILE.jsonl")
+    if batch is not None and (out is None or image):
+        raise ValueError("--batch needs --out FILE.jsonl, and takes images from the file's rows")
+    network, processor = load_quietly(model, dtype)
+    request = Request(
+        Sampling(temperature=temperature, top_p=top_p, seed=seed),
+        system=system,
+        max_new_tokens=max_new_tokens,
+        max_tiles=max_tiles,
+    )
+    if batch is not None and out is not None:
+        from mis_jax.terminal import steps_bar
+
+        with steps_bar(err_console) as bar:
+            answer_file(network, processor, batch, out, request, bar.task("answers"))
+        return
+    assert prompt is not None
+    completion = ask_once(network, processor, prompt, image, request)
+    if json:
+        print_json(printed(completion))
+    else:
+        console.print(completion.text, markup=False, highlight=False)

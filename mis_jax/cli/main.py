@@ -1,0 +1,137 @@
+"""The console script: finds the verb, parses its words, turns errors into exit codes."""
+
+import contextlib
+import errno
+import functools
+import io
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.logging import RichHandler
+from tyro.conf import FlagCreatePairsOff
+
+from mis_jax.cli.checkpoints import convert, inspect, verify
+from mis_jax.cli.common import Failed, err_console, fail
+from mis_jax.cli.data import data_show
+from mis_jax.cli.evaluation import eval_, judge, report
+from mis_jax.cli.generation import generate
+from mis_jax.cli.training import quickstart, train
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # the run's fate, not the user's mistake
+VERBS: dict[str, Callable[..., None]] = {
+    "quickstart": quickstart,
+    "convert": convert,
+    "inspect": inspect,
+    "verify": verify,
+    "data show": data_show,
+    "train": train,
+    "generate": generate,
+    "eval": eval_,
+    "judge": judge,
+    "report": report,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exit code 0 on success, 1 on a failed run, 2 on bad usage or bad input."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=err_console, show_path=False)],
+    )
+    logging.getLogger("mis_jax").setLevel(logging.INFO)
+    for noisy in ("absl", "jax", "orbax", "PIL", "matplotlib", "h5py", "fontTools"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    name, verb, rest = _find_verb(words)
+    try:
+        _run(name, verb, rest)
+    except KeyboardInterrupt:
+        fail("stopped; run the same command again to go on", 1)
+    except Exception as error:
+        if debug:
+            raise
+        from mis_jax.train.loop import FailedRun
+
+        failed = isinstance(error, Failed | FailedRun)
+        if not failed and not isinstance(error, ValueError | OSError):
+            fail(f"{type(error).__name__}: {error} (a fault of mis-jax? --debug shows where)", 1)
+        disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
+        fail(str(error), 1 if failed or disk else 2)
+
+
+def _find_verb(words: list[str]) -> tuple[str, Callable[..., None], list[str]]:
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in VERBS:
+            return name, VERBS[name], words[length:]
+    if words and words[0] == "--version":
+        from mis_jax import __version__
+
+        print(__version__)
+        raise SystemExit(0)
+    lines = [f"  {name:<11} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
+    text = "usage: mis-jax VERB ... [--debug]\n\n" + "\n".join(lines)
+    text += "\n\n`mis-jax VERB --help` shows options and an example."
+    if not words or words[0] in ("-h", "--help"):
+        print(text)
+        raise SystemExit(0 if words else 2)
+    fail(f"unknown verb '{words[0]}'; there are: {', '.join(VERBS)}", 2)
+
+
+def _run(name: str, verb: Callable[..., None], rest: list[str]) -> None:
+    if verb is train:
+        train(_train_config(rest))
+        return
+    description = (verb.__doc__ or "").split("Args:")[0].strip()
+
+    @functools.wraps(verb)
+    def parsed(*words: Any, **options: Any) -> Callable[[], None]:
+        return functools.partial(verb, *words, **options)
+
+    _parse(parsed, f"mis-jax {name}", rest, description=description)()
+
+
+def _train_config(rest: list[str]) -> Any:
+    """CONFIG from YAML, overridden by `--field value`."""
+    from mis_jax.config import DataConfig, RunConfig, Source, TrainConfig, load_config
+
+    if rest and not rest[0].startswith("-"):
+        loaded, rest = load_config(Path(rest[0])), rest[1:]
+    elif any(word in ("-h", "--help") for word in rest):  # the options, with a stand-in for CONFIG
+        sources = (Source("mis", root=Path("ROOT")),)
+        loaded = RunConfig(
+            Path("MODEL"), Path("OUTPUT"), DataConfig(sources=sources), TrainConfig(epochs=2)
+        )
+    else:
+        raise ValueError("the first argument is the YAML file of a run: mis-jax train CONFIG")
+    description = (
+        f"{train.__doc__}\n\nExample: mis-jax train configs/mirage.yaml --output runs/mine "
+        "--optimizer.learning-rate 1e-5\n\nCONFIG is a YAML file; every option overrides one field."
+    )
+    return _parse(RunConfig, "mis-jax train CONFIG", rest, default=loaded, description=description)
+
+
+def _parse(target: Callable[..., Any], program: str, words: list[str], **options: Any) -> Any:
+    """tyro's parser, its boxed errors made one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                target, prog=program, args=words, config=(FlagCreatePairsOff,), **options
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
+        wanted = [
+            line for line in lines if line.strip("─ ") and not line.endswith(("helptext", "--help"))
+        ]
+        usage = program.removesuffix(" CONFIG")
+        fail(f"{' '.join(wanted) or said.getvalue().strip()} (see `{usage} --help`)", 2)
