@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-NAMES = ("convert",)
+NAMES = ("convert", "data_pipeline")
 
 
 def main() -> None:

@@ -23,24 +23,38 @@ class Source:
     """One set of training samples."""
 
     __pydantic_config__ = _STRICT
-    kind: Literal["mis", "sharegpt", "jsonl"]
-    """mis: a folder with the published `mis_<split>.json`; sharegpt: one such JSON list;
-    jsonl: InternVL's one object a line."""
+    kind: Literal["mis", "sharegpt", "jsonl", "meta"]
+    """mis: a folder with the published `mis_<split>.json`, or one that `data build` wrote;
+    sharegpt: a JSON list of such samples, LLaVA's and LLaMA-Factory's included; jsonl: InternVL's
+    one object a line; meta: InternVL's file that names several jsonl."""
     root: Path | None = None
-    """Folder that image paths are relative to; for `mis` the published folder."""
+    """Folder that image paths are relative to; for `mis` the published or built folder."""
     path: Path | None = None
-    """The annotation file of `sharegpt` and `jsonl`."""
+    """The annotation file of `sharegpt` and `jsonl`, or the file of `meta`."""
     split: str = "train"
     """Split of `mis`."""
     count: int | None = None
     """Take so many samples, chosen by the seed; all without it."""
+    weight: float | None = None
+    """Share of an epoch, relative to the other sources' weights; every source has one, or none."""
+    augment: bool = False
+    """Encode its tiles as JPEG again, with a random quality."""
+    max_tiles: int | None = None
+    """Tiles of its samples, in the place of `data.max_tiles`."""
 
     def __post_init__(self) -> None:
         needed = "root" if self.kind == "mis" else "path"
         if getattr(self, needed) is None:
             raise ValueError(f"a source of kind '{self.kind}' needs the field '{needed}'")
-        if self.count is not None and self.count < 1:
-            raise ValueError(f"count is {self.count}; give at least 1 or leave it out")
+        if self.kind == "meta" and self.root is not None:
+            raise ValueError("root is not for kind 'meta', whose file names a root for each set")
+        for name in ("count", "max_tiles"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; give at least 1 or leave it out")
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise ValueError(f"weight is {self.weight}; give a number above 0 or leave it out")
+        if self.weight is not None and self.count is not None:
+            raise ValueError("count and weight exclude each other; give one of them")
 
 
 @dataclass(frozen=True)
@@ -52,10 +66,16 @@ class DataConfig:
     """Sets of samples, mixed as they come."""
     max_length: int = 8192
     """Tokens of a row; a longer sample is a bad sample."""
+    too_long: Literal["refuse", "truncate"] = "refuse"
+    """truncate: cut the end off an answer that is too long, never off an image."""
     max_tiles: int = 6
     """Tiles of a sample, divided over its images; thumbnails come on top."""
     packing: bool = False
-    """Several samples a row (not available yet)."""
+    """Several samples a row of `max_length` tokens, each seeing itself alone."""
+    pack_tiles: int | None = None
+    """Tiles of a packed row; as many as go with its tokens, by the samples' sizes, without it."""
+    tile_cache: Path | None = None
+    """Folder that keeps decoded tiles, for later epochs and runs."""
     workers: int = 0
     """Processes that read and tile images; 0 reads in threads."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
@@ -64,8 +84,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("data.sources is empty; name at least one source")
-        if self.packing:
-            raise ValueError("data.packing: true is not available in this version; set it to false")
+        if self.pack_tiles is not None:
+            if not self.packing:
+                raise ValueError("data.pack_tiles is of packed rows; set data.packing: true")
+            _at_least("data.pack_tiles", self.pack_tiles, 1)
         _at_least("data.max_length", self.max_length, 1)
         _at_least("data.max_tiles", self.max_tiles, 1)
         _at_least("data.workers", self.workers, 0)

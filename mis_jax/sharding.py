@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from mis_jax.config import MeshConfig
 from mis_jax.model.batch import Batch
@@ -85,6 +86,26 @@ def batch_sharding(mesh: Mesh, *, accumulated: bool = False) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*([None] if accumulated else []), BATCH_AXES))
 
 
+def held_rows(mesh: Mesh, rows: int, micro_batch: int | None = None) -> Int[np.ndarray, " held"]:
+    """Which rows of a step of `rows` this process has devices for, in order.
+
+    Where a tensor axis reaches over several processes, each of them holds the same rows.
+    """
+    each = micro_batch or rows
+    held = np.zeros(each, bool)
+    for index in batch_sharding(mesh).addressable_devices_indices_map((each,)).values():
+        held[index or slice(None)] = True
+    return (np.arange(0, rows, each)[:, None] + np.flatnonzero(held)).reshape(-1)
+
+
 def put_batch(batch: Batch, mesh: Mesh, *, accumulated: bool = False) -> Batch:
-    """Place a batch from host memory on the mesh; every field is split along its rows."""
-    return jax.device_put(batch, batch_sharding(mesh, accumulated=accumulated))
+    """Place a batch from host memory on the mesh; every field is split along its rows.
+
+    With several processes each gives the rows of `held_rows`.
+    """
+    sharding = batch_sharding(mesh, accumulated=accumulated)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(
+        lambda field: jax.make_array_from_process_local_data(sharding, field), batch
+    )

@@ -5,8 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import grain
-import grain.checkpoint
 import orbax.checkpoint as ocp
 
 
@@ -21,7 +19,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 
 class RunCheckpoints:
-    """Checkpoints of a training run: state, data iterator and timer, saved together."""
+    """Checkpoints of a training run: state, place in the data and timer, saved together."""
 
     def __init__(self, folder: Path, keep: int):
         self._folder = Path(folder).absolute()
@@ -45,7 +43,7 @@ class RunCheckpoints:
         """Step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, data: Any, meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Write one checkpoint; it counts only once it is complete.
 
         Raises OSError when the disk does not take it.
@@ -55,15 +53,14 @@ class RunCheckpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    data=grain.checkpoint.CheckpointSave(data),
                     meta=ocp.args.JsonSave(meta),
                 ),
             )
             self._manager.wait_until_finished()
         assert written, f"orbax did not save step {step}"
 
-    def restore(self, step: int, state: Any, data: Any) -> tuple[Any, dict[str, Any]]:
-        """State in the shapes and shardings of the (abstract) `state`; sets the iterator `data`.
+    def restore(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
+        """State in the shapes and shardings of the (abstract) `state`, and what was saved with it.
 
         Raises ValueError naming the folder when it cannot be read.
         """
@@ -72,7 +69,6 @@ class RunCheckpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(state),
-                    data=grain.checkpoint.CheckpointRestore(data),
                     meta=ocp.args.JsonRestore(),
                 ),
             )

@@ -27,8 +27,10 @@ from mis_jax.config import (
 OPTIONS = {
     "model", "output", "seed",
     "data.sources", "data.sources.kind", "data.sources.root", "data.sources.path",
-    "data.sources.split", "data.sources.count", "data.max_length", "data.max_tiles",
-    "data.packing", "data.workers", "data.on_bad_sample",
+    "data.sources.split", "data.sources.count", "data.sources.weight", "data.sources.augment",
+    "data.sources.max_tiles", "data.max_length", "data.max_tiles",
+    "data.too_long", "data.packing", "data.pack_tiles", "data.tile_cache", "data.workers",
+    "data.on_bad_sample",
     "train.epochs", "train.steps", "train.global_batch", "train.micro_batch", "train.freeze",
     "train.loss_reduction", "train.remat", "train.unroll", "train.save_every", "train.keep",
     "optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_ratio",
@@ -209,8 +211,29 @@ REFUSED = [
         "field 'data.sources.0': count is 0; give at least 1 or leave it out",
     ),
     (
-        dict(data__packing=True),
-        "data.packing: true is not available in this version; set it to false",
+        dict(data__sources=[{"kind": "mis", "root": "a", "max_tiles": 0}]),
+        "field 'data.sources.0': max_tiles is 0; give at least 1 or leave it out",
+    ),
+    (
+        dict(data__sources=[{"kind": "mis", "root": "a", "weight": 0}]),
+        "field 'data.sources.0': weight is 0.0; give a number above 0 or leave it out",
+    ),
+    (
+        dict(data__sources=[{"kind": "mis", "root": "a", "weight": math.nan}]),
+        "field 'data.sources.0': weight is nan; give a number above 0",
+    ),
+    (
+        dict(data__sources=[{"kind": "mis", "root": "a", "weight": 1, "count": 1}]),
+        "field 'data.sources.0': count and weight exclude each other; give one of them",
+    ),
+    (dict(data__sources=[{"kind": "meta"}]), "a source of kind 'meta' needs the field 'path'"),
+    (
+        dict(data__sources=[{"kind": "meta", "path": "a", "root": "b"}]),
+        "field 'data.sources.0': root is not for kind 'meta', whose file names a root for each",
+    ),
+    (
+        dict(data__pack_tiles=8),
+        "data.pack_tiles is of packed rows; set data.packing: true",
     ),
     (dict(data__max_length=0), "data.max_length is 0; give at least 1"),
     (dict(data__max_tiles=-1), "data.max_tiles is -1; give at least 1"),

@@ -90,8 +90,8 @@ def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_docs_show_every_verb() -> None:
     shown = {" ".join(command.verb) for command in COMMANDS}
     assert shown == {
-        "quickstart", "convert", "inspect", "verify", "data show", "train", "generate", "eval",
-        "judge", "report",
+        "quickstart", "convert", "inspect", "verify", "data build", "data show", "train",
+        "generate", "eval", "judge", "report",
     }  # fmt: skip
 
 

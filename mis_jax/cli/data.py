@@ -1,11 +1,12 @@
-"""Verbs over training data: data show."""
+"""Verbs over training data: data show, data build."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
+from rich.table import Table
 from tyro.conf import Positional, arg
 
-from mis_jax.cli.common import console, print_json
+from mis_jax.cli.common import Failed, console, err_console, print_json
 
 
 def data_show(
@@ -13,6 +14,7 @@ def data_show(
     *,
     index: int = 0,
     picture: Path | None = None,
+    stats: bool = False,
     json: bool = False,
 ) -> None:
     """What the model sees of a training sample: prompt, loss mask (green), tiles.
@@ -23,15 +25,22 @@ def data_show(
         config: YAML file of a run.
         index: Number of the sample, before shuffling.
         picture: Write the tiles to this PNG file, an image a line.
-        json: Print id, text, input_ids, loss_mask and tiles as JSON.
+        stats: Instead, sizes of all samples, how well they fill the batches, and every bad one.
+        json: Print JSON (id, text, input_ids, loss_mask, tiles; or the statistics).
     """
     from mis_jax.config import load_config
     from mis_jax.data.processor import Processor
-    from mis_jax.data.show import show_sample
+    from mis_jax.data.show import show_sample, statistics
+    from mis_jax.terminal import steps_bar
     from mis_jax.weights.config_json import read_config
 
     run = load_config(config)
     processor = Processor.from_folder(run.model, read_config(run.model)[0])
+    if stats:
+        with steps_bar(err_console) as bar:
+            found = statistics(run, processor, bar.task("looking at samples"))
+        print_json(found) if json else _print_statistics(found)
+        return
     shown = show_sample(run, processor, index)
     if json:
         print_json(shown.as_json())
@@ -44,3 +53,82 @@ def data_show(
         )
     if picture is not None:
         shown.contact_sheet().save(picture)
+
+
+def _print_statistics(found: dict[str, Any]) -> None:
+    table = Table("", "mean", "5 %", "median", "95 %", "largest", "in all")
+    for name in ("tokens", "answer_tokens", "tiles"):
+        spread = found[name]
+        keys = ("mean", "p5", "median", "p95", "max", "total")
+        table.add_row(name.replace("_", " "), *(f"{spread[key]:,}" for key in keys))
+    console.print(table)
+    for source in found["sources"]:
+        console.print(
+            f"{source['used']:>8,} of {source['available']:,} samples from {source['file']}",
+            highlight=False,
+        )
+    cut, fill = found["truncated"], found["fill"]
+    console.print(f"{found['steps']:,} steps of {found['rows']:,} rows in all, ", end="")
+    console.print(f"{found['samples_per_row']} samples a row, ", end="")
+    console.print(
+        "filled: " + ", ".join(f"{100 * v:.1f} % of {k}" for k, v in fill.items() if v is not None)
+    )
+    for shape in found["shapes"]:
+        console.print(
+            "{steps:>8,} steps of rows of {tokens:,} tokens, {tiles} tiles".format(**shape)
+        )
+    console.print(f"{cut['samples']:,} samples are cut, by {cut['tokens']:,} tokens")
+    for problem in found["bad_samples"]:
+        console.print(f"[red]bad sample[/]  {problem}", highlight=False)
+
+
+def data_build(
+    *,
+    mis_root: Path,
+    out: Path,
+    on_bad_sample: Literal["stop", "skip"] = "stop",
+    workers: int | None = None,
+    json: bool = False,
+) -> None:
+    """Check the published MIS files and store them as one TensorFlow-Datasets set.
+
+    Example: mis-jax data build --mis-root data/mis --out data/mis-built
+
+    Every image is decoded before anything is stored; the folder appears whole or not at all.
+
+    Args:
+        mis_root: Folder with mis_train.json, mis_easy.json and so on, and their images.
+        out: Folder to write; it must not exist yet.
+        on_bad_sample: stop only lists them, in OUT.bad_samples.jsonl; skip leaves them out.
+        workers: Processes that decode images; one for each CPU without it.
+        json: Print the report as JSON.
+    """
+    import dataclasses
+
+    from mis_jax.data.mis_check import WorkersDied
+    from mis_jax.data.mis_tfds import BAD_SAMPLES, NAME, VERSION, build
+    from mis_jax.terminal import steps_bar
+
+    with steps_bar(err_console) as bar:
+        try:
+            report = build(
+                mis_root,
+                out,
+                on_bad_sample=on_bad_sample,
+                workers=workers,
+                progress=bar.task("check and store"),
+            )
+        except WorkersDied as error:
+            raise Failed(str(error)) from error
+    if json:
+        print_json(dataclasses.asdict(report) | {"out": str(report.out)})
+        return
+    lines = [f"{count:>8,} samples of {split}" for split, count in report.splits.items()]
+    if report.missing:
+        lines.append(f"not there: {', '.join(f'mis_{split}.json' for split in report.missing)}")
+    lines += [f"note: {note}" for note in report.size_notes]
+    if report.bad:
+        listed = report.out / NAME / VERSION / BAD_SAMPLES
+        lines.append(f"left out {len(report.bad)} bad sample(s), listed in {listed}")
+    for line in [*lines, f"wrote {report.out}"]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

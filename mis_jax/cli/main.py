@@ -16,7 +16,7 @@ from tyro.conf import FlagCreatePairsOff
 
 from mis_jax.cli.checkpoints import convert, inspect, verify
 from mis_jax.cli.common import Failed, err_console, fail
-from mis_jax.cli.data import data_show
+from mis_jax.cli.data import data_build, data_show
 from mis_jax.cli.evaluation import eval_, judge, report
 from mis_jax.cli.generation import generate
 from mis_jax.cli.training import quickstart, train
@@ -27,6 +27,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "inspect": inspect,
     "verify": verify,
+    "data build": data_build,
     "data show": data_show,
     "train": train,
     "generate": generate,

@@ -12,7 +12,8 @@ def train(config: Any) -> None:
     from mis_jax.train.loop import train as run
 
     with steps_bar(err_console) as bar:
-        trained = run(config, bar.training("training"))
+        looking = bar.task("looking at samples")
+        trained = run(config, bar.training("training"), looking)
     console.print(f"trained {trained.steps} steps in {trained.seconds:.0f} s: {trained.model}")
 
 

@@ -34,7 +34,7 @@ def loss_weight(answer_tokens: int, reduction: LossReduction) -> float:
 
 
 def collate(
-    examples: Sequence[Example],
+    rows: Sequence[Sequence[Example]],
     *,
     length: int,
     tiles_per_row: int,
@@ -42,27 +42,36 @@ def collate(
     pad_id: int,
     reduction: LossReduction = "token",
 ) -> Batch:
-    """Right-pad one example a row. Raises ValueError for an example that does not fit."""
-    rows = len(examples)
-    ids = np.full((rows, length), pad_id, np.int32)
+    """Right-padded rows of the examples packed into each; a row may be empty.
+
+    Segments count from 1 in every row and positions restart with each. Raises ValueError for a row
+    that does not fit.
+    """
+    shape = len(rows), length
+    ids = np.full(shape, pad_id, np.int32)
     positions, segments = np.zeros_like(ids), np.zeros_like(ids)
-    weights = np.zeros((rows, length), np.float32)
-    tiles = np.zeros((rows, tiles_per_row, image_size, image_size, 3), np.uint8)
-    tile_mask = np.zeros((rows, tiles_per_row), bool)
-    for row, example in enumerate(examples):
-        n, t = len(example.input_ids), len(example.tiles)
-        if n > length or t > tiles_per_row:
-            raise ValueError(
-                f"sample {example.id}: {n} tokens and {t} tiles do not fit a row of {length} "
-                f"tokens and {tiles_per_row} tiles; raise data.max_length or lower data.max_tiles"
-            )
-        ids[row, :n] = example.input_ids
-        positions[row, :n] = np.arange(n)
-        segments[row, :n] = 1
-        weight = loss_weight(int(example.loss_mask.sum()), reduction)
-        weights[row, :n] = example.loss_mask * np.float32(weight)
-        tiles[row, :t] = example.tiles
-        tile_mask[row, :t] = True
+    weights = np.zeros(shape, np.float32)
+    tiles = np.zeros((len(rows), tiles_per_row, image_size, image_size, 3), np.uint8)
+    tile_mask = np.zeros((len(rows), tiles_per_row), bool)
+    for row, examples in enumerate(rows):
+        start = tile = 0
+        for segment, example in enumerate(examples, start=1):
+            end, last_tile = start + len(example.input_ids), tile + len(example.tiles)
+            if end > length or last_tile > tiles_per_row:
+                raise ValueError(
+                    f"sample {example.id}: {end} tokens and {last_tile} tiles do not fit a row of "
+                    f"{length} tokens and {tiles_per_row} tiles; raise data.max_length or lower "
+                    "data.max_tiles"
+                )
+            here = row, slice(start, end)
+            ids[here] = example.input_ids
+            positions[here] = np.arange(end - start)
+            segments[here] = segment
+            weight = loss_weight(int(example.loss_mask.sum()), reduction)
+            weights[here] = example.loss_mask * np.float32(weight)
+            tiles[row, tile:last_tile] = example.tiles
+            tile_mask[row, tile:last_tile] = True
+            start, tile = end, last_tile
     fields: dict[str, Any] = dict(  # host arrays, for whoever puts them on devices
         input_ids=ids,
         positions=positions,

@@ -1,125 +1,216 @@
-"""The grain pipeline: rows -> examples -> micro-batches, shuffled, resumable."""
+"""The samples of a run, batch by batch: planned before training, read ahead, resumed at any step.
+
+Everything is a function of the settings and of the files: which samples a row holds, which rows a
+step takes, which shape its batch has. So a run goes on at any step on any number of hosts and
+reading processes: each host takes its rows of every step out of the same plan.
+"""
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-import grain
+import numpy as np
+from numpy.typing import ArrayLike
 
 from mis_jax.config import RunConfig
-from mis_jax.data.chat import IMAGE_MARKER, count_images, from_sharegpt
-from mis_jax.data.collate import Example
+from mis_jax.data.collate import Example, length_bucket, tiles_bucket
+from mis_jax.data.packing import tiles_of_a_row
+from mis_jax.data.plan import Capacity, Plan, make_plan
 from mis_jax.data.processor import Processor
-from mis_jax.data.sources import Row, read_sources
+from mis_jax.data.readers import in_order
+from mis_jax.data.render import RenderRow
+from mis_jax.data.sources import Row, read_mixture
+from mis_jax.data.survey import Progress, save, survey
+from mis_jax.data.tile_cache import TileCache
+from mis_jax.folders import replace_file
 from mis_jax.model.batch import Batch
 
 _log = logging.getLogger(__name__)
-_WORKER_BUFFER = 16  # examples that each worker process reads ahead
+MIXTURE, SURVEY, BAD_SAMPLES = "mixture.json", "survey.npz", "bad_samples.jsonl"
+_ROWS_AHEAD = 16  # that each reading process holds ready
+_TILES_AHEAD = 256  # at most, where rows are packed: 150 MB of tiles of 448 pixels
 
 
 @dataclass(frozen=True)
 class StepData:
     """What one optimizer step takes: fields of `batch` have a leading axis of micro-batches."""
 
-    batch: Batch
-    ids: tuple[str, ...]
-    skipped: int = 0  # bad samples that were passed over on the way to these
-
-
-@dataclass(frozen=True)
-class RenderRow:
-    """Opens the images of a row, tiles them and renders the conversation."""
-
-    processor: Processor
-    max_tiles: int
-    max_length: int
-
-    def __call__(self, row: Row) -> Example:
-        """Raises ValueError naming file, row and field of a sample that cannot be used."""
-        try:
-            messages = from_sharegpt(row.fields)
-            _check_images(row, count_images(messages))
-            example = self.processor.example(
-                messages,
-                row.images,
-                id=row.id,
-                max_tiles=self.max_tiles,
-                add_generation_prompt=False,
-            )
-        except ValueError as error:
-            raise ValueError(f"{row.where}: {error}") from None
-        if len(example.input_ids) > self.max_length:
-            raise ValueError(
-                f"{row.where}: {len(example.input_ids)} tokens, more than data.max_length "
-                f"{self.max_length}; raise it, lower data.max_tiles, or set "
-                "data.on_bad_sample: skip"
-            )
-        return example
+    batch: Batch  # the rows that were asked for
+    ids: tuple[str, ...]  # of all samples of the step, on every host
+    skipped: int = 0  # bad samples that were left out of these rows
 
 
 @dataclass(frozen=True)
 class _Rejected:
-    """Stands in the stream in the place of a bad sample."""
+    """Stands in a row in the place of a bad sample."""
 
     reason: str
 
 
 @dataclass(frozen=True)
-class _RenderOrReject:
-    """What the readers run: a bad sample must not end a worker process that reads ahead."""
+class _LoadRow:
+    """What the readers run: a bad sample must not end a process that reads ahead."""
 
+    plan: Plan
+    rows: Sequence[Row]
     render: RenderRow
+    tokens: np.ndarray
+    seed: int
 
-    def __call__(self, row: Row) -> Example | _Rejected:
+    def __call__(self, number: int) -> list[Example | _Rejected]:
+        return [self._load(place, sample) for place, sample in self.plan.row(number)]
+
+    def _load(self, place: int, sample: int) -> Example | _Rejected:
+        row = self.rows[sample]
         try:
-            return self.render(row)
+            # The same tiles whoever renders them, and others in the next epoch.
+            example = self.render(row, np.random.default_rng((self.seed, place)))
         except ValueError as error:
             return _Rejected(str(error))
+        if len(example.input_ids) != self.tokens[sample]:
+            return _Rejected(
+                f"{row.where}: its images have changed since the run began; restore them, or "
+                "choose another output"
+            )
+        return example
 
 
-class _Steps(grain.DatasetIterator):
-    """Examples of a stream -> one `StepData` a step; its state is that of the stream.
+class TrainingData:
+    """The samples of a run, looked at and put in order.
 
-    Rows are batched here and not in the workers, so that a step holds the same samples however
-    many workers read them.
+    Raises ValueError for annotation files that cannot be read and, unless bad samples are skipped,
+    for every bad sample that can be told without decoding its images.
     """
 
-    def __init__(
-        self, examples: grain.DatasetIterator, rows: int, processor: Processor, config: RunConfig
-    ):
-        super().__init__(examples)
-        self._examples = examples
-        self._rows = rows
-        self._processor = processor
-        self._config = config
+    def __init__(self, config: RunConfig, processor: Processor, progress: Progress | None = None):
+        self.config = config
+        self.processor = processor
+        data, train = config.data, config.train
+        self.mixture = read_mixture(data.sources, config.seed)
+        self.rows = self.mixture.rows
+        self.render = render_row(config, processor)
+        self.survey = survey(
+            self.rows,
+            self.render,
+            saved=Path(config.output) / SURVEY,
+            workers=data.workers,
+            progress=progress,
+        )
+        _judge_problems(config, self.rows, self.survey.problems)
+        sizes = self.survey.tokens, self.survey.tiles
+        good = self.survey.good
+        self.capacity = None
+        if data.packing:
+            tokens, tiles_of = (size[good] for size in sizes)
+            tiles = data.pack_tiles or tiles_of_a_row(tokens, tiles_of, data.max_length)
+            if (largest := int(tiles_of.max())) > tiles:
+                raise ValueError(
+                    f"data.pack_tiles is {tiles}, but a sample has {largest} tiles; raise it or "
+                    "lower data.max_tiles"
+                )
+            self.capacity = Capacity(data.max_length, tiles)
+        self.plan = make_plan(
+            good,
+            *sizes,
+            seed=config.seed,
+            epochs=train.epochs,
+            rows=None if train.steps is None else train.steps * train.global_batch,
+            capacity=self.capacity,
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run; the last one may have empty rows."""
+        return -(-self.plan.rows // self.config.train.global_batch)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of which samples there are and of the rows they share.
+
+        A run that goes on must find it unchanged; a corrected answer is welcome.
+        """
+        names = "\n".join(f"{len(row.id)} {row.id}" for row in self.rows)
+        return f"{hashlib.sha256(names.encode()).hexdigest()[:16]}-{self.plan.fingerprint}"
+
+    def ids(self, step: int) -> tuple[str, ...]:
+        """Ids of the samples of a step, row by row; steps count from 0."""
+        first = step * self.config.train.global_batch
+        samples = self.plan.samples[self.plan.span(first, first + self.config.train.global_batch)]
+        return tuple(self.rows[int(sample)].id for sample in samples)
+
+    def shape(self, step: int) -> tuple[int, int]:
+        """Tokens and tiles of every row of a step: one of a few shapes, the same on every host."""
+        if self.capacity is not None:
+            return self.capacity.tokens, self.capacity.tiles
+        first = step * self.config.train.global_batch
+        samples = self.plan.samples[self.plan.span(first, first + self.config.train.global_batch)]
+        tokens, tiles = (int(s[samples].max()) for s in (self.survey.tokens, self.survey.tiles))
+        return length_bucket(tokens, self.config.data.max_length), tiles_bucket(tiles)
+
+    def iterator(self, start: int = 0, rows: ArrayLike | None = None) -> "Steps":
+        """Steps `start` (from 0) to the last; of each the `rows` that this process trains on.
+
+        `rows` are places in a step, equally many of every micro-batch, in order; all without it.
+        """
+        count = self.config.train.global_batch
+        return Steps(self, start, np.arange(count) if rows is None else np.asarray(rows))
+
+    def save(self, folder: Path) -> None:
+        """Write what the run is made of into its folder: the mixture, sizes, bad samples."""
+        content = {"samples": len(self.rows), "sources": self.mixture.sources}
+        replace_file(folder / MIXTURE, json.dumps(content, indent=1, default=str) + "\n")
+        save(self.survey, folder / SURVEY)
+        if self.survey.problems:
+            _write_problems(folder / BAD_SAMPLES, self.rows, self.survey.problems)
+
+
+class Steps:
+    """Iterator of `StepData`; `close` ends the processes that read ahead."""
+
+    def __init__(self, data: TrainingData, start: int, rows: np.ndarray):
+        self._data, self._step, self._rows = data, start, rows
+        count = data.config.train.global_batch
+        steps = np.arange(start, data.steps)
+        numbers = (steps[:, None] * count + rows[None]).reshape(-1)
+        load = _LoadRow(data.plan, data.rows, data.render, data.survey.tokens, data.config.seed)
+        ahead = _ROWS_AHEAD
+        if data.capacity is not None:
+            ahead = max(1, min(ahead, _TILES_AHEAD // max(1, data.capacity.tiles)))
+        self._loaded = in_order(load, numbers, data.config.data.workers, ahead=ahead)
+
+    def __iter__(self) -> "Steps":
+        return self
 
     def __next__(self) -> StepData:
-        wanted = self._config.train.global_batch
-        chosen: list[Example] = []
-        skipped = in_a_row = 0
-        while len(chosen) < wanted:
-            item = next(self._examples)
-            if isinstance(item, Example):
-                chosen.append(item)
-                in_a_row = 0
-                continue
-            if self._config.data.on_bad_sample == "stop":
-                raise ValueError(item.reason)
-            _log.warning("skipped: %s", item.reason)
-            skipped += 1
-            in_a_row += 1
-            if in_a_row >= 2 * self._rows:  # a good one, first in its epoch, then last, is nearer
-                raise ValueError(f"all {self._rows} samples are bad; the last one: {item.reason}")
-        return StepData(self._stacked(chosen), tuple(example.id for example in chosen), skipped)
+        if self._step >= self._data.steps:
+            raise StopIteration
+        packed: list[list[Example]] = []
+        bad: list[str] = []
+        for _ in self._rows:
+            found = next(self._loaded)
+            packed.append([item for item in found if isinstance(item, Example)])
+            bad += [item.reason for item in found if isinstance(item, _Rejected)]
+        if bad and self._data.config.data.on_bad_sample == "stop":
+            raise ValueError(bad[0])
+        for reason in bad:
+            _log.warning("skipped: %s", reason)
+        ids = self._data.ids(self._step)
+        if bad and len(self._rows) == self._data.config.train.global_batch:
+            ids = tuple(example.id for row in packed for example in row)
+        step = StepData(self._stacked(packed), ids, len(bad))
+        self._step += 1
+        return step
 
-    def _stacked(self, examples: Sequence[Example]) -> Batch:
-        """Micro-batches of one shape out of a few."""
-        train = self._config.train
-        batch = self._processor.bucketed(
-            examples, max_length=self._config.data.max_length, reduction=train.loss_reduction
+    def _stacked(self, packed: list[list[Example]]) -> Batch:
+        """Micro-batches of the shape of the step."""
+        train = self._data.config.train
+        length, tiles = self._data.shape(self._step)
+        batch = self._data.processor.collate(
+            packed, length=length, tiles_per_row=tiles, reduction=train.loss_reduction
         )
         micro_batches = train.global_batch // (train.micro_batch or train.global_batch)
 
@@ -128,78 +219,48 @@ class _Steps(grain.DatasetIterator):
 
         return Batch(**{name: stack(getattr(batch, name)) for name in batch.__dataclass_fields__})
 
-    def get_state(self) -> dict[str, Any]:
-        return self._examples.get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._examples.set_state(state)
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._loaded.close()
 
 
-class TrainingData:
-    """The samples of a run and their order."""
-
-    def __init__(self, config: RunConfig, processor: Processor):
-        self.config = config
-        self.rows = read_sources(config.data.sources, config.seed)
-        self.render = RenderRow(processor, config.data.max_tiles, config.data.max_length)
-        self.processor = processor
-        if self.steps < 1:
-            raise ValueError(
-                f"{len(self.rows)} samples in {config.train.epochs} epoch(s) do not fill one batch "
-                f"of train.global_batch {config.train.global_batch}; lower it"
-            )
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the run."""
-        train = self.config.train
-        if train.steps is not None:
-            return train.steps
-        assert train.epochs is not None
-        return len(self.rows) * train.epochs // train.global_batch
-
-    @property
-    def fingerprint(self) -> str:
-        """Of which samples there are and how they stand: their order depends on nothing else."""
-        names = "\n".join(f"{len(row.id)} {row.id}" for row in self.rows)
-        return hashlib.sha256(names.encode()).hexdigest()[:16]
-
-    def iterator(self) -> "_Steps":
-        """A grain iterator with `get_state`, `set_state` and `close`, without an end.
-
-        The order is a function of the seed and the epoch alone. Where bad samples are skipped,
-        those of the next epoch move up, so that a run has the steps it was planned with.
-        """
-        data = self.config.data
-        mapped = grain.MapDataset.source(self.rows).seed(self.config.seed).shuffle()
-        mapped = mapped.repeat().map(_RenderOrReject(self.render))
-        examples = mapped.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
-        if data.workers:
-            _let_workers_start()
-            examples = examples.mp_prefetch(
-                grain.MultiprocessingOptions(data.workers, per_worker_buffer_size=_WORKER_BUFFER)
-            )
-        return _Steps(iter(examples), len(self.rows), self.processor, self.config)
-
-
-def _let_workers_start() -> None:
-    """grain's workers refuse to start before absl's flags (absl comes with grain) are parsed."""
-    flags = import_module("absl.flags").FLAGS
-    if not flags.is_parsed():
-        flags.mark_as_parsed()
-
-
-def _check_images(row: Row, markers: int) -> None:
-    """Images and markers must match, except that one image needs no marker."""
-    given = len(row.images)
-    if given == markers or (given == 1 and markers == 0):
-        return
-    if given == 0:
-        raise ValueError(
-            f"field 'image' is missing but 'conversations' has {markers} {IMAGE_MARKER}; "
-            f"name the images or take the {IMAGE_MARKER} out"
-        )
-    raise ValueError(
-        f"field 'image' names {given} image(s) but the human turns of 'conversations' have "
-        f"{markers} {IMAGE_MARKER}; write one {IMAGE_MARKER} for each image"
+def render_row(config: RunConfig, processor: Processor) -> RenderRow:
+    """How a run renders its rows."""
+    data = config.data
+    return RenderRow(
+        processor,
+        data.max_tiles,
+        data.max_length,
+        truncate=data.too_long == "truncate",
+        cache=None if data.tile_cache is None else TileCache(data.tile_cache),
     )
+
+
+def _judge_problems(config: RunConfig, rows: Sequence[Row], problems: dict[int, str]) -> None:
+    """Stop at bad samples, or say how many are left out."""
+    if not problems:
+        return
+    first = problems[min(problems)]
+    if len(problems) == len(rows):
+        raise ValueError(f"all {len(rows)} samples are bad; the first one: {first}")
+    if config.data.on_bad_sample == "skip":
+        _log.warning(
+            "%d of %d samples are bad and left out (see %s); the first one: %s",
+            len(problems), len(rows), Path(config.output) / BAD_SAMPLES, first,
+        )  # fmt: skip
+        return
+    if len(problems) == 1:
+        raise ValueError(first)
+    output = Path(config.output)
+    report = output.with_name(f"{output.name}.{BAD_SAMPLES}")
+    report.parent.mkdir(parents=True, exist_ok=True)
+    _write_problems(report, rows, problems)
+    raise ValueError(f"{first} (the first of {len(problems)} bad samples, listed in {report})")
+
+
+def _write_problems(path: Path, rows: Sequence[Row], problems: dict[int, str]) -> None:
+    lines = [
+        json.dumps({"id": rows[row].id, "where": rows[row].where, "reason": problems[row]})
+        for row in sorted(problems)
+    ]
+    replace_file(path, "\n".join(lines) + "\n")

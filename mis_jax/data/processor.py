@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
-from mis_jax.data.chat import insert_image_markers, render
-from mis_jax.data.collate import Example, LossReduction, collate, length_bucket, tiles_bucket
-from mis_jax.data.tiling import open_image, tile_image, tiles_for_images
+from mis_jax.data.chat import Rendered, insert_image_markers, render
+from mis_jax.data.collate import Example, LossReduction, collate
+from mis_jax.data.images import ImageSource, open_image
+from mis_jax.data.tiling import count_tiles, tile_image, tiles_for_images
 from mis_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mis_jax.model.batch import Batch
 from mis_jax.model.config import InternVLConfig
@@ -82,7 +84,7 @@ class Processor:
         ]
         longest = max(len(example.input_ids) for example in examples)
         batch = self.collate(
-            examples,
+            [[example] for example in examples],
             length=-(-longest // pad_to) * pad_to,
             tiles_per_row=max(len(example.tiles) for example in examples),
             reduction=reduction,
@@ -101,65 +103,91 @@ class Processor:
         add_generation_prompt: bool = True,
     ) -> Example:
         """Tokens, loss mask and tiles of one conversation."""
-        for name, value in (("max_tiles", max_tiles), ("max_tiles_per_image", max_tiles_per_image)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; give at least 1 or leave it out")
-        config = self.config
-        size = config.vision.image_size
-        budget = 1
-        if config.dynamic_tiles and images:
-            budget = max_tiles_per_image or tiles_for_images(
-                len(images), max_tiles or config.max_tiles
-            )
-        tiles = [
-            tile_image(open_image(i), budget, image_size=size, use_thumbnail=config.use_thumbnail)
-            for i in images
-        ]
-        if system == "default" and config.system_message:
-            system = config.system_message
-        counts = [len(t) for t in tiles]
-        rendered = render(
-            insert_image_markers(conversation, len(images)),
-            self.tokenizer,
-            counts,
-            config.tokens_per_tile,
+        budget = self.budget(len(images), max_tiles, max_tiles_per_image)
+        tiles = [self.tiles(image, budget) for image in images]
+        rendered = self.render(
+            conversation,
+            [len(t) for t in tiles],
             system=system,
             add_generation_prompt=add_generation_prompt,
         )
-        empty = np.zeros((0, size, size, 3), np.uint8)
+        return self.joined(id, rendered, tiles)
+
+    def budget(
+        self, images: int, max_tiles: int | None = None, max_tiles_per_image: int | None = None
+    ) -> int:
+        """Largest grid of each image of a conversation, in tiles; a thumbnail comes on top."""
+        for name, value in (("max_tiles", max_tiles), ("max_tiles_per_image", max_tiles_per_image)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; give at least 1 or leave it out")
+        if not self.config.dynamic_tiles or not images:
+            return 1
+        return max_tiles_per_image or tiles_for_images(images, max_tiles or self.config.max_tiles)
+
+    def tiles(self, image: ImageSource, budget: int) -> UInt8[np.ndarray, "tiles size size 3"]:
+        """An image's tiles; ValueError when it cannot be opened."""
+        return tile_image(
+            open_image(image),
+            budget,
+            image_size=self.config.vision.image_size,
+            use_thumbnail=self.config.use_thumbnail,
+        )
+
+    def tile_count(self, size: tuple[int, int], budget: int) -> int:
+        """How many tiles an image of this width and height has."""
+        return count_tiles(
+            *size,
+            budget,
+            image_size=self.config.vision.image_size,
+            use_thumbnail=self.config.use_thumbnail,
+        )
+
+    def render(
+        self,
+        conversation: Sequence[Message],
+        tiles_per_image: Sequence[int],
+        *,
+        system: str = "default",
+        add_generation_prompt: bool = True,
+    ) -> Rendered:
+        """Tokens and loss mask of a conversation whose images have so many tiles."""
+        if system == "default" and self.config.system_message:
+            system = self.config.system_message
+        return render(
+            insert_image_markers(conversation, len(tiles_per_image)),
+            self.tokenizer,
+            tiles_per_image,
+            self.config.tokens_per_tile,
+            system=system,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def joined(self, id: str, rendered: Rendered, tiles: Sequence[np.ndarray]) -> Example:
+        """Tokens and the tiles of each image as one example."""
+        size = self.config.vision.image_size
         return Example(
             id=id,
             input_ids=rendered.input_ids,
             loss_mask=rendered.loss_mask,
-            tiles=np.concatenate(tiles) if tiles else empty,
-            tiles_per_image=tuple(counts),
+            tiles=np.concatenate(tiles) if tiles else np.zeros((0, size, size, 3), np.uint8),
+            tiles_per_image=tuple(len(t) for t in tiles),
         )
 
     def collate(
         self,
-        examples: Sequence[Example],
+        rows: Sequence[Sequence[Example]],
         *,
         length: int,
         tiles_per_row: int,
         reduction: LossReduction = "token",
     ) -> Batch:
+        """`mis_jax.data.collate.collate` with this checkpoint's tile size and padding."""
         return collate(
-            examples,
+            rows,
             length=length,
             tiles_per_row=tiles_per_row,
             image_size=self.config.vision.image_size,
             pad_id=self.tokenizer.pad_id,
-            reduction=reduction,
-        )
-
-    def bucketed(
-        self, examples: Sequence[Example], *, max_length: int, reduction: LossReduction = "token"
-    ) -> Batch:
-        """A batch whose shape is one of a few, so that a jitted step compiles few times."""
-        return self.collate(
-            examples,
-            length=length_bucket(max(len(e.input_ids) for e in examples), max_length),
-            tiles_per_row=tiles_bucket(max(len(e.tiles) for e in examples)),
             reduction=reduction,
         )
 

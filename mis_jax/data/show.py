@@ -1,5 +1,7 @@
 """What the model will see of a sample: decoded prompt, loss mask, tiles."""
 
+import collections
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +12,10 @@ from rich.text import Text
 
 from mis_jax.config import RunConfig
 from mis_jax.data.collate import Example
-from mis_jax.data.pipeline import RenderRow
+from mis_jax.data.pipeline import TrainingData, render_row
 from mis_jax.data.processor import Processor
 from mis_jax.data.sources import read_sources
+from mis_jax.data.survey import Progress
 from mis_jax.data.tokenizer import IMG_CONTEXT, Tokenizer
 
 _GAP = 4  # pixels between the tiles of a contact sheet
@@ -85,5 +88,57 @@ def show_sample(config: RunConfig, processor: Processor, index: int) -> Shown:
     rows = read_sources(config.data.sources, config.seed)
     if not 0 <= index < len(rows):
         raise ValueError(f"--index {index}: the run has samples 0 to {len(rows) - 1}")
-    render = RenderRow(processor, config.data.max_tiles, config.data.max_length)
-    return Shown(render(rows[index]), processor.tokenizer)
+    return Shown(render_row(config, processor)(rows[index]), processor.tokenizer)
+
+
+def statistics(
+    config: RunConfig, processor: Processor, progress: Progress | None = None
+) -> dict[str, Any]:
+    """What a run takes its samples from and how well they fill its batches; ready for JSON.
+
+    Bad samples are told, whatever the run does about them. `fill` is the share of the places of all
+    batches that hold a token, or a tile.
+    """
+    settings = dataclasses.replace(config.data, on_bad_sample="skip")
+    data = TrainingData(dataclasses.replace(config, data=settings), processor, progress)
+    sizes, good = data.survey, data.survey.good
+    batch = config.train.global_batch
+    shapes = collections.Counter(data.shape(step) for step in range(data.steps))
+    used = [int(size[data.plan.samples].sum()) for size in (sizes.tokens, sizes.tiles)]
+    places = [sum(shape[k] * n for shape, n in shapes.items()) * batch for k in (0, 1)]
+    return {
+        "samples": len(data.rows),
+        "bad_samples": [sizes.problems[row] for row in sorted(sizes.problems)],
+        "sources": [{k: v for k, v in s.items() if k != "ids"} for s in data.mixture.sources],
+        "tokens": _spread(sizes.tokens[good]),
+        "answer_tokens": _spread(sizes.loss_tokens[good]),
+        "tiles": _spread(sizes.tiles[good]),
+        "truncated": {
+            "samples": int((sizes.cut > 0).sum()),
+            "tokens": int(sizes.cut.sum()),
+        },
+        "steps": data.steps,
+        "rows": data.plan.rows,
+        "samples_per_row": round(len(data.plan.samples) / data.plan.rows, 3),
+        "shapes": [
+            {"tokens": tokens, "tiles": tiles, "steps": n}
+            for (tokens, tiles), n in sorted(shapes.items())
+        ],
+        "fill": {
+            name: round(a / b, 4) if b else None
+            for name, a, b in zip(("tokens", "tiles"), used, places, strict=True)
+        },
+    }
+
+
+def _spread(sizes: np.ndarray) -> dict[str, float]:
+    """Mean and a few order statistics."""
+    low, middle, high = np.quantile(sizes, (0.05, 0.5, 0.95), method="nearest")
+    return {
+        "mean": round(float(sizes.mean()), 1),
+        "p5": int(low),
+        "median": int(middle),
+        "p95": int(high),
+        "max": int(sizes.max()),
+        "total": int(sizes.sum()),
+    }

@@ -9,18 +9,13 @@ Source: the rule of `dynamic_preprocess` in InternVL 2.5 (facts/internvl.md sect
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-#: Images above this many pixels are refused: Pillow's own limit against decompression bombs.
-MAX_PIXELS = 178_956_970
-
-ImageSource = str | os.PathLike[str] | BinaryIO | Image.Image
+from mis_jax.data.images import as_rgb
 
 
 @lru_cache(maxsize=64)
@@ -98,7 +93,7 @@ def tile_image(
     Equal bit for bit to Pillow's bicubic `resize` followed by `crop`.
 
     Args:
-        image: any mode; converted to RGB (alpha is dropped).
+        image: any mode; converted by `as_rgb` (alpha is dropped).
         max_tiles: the largest grid, in tiles; the thumbnail is not counted.
         image_size: the side of a tile, in pixels.
         use_thumbnail: append the whole image at tile size when the grid has several tiles.
@@ -107,79 +102,20 @@ def tile_image(
         uint8 tiles, [tiles, image_size, image_size, 3].
 
     Raises:
-        ValueError: as `choose_grid`.
+        ValueError: as `choose_grid` and `as_rgb`.
     """
-    image = image if image.mode == "RGB" else image.convert("RGB")
+    image = image if image.mode == "RGB" else as_rgb(image)
     columns, rows = choose_grid(image.width, image.height, max_tiles, image_size=image_size)
-    canvas = _resize(image, columns * image_size, rows * image_size)
-    tiles = canvas.reshape(rows, image_size, columns, image_size, 3).transpose(0, 2, 1, 3, 4)
-    tiles = tiles.reshape(rows * columns, image_size, image_size, 3)
-    if use_thumbnail and rows * columns > 1:
-        tiles = np.concatenate([tiles, _resize(image, image_size, image_size)[None]])
-    return np.ascontiguousarray(tiles)
+    grid, thumbnail = rows * columns, int(use_thumbnail and rows * columns > 1)
+    tiles = np.empty((grid + thumbnail, image_size, image_size, 3), np.uint8)
+    # A view in which the tiles lie as they do on the resized image, which is then copied once.
+    placed = tiles[:grid].reshape(rows, columns, image_size, image_size, 3).swapaxes(1, 2)
+    placed[...] = _resized(image, columns * image_size, rows * image_size).reshape(placed.shape)
+    if thumbnail:
+        tiles[-1] = _resized(image, image_size, image_size)
+    return tiles
 
 
-def _resize(image: Image.Image, width: int, height: int) -> UInt8[np.ndarray, "height width 3"]:
-    """The image stretched to width x height, the aspect ratio not kept."""
-    return np.array(image.resize((width, height), Image.Resampling.BICUBIC), dtype=np.uint8)
-
-
-def open_image(
-    path_or_image: ImageSource, *, name: str | None = None, max_pixels: int = MAX_PIXELS
-) -> Image.Image:
-    """Read an image completely, as RGB.
-
-    The EXIF orientation is not applied and alpha is dropped, as the published models saw their
-    images. An animation gives its first frame.
-
-    Args:
-        path_or_image: a file's path, an open binary file, or a Pillow image.
-        name: what errors call the image; the path when left out.
-        max_pixels: larger images are refused before they are decoded.
-
-    Raises:
-        ValueError: the file is missing, cut short, too large, or no image Pillow can read.
-    """
-    name = name or _name_of(path_or_image)
-    opened = None
-    try:
-        if isinstance(path_or_image, Image.Image):
-            image: Image.Image = path_or_image
-        else:
-            image = opened = Image.open(path_or_image)
-        if image.width * image.height > max_pixels:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-        image.load()
-        return image.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(
-            f"image {name} does not exist; check the path and the image root folder"
-        ) from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise ValueError(
-            f"image {name} cannot be opened ({error.strerror}); give a readable file"
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"image {name} is refused as too large ({error}; the limit is {max_pixels} pixels); "
-            "scale it down first"
-        ) from error
-    except MemoryError:
-        raise
-    except Exception as error:
-        # Pillow's decoders report damaged files with many exception types (OSError, SyntaxError,
-        # ValueError, struct.error, ...): all of them mean that this file is unusable.
-        raise ValueError(
-            f"image {name} cannot be decoded ({error}); it is cut short, damaged or not an image: "
-            "fetch or export it again"
-        ) from error
-    finally:
-        if opened is not None:
-            opened.close()
-
-
-def _name_of(source: ImageSource) -> str:
-    """What to call an image in an error."""
-    if isinstance(source, str | os.PathLike):
-        return os.fspath(source)
-    return str(getattr(source, "filename", "") or getattr(source, "name", "") or "(in memory)")
+def _resized(image: Image.Image, width: int, height: int) -> UInt8[np.ndarray, "height width 3"]:
+    """The image stretched to width x height, the aspect ratio not kept; read-only."""
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))

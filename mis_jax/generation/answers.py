@@ -117,7 +117,7 @@ def _answer_batch(
     **how: Any,
 ) -> list[Completion]:
     batch = processor.collate(
-        examples,
+        [[example] for example in examples],
         length=max(len(example.input_ids) for example in examples),
         tiles_per_row=max(len(example.tiles) for example in examples),
     )

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mis_jax.config import RunConfig, changed_fields, load_config, save_config
-from mis_jax.data.pipeline import StepData, TrainingData
+from mis_jax.data.pipeline import BAD_SAMPLES, MIXTURE, SURVEY, StepData, TrainingData
 from mis_jax.data.processor import Processor
 from mis_jax.model.config import InternVLConfig
-from mis_jax.sharding import FSDP_TENSOR, make_mesh, parameter_shardings, put_batch
+from mis_jax.sharding import FSDP_TENSOR, held_rows, make_mesh, parameter_shardings, put_batch
 from mis_jax.storage import RunCheckpoints
+from mis_jax.train.ahead import Ahead
 from mis_jax.train.metrics import BOARD_FOLDER, LOG_FILES, MetricsLog
 from mis_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from mis_jax.train.step import TrainState, make_train_step, split_parameters
@@ -33,11 +34,13 @@ _log = logging.getLogger(__name__)
 _CONFIG, _CHECKPOINTS = "config.yaml", "checkpoints"
 # Fields that a run may change when it goes on: they leave the samples and the mathematics alone.
 _FREE = {
-    "output", "data.on_bad_sample", "train.micro_batch", "train.remat", "train.unroll",
-    "train.save_every", "train.keep", "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "output", "data.on_bad_sample", "data.tile_cache", "data.workers", "train.micro_batch",
+    "train.remat", "train.unroll", "train.save_every", "train.keep", "mesh.data", "mesh.fsdp",
+    "mesh.tensor",
 }  # fmt: skip
 FINAL_MODEL = "final"  # the trained checkpoint in a run's folder, in native format
 Progress = Callable[[int, int, dict[str, float]], None]  # step, steps in all, metrics
+Looking = Callable[[int, int], None]  # samples whose size is known, samples in all
 
 
 class FailedRun(RuntimeError):
@@ -61,7 +64,9 @@ class Trained:
     seconds: float  # of training, over all sessions of the run
 
 
-def train(config: RunConfig, progress: Progress | None = None) -> Trained:
+def train(
+    config: RunConfig, progress: Progress | None = None, looking: Looking | None = None
+) -> Trained:
     """Fine-tune as `config` says; goes on from the newest checkpoint in `config.output`.
 
     Raises ValueError for bad input, FailedRun for a loss that is not finite or a disk that is
@@ -70,12 +75,14 @@ def train(config: RunConfig, progress: Progress | None = None) -> Trained:
     output = Path(config.output)
     _check_folder(config, output)
     opened = open_checkpoint(config.model)
-    data = TrainingData(config, Processor.from_folder(config.model, opened.config))
+    processor = Processor.from_folder(config.model, opened.config)
+    data = TrainingData(config, processor, looking)
     mesh = make_mesh(config.mesh)
     _check_rows(config, mesh)
     fresh = not (output / _CONFIG).exists()
     output.mkdir(parents=True, exist_ok=True)
     save_config(config, output / _CONFIG)
+    data.save(output)
     try:
         with jax.set_mesh(mesh):
             return _run(config, output, opened, data, mesh, progress)
@@ -93,33 +100,39 @@ def _run(config, output, opened: OpenCheckpoint, data: TrainingData, mesh, progr
     state = _initial_state(opened, config, mesh, transform)
     train_step = make_train_step(build, transform, schedule)
     checkpoints = RunCheckpoints(output / _CHECKPOINTS, config.train.keep)
-    iterator = data.iterator()
+    ahead = None
     done, seconds = 0, 0.0
 
     def save(step: int, seconds: float) -> None:
-        meta = {"seconds": seconds, "samples": data.fingerprint}
-        checkpoints.save(step, _saved_part(state), iterator, meta)
+        # The plan is fixed, so the number of batches taken is the whole state of the data.
+        meta = {"seconds": seconds, "batches": step, "plan": data.fingerprint}
+        checkpoints.save(step, _saved_part(state), meta)
 
     try:
         if (latest := checkpoints.latest) is not None:
-            wanted = _saved_part(state, abstract=True)
-            restored, meta = checkpoints.restore(latest, wanted, iterator)
+            restored, meta = checkpoints.restore(latest, _saved_part(state, abstract=True))
+            _check_plan(config, meta.get("plan"), data)
             state = TrainState(frozen=state.frozen, **restored)
-            done, seconds = latest, meta["seconds"]
-            _check_samples(config, meta["samples"], data)
+            done, seconds = meta["batches"], meta["seconds"]
             _log.info("resumed at step %d", done)
+        rows = held_rows(mesh, config.train.global_batch, config.train.micro_batch)
+        ahead = Ahead(
+            data.iterator(done, rows),
+            lambda item: (item, put_batch(item.batch, mesh, accumulated=True)),
+        )
         with MetricsLog(output, after_step=done) as log, _stop_signal() as stopped:
             began = time.monotonic() - seconds
             while done < steps and not stopped():
                 tick = time.monotonic()  # waiting for data counts too
-                item = next(iterator)
-                state, metrics = train_step(state, put_batch(item.batch, mesh, accumulated=True))
+                item, batch = next(ahead)
+                waited = time.monotonic() - tick
+                state, metrics = train_step(state, batch)
                 metrics = _plain_numbers(jax.device_get(metrics))
                 if not metrics.pop("finite"):
                     raise _not_finite(output, item, done + 1, metrics)
                 done += 1
                 metrics |= {"samples": len(item.ids), "skipped": item.skipped}
-                metrics |= {"seconds": time.monotonic() - tick}
+                metrics |= {"seconds": time.monotonic() - tick, "data_seconds": waited}
                 log.write(done, metrics, item.ids)
                 if progress:
                     progress(done, steps, metrics)
@@ -147,7 +160,8 @@ def _run(config, output, opened: OpenCheckpoint, data: TrainingData, mesh, progr
         ) from error
     finally:
         checkpoints.close()
-        iterator.close()
+        if ahead is not None:
+            ahead.close()
     return Trained(final, done, seconds)
 
 
@@ -207,18 +221,18 @@ def _check_folder(config: RunConfig, output: Path) -> None:
         )
 
 
-def _check_samples(config: RunConfig, before: str, data: TrainingData) -> None:
-    """The iterator's state counts samples: with others it would go on somewhere else."""
+def _check_plan(config: RunConfig, before: str | None, data: TrainingData) -> None:
+    """A run that goes on takes the next batch of the same plan, or it would repeat some samples."""
     if before != data.fingerprint:
         raise ValueError(
-            f"{config.output}: the ids of the samples have changed since this run was saved; "
-            "restore the annotation files of data.sources or choose another output"
+            f"{config.output}: the samples have changed since this run was saved, or the rows they "
+            "share; restore the files of data.sources or choose another output"
         )
 
 
 def _forget(output: Path) -> None:
     """Remove what a run that never got anywhere has written, and the folder if nothing is left."""
-    for name in (_CONFIG, *LOG_FILES):
+    for name in (_CONFIG, MIXTURE, SURVEY, BAD_SAMPLES, *LOG_FILES):
         (output / name).unlink(missing_ok=True)
     for name in (_CHECKPOINTS, BOARD_FOLDER):
         shutil.rmtree(output / name, ignore_errors=True)

@@ -20,7 +20,7 @@ EXAMPLES = [example("a", 7, 4, 3, 1), example("b", 3, 0, 0, 2), example("c", 8, 
 
 def batch(**changes):
     settings = dict(length=8, tiles_per_row=4, image_size=SIZE, pad_id=99)
-    return collate(EXAMPLES, **(settings | changes))
+    return collate([[one] for one in EXAMPLES], **(settings | changes))
 
 
 def test_rows_are_padded_on_the_right():
@@ -50,7 +50,7 @@ def test_a_row_owns_its_tile_slots():
 
 
 def test_no_tiles_at_all():
-    made = collate([EXAMPLES[1]], length=4, tiles_per_row=0, image_size=SIZE, pad_id=0)
+    made = collate([[EXAMPLES[1]]], length=4, tiles_per_row=0, image_size=SIZE, pad_id=0)
     assert made.tiles.shape == (0, SIZE, SIZE, 3)
     assert made.tile_mask.shape == (0,)
 

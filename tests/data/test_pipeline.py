@@ -11,7 +11,8 @@ import pytest
 from tiny_world import picture, run_config, sample
 
 from mis_jax.config import RunConfig
-from mis_jax.data.pipeline import RenderRow, StepData, TrainingData
+from mis_jax.data.pipeline import BAD_SAMPLES, MIXTURE, SURVEY, StepData, TrainingData
+from mis_jax.data.render import RenderRow
 from mis_jax.data.sources import Row
 
 ROWS = 11
@@ -45,8 +46,10 @@ def config(tiny_checkpoint, tiny_data, tmp_path) -> RunConfig:
 def steps_of(tiny_processor):
     """The first steps of a run; its iterator is closed again."""
 
-    def steps(config: RunConfig, count: int) -> list[StepData]:
-        iterator = TrainingData(config, tiny_processor).iterator()
+    def steps(config: RunConfig, count: int, start: int = 0, rows=None) -> list[StepData]:
+        if config.train.steps is not None:  # a longer run begins like a shorter one
+            config = changed(config, train__steps=max(config.train.steps, start + count))
+        iterator = TrainingData(config, tiny_processor).iterator(start, rows)
         try:
             return take(iterator, count)
         finally:
@@ -56,9 +59,14 @@ def steps_of(tiny_processor):
 
 
 def changed(config: RunConfig, **changes) -> RunConfig:
-    root = config.data.sources[0].root
-    assert root is not None
-    return run_config(config.model, root, config.output, **changes)
+    """`changes` are `section__field=value`, or `field=value` at the top."""
+    sections: dict[str, dict] = {}
+    for name, value in changes.items():
+        section, _, field = name.rpartition("__")
+        sections.setdefault(section, {})[field] = value
+    top = sections.pop("", {})
+    top |= {s: dataclasses.replace(getattr(config, s), **f) for s, f in sections.items()}
+    return dataclasses.replace(config, **top)
 
 
 def test_every_sample_once_an_epoch_in_a_new_order(config, steps_of):
@@ -86,28 +94,102 @@ def test_the_order_does_not_depend_on_the_batch(config, steps_of):
 
 
 def test_steps_of_epochs(config, tiny_processor):
-    epochs = changed(config, train__steps=None, train__epochs=3, train__global_batch=4)
-    assert data_of(epochs, tiny_processor).steps == 8  # 33 rows; the last one is left over
+    """Epochs are trained on whole: the last step may have empty rows."""
     assert data_of(config, tiny_processor).steps == 6
-    few = changed(config, train__steps=None, train__epochs=1, train__global_batch=12)
-    with pytest.raises(
-        ValueError, match=r"11 samples in 1 epoch.* train.global_batch 12; lower it"
-    ):
-        data_of(few, tiny_processor)
+    made = data_of(
+        changed(config, train__steps=None, train__epochs=3, train__global_batch=4), tiny_processor
+    )
+    assert made.steps == 9  # 33 rows
+    steps = list(iterator := made.iterator())
+    iterator.close()
+    counts = collections.Counter(i for step in steps for i in step.ids)
+    assert counts == {f"s{i}": 3 for i in range(ROWS)}
+    last = steps[-1].batch
+    assert (np.asarray(last.segment_ids).max(axis=-1) > 0).tolist() == [[True, False, False, False]]
+    masks, tiles = (np.asarray(f)[0].reshape(4, -1) for f in (last.tile_mask, last.tiles))
+    assert not masks[1:].any() and not tiles[1:].any()
+    assert not np.asarray(last.loss_weights)[0, 1:].any()
 
 
+PACKED = dict(data__packing=True, data__max_length=400, train__global_batch=2)
+
+
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_resume_in_the_middle_of_an_epoch(config, tiny_processor, stop):
-    first = data_of(config, tiny_processor).iterator()
-    take(first, stop)
-    state = json.loads(json.dumps(first.get_state()))  # as a checkpoint stores it
-    expected = take(first, 5)
-    second = data_of(config, tiny_processor).iterator()
-    second.set_state(state)
-    assert all(map(equal, take(second, 5), expected))
-    second.set_state(state)  # also back in time
-    assert all(map(equal, take(second, 5), expected))
-    first.close(), second.close()
+def test_resume_at_any_step(config, steps_of, stop, packing):
+    settings = changed(config, train__steps=8, **(PACKED if packing else {}))
+    whole = steps_of(settings, 8)
+    assert all(map(equal, steps_of(settings, 8 - stop, start=stop), whole[stop:]))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_hosts_share_a_step_and_a_run_changes_their_number(
+    config, steps_of, tiny_processor, packing
+):
+    """2 hosts, then 1, then 4: every sample of the epochs exactly once, in the same batches."""
+    packed = dict(data__packing=True, data__max_length=200) if packing else {}
+    settings = changed(config, train__steps=None, train__epochs=4, **packed)
+    count = TrainingData(settings, tiny_processor).steps
+    whole = steps_of(settings, count)
+    parts = [(0, 1, 2), (1, 1, 1), (2, count - 2, 4)]  # first step, steps, hosts
+    assert count > 2
+    seen: list[str] = []
+    for start, steps, hosts in parts:
+        each = 4 // hosts
+        mine = [
+            steps_of(settings, steps, start, range(host * each, (host + 1) * each))
+            for host in range(hosts)
+        ]
+        for step in range(steps):
+            expected = whole[start + step]
+            for field in dataclasses.fields(expected.batch):
+                joined = np.concatenate(
+                    [np.asarray(getattr(m[step].batch, field.name)) for m in mine], axis=1
+                )
+                assert np.array_equal(joined, getattr(expected.batch, field.name)), field.name
+            assert all(m[step].ids == expected.ids for m in mine)
+            seen += expected.ids
+    assert collections.Counter(seen) == {f"s{i}": 4 for i in range(ROWS)}
+
+
+def test_packed_rows_hold_whole_samples(config, steps_of, tiny_processor):
+    """The samples of a row stand one after the other, as they would alone."""
+    settings = changed(config, **PACKED, train__loss_reduction="square")
+    data = TrainingData(settings, tiny_processor)
+    render = data.render
+    rows = {row.id: render(row) for row in data.rows}
+    for step in steps_of(settings, 4):
+        found = iter(step.ids)
+        fields = {
+            f.name: np.asarray(getattr(step.batch, f.name))[0]
+            for f in dataclasses.fields(step.batch)
+        }
+        tiles = fields["tiles"].reshape(2, -1, *fields["tiles"].shape[1:])
+        for row in range(2):
+            segments = fields["segment_ids"][row]
+            assert segments.max() > 1
+            start = tile = 0
+            for number in range(1, segments.max() + 1):
+                one = rows[next(found)]
+                n = len(one.input_ids)
+                here = slice(start, start + n)
+                assert (segments[here] == number).all()
+                assert fields["input_ids"][row, here].tolist() == one.input_ids.tolist()
+                assert fields["positions"][row, here].tolist() == list(range(n))
+                weight = one.loss_mask.sum() ** -0.5
+                expected = one.loss_mask * np.float32(weight)
+                np.testing.assert_allclose(fields["loss_weights"][row, here], expected, rtol=1e-6)
+                assert np.array_equal(tiles[row, tile : tile + len(one.tiles)], one.tiles)
+                start, tile = start + n, tile + len(one.tiles)
+            assert not segments[start:].any()
+        assert next(found, None) is None
+    assert {s.batch.input_ids.shape for s in steps_of(settings, 4)} == {(1, 2, 400)}
+
+
+def test_a_sample_with_more_tiles_than_a_row(config, tiny_processor):
+    settings = changed(config, **PACKED, data__pack_tiles=1)
+    with pytest.raises(ValueError, match=r"data\.pack_tiles is 1, but a sample has 2 tiles; raise"):
+        TrainingData(settings, tiny_processor)
 
 
 def test_micro_batches_are_the_rows_of_the_step_in_order(config, steps_of):
@@ -240,10 +322,8 @@ def test_a_bad_sample_is_one_line_with_file_row_and_field(
 ):
     data = bad_folder(tmp_path, 3, spoil)
     config = run_config(tiny_checkpoint, data, tmp_path / "run", train__global_batch=8)
-    iterator = TrainingData(config, tiny_processor).iterator()
     with pytest.raises(ValueError, match=rf"samples.jsonl, row 3: .*{BAD[spoil]}") as caught:
-        next(iterator)
-    iterator.close()
+        next(TrainingData(config, tiny_processor).iterator())
     assert "\n" not in str(caught.value)
 
 
@@ -255,65 +335,137 @@ def test_one_image_needs_no_marker(tiny_processor, tiny_data):
     assert made.tiles_per_image == (1,)
 
 
-def test_skipping_passes_over_bad_samples_and_counts_them(
-    tiny_checkpoint, tiny_processor, tmp_path, caplog
+@pytest.mark.parametrize("spoil", [truncated, empty_answer])
+def test_skipping_leaves_bad_samples_out_and_counts_them(
+    tiny_checkpoint, tiny_processor, tmp_path, caplog, spoil
 ):
-    data = bad_folder(tmp_path, 3, truncated)
+    """One that its picture's data gives away, and one that is known before training."""
+    data = bad_folder(tmp_path, 3, spoil)
     config = run_config(
         tiny_checkpoint, data, tmp_path / "run", data__on_bad_sample="skip", train__steps=None,
         train__epochs=3, train__global_batch=4,
     )  # fmt: skip
     made = TrainingData(config, tiny_processor)
-    iterator = made.iterator()
-    take(iterator, 2)
-    state = iterator.get_state()
-    rest = take(iterator, made.steps - 2)
-    fresh = made.iterator()
-    everything = take(fresh, 2)
-    fresh.set_state(state)
-    assert all(map(equal, take(fresh, made.steps - 2), rest))  # the counts resume too
-    iterator.close(), fresh.close()
-    everything += rest
-    ids = [i for step in everything for i in step.ids]
-    assert len(ids) == 24  # the steps that were planned
-    assert "s3" not in ids
-    assert collections.Counter(ids[:21]) == {f"s{i}": 3 for i in range(8) if i != 3}
-    assert sum(step.skipped for step in everything) in (3, 4)  # samples 22 to 24 are of epoch four
+    steps = list(iterator := made.iterator())
+    again = made.iterator(2)
+    assert all(map(equal, list(again), steps[2:]))  # the counts resume too
+    iterator.close(), again.close()
+    ids = [i for step in steps for i in step.ids]
+    assert collections.Counter(ids) == {f"s{i}": 3 for i in range(8) if i != 3}
+    late = spoil is truncated
+    assert sum(step.skipped for step in steps) == (3 if late else 0)
+    assert len(steps) == 6
+    for step in steps:  # an empty row in its place, never a blank picture
+        tiles, mask = np.asarray(step.batch.tiles), np.asarray(step.batch.tile_mask)
+        assert mask.sum() == len(step.ids) and tiles[mask].any(axis=(1, 2, 3)).all()
     warnings = {record.message for record in caplog.records}
-    assert len(warnings) == 1
-    assert "skipped: " in (warning := warnings.pop()) and "row 3" in warning
+    assert any("row 3" in warning for warning in warnings)
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    made.save(folder)
+    assert (folder / BAD_SAMPLES).exists() is not late
+    if not late:
+        (line,) = (folder / BAD_SAMPLES).read_text().splitlines()
+        assert json.loads(line)["id"] == "s3" and "empty answer" in json.loads(line)["reason"]
 
 
-def test_nothing_but_bad_samples_is_no_endless_search(tiny_checkpoint, tiny_processor, tmp_path):
+def test_all_bad_samples_are_listed(tiny_checkpoint, tiny_processor, tmp_path):
+    data = bad_folder(tmp_path, 3, empty_answer)
+    (data / "images" / "5.png").unlink()
+    config = run_config(tiny_checkpoint, data, tmp_path / "run")
+    message = r"row 3: .*empty answer.* \(the first of 2 bad samples, listed in .*/run\.bad_samples"
+    with pytest.raises(ValueError, match=message):
+        TrainingData(config, tiny_processor)
+    lines = (tmp_path / f"run.{BAD_SAMPLES}").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["s3", "s5"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_but_bad_samples(tiny_checkpoint, tiny_processor, tmp_path):
     data = bad_folder(tmp_path, 3, truncated)
     shutil.rmtree(data / "images")
     config = run_config(tiny_checkpoint, data, tmp_path / "run", data__on_bad_sample="skip")
-    iterator = TrainingData(config, tiny_processor).iterator()
-    with pytest.raises(ValueError, match=r"all 8 samples are bad; the last one: .*does not exist"):
+    with pytest.raises(ValueError, match=r"all 8 samples are bad; the first one: .*does not exist"):
+        TrainingData(config, tiny_processor)
+
+
+def test_a_picture_that_changes_during_a_run(tiny_checkpoint, tiny_processor, tmp_path):
+    data = bad_folder(tmp_path, 3, lambda row, path: None)
+    config = run_config(
+        tiny_checkpoint, data, tmp_path / "run", data__max_length=400, data__max_tiles=6,
+        train__global_batch=8,
+    )  # fmt: skip
+    made = TrainingData(config, tiny_processor)
+    picture(data / "images" / "3.png", 600, 60, 3)
+    iterator = made.iterator()
+    with pytest.raises(ValueError, match="row 3: its images have changed since the run began"):
         next(iterator)
     iterator.close()
 
 
-@pytest.mark.slow
-def test_worker_processes_change_nothing(
-    config, steps_of, tiny_processor, tiny_checkpoint, tmp_path
-):
-    """The samples of every step, exact resumption, and the error of a bad sample."""
-    expected = steps_of(config, 7)
-    parallel = data_of(changed(config, data__workers=2), tiny_processor)
-    iterator = parallel.iterator()
-    assert all(map(equal, take(iterator, 3), expected))
-    state = json.loads(json.dumps(iterator.get_state()))
-    assert all(map(equal, take(iterator, 4), expected[3:]))
-    iterator.close()
-    iterator = parallel.iterator()
-    iterator.set_state(state)
-    assert all(map(equal, take(iterator, 4), expected[3:]))
-    iterator.close()
+def test_what_a_run_is_made_of_is_written_down(config, tiny_processor, tmp_path):
+    sources = tuple(dataclasses.replace(s, count=5) for s in config.data.sources)
+    made = TrainingData(changed(config, data__sources=sources), tiny_processor)
+    made.save(tmp_path)
+    found = json.loads((tmp_path / MIXTURE).read_text())
+    assert found["samples"] == 5
+    (source,) = found["sources"]
+    assert (source["available"], source["used"]) == (11, 5)
+    assert source["ids"] == [row.id for row in made.rows]
+    assert (tmp_path / SURVEY).exists()
 
+
+def test_augmented_tiles_are_another_jpeg_each_epoch_and_the_same_again(config, steps_of):
+    sources = tuple(dataclasses.replace(s, augment=True) for s in config.data.sources)
+    settings = changed(config, data__sources=sources, train__global_batch=1)
+    plain, once, again = steps_of(config, 1), steps_of(settings, 22), steps_of(settings, 22)
+    assert all(map(equal, once, again))
+    tiles = {}
+    for step in once:
+        mask = np.asarray(step.batch.tile_mask)
+        tiles.setdefault(step.ids[0], []).append(np.asarray(step.batch.tiles)[mask])
+    pictured = {name: both for name, both in tiles.items() if both[0].size}
+    assert any(not np.array_equal(*both) for both in pictured.values())
+    without = dict(zip(plain[0].ids, np.asarray(plain[0].batch.input_ids)[0], strict=True))
+    name = next(name for name in without if name in pictured)
+    row = plain[0].ids.index(name)
+    original = np.asarray(plain[0].batch.tiles)[0].reshape(4, -1, *plain[0].batch.tiles.shape[2:])[
+        row
+    ]
+    changed_tiles = pictured[name][0]
+    difference = np.abs(changed_tiles.astype(int) - original[: len(changed_tiles)].astype(int))
+    assert 0 < difference.mean() < 12
+
+
+def test_cached_tiles_are_the_same(config, steps_of, tmp_path, monkeypatch):
+    expected = steps_of(config, 6)
+    cached = changed(config, data__tile_cache=tmp_path / "tiles")
+    assert all(map(equal, steps_of(cached, 6), expected))
+    files = sorted((tmp_path / "tiles").rglob("*.npy"))
+    assert files
+    files[0].write_bytes(files[0].read_bytes()[:100])  # cut short by a crash: made again
+    assert all(map(equal, steps_of(cached, 6), expected))
+    monkeypatch.setattr(
+        "mis_jax.data.processor.open_image", lambda *_: pytest.fail("decoded again")
+    )
+    assert all(map(equal, steps_of(cached, 6), expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_change_nothing(
+    config, steps_of, tiny_processor, tiny_checkpoint, tmp_path, workers, packing
+):
+    """The samples of every step, resumption at any step, and the error of a bad sample."""
+    settings = changed(config, train__steps=7, **(PACKED if packing else {}))
+    parallel = changed(settings, data__workers=workers)
+    expected = steps_of(settings, 7)
+    assert all(map(equal, steps_of(parallel, 7), expected))
+    assert all(map(equal, steps_of(parallel, 4, start=3), expected[3:]))
     data = bad_folder(tmp_path, 3, truncated)
     bad = run_config(
-        tiny_checkpoint, data, tmp_path / "run", train__global_batch=8, data__workers=2
+        tiny_checkpoint, data, tmp_path / "run", train__global_batch=8, data__workers=workers
     )
     iterator = data_of(bad, tiny_processor).iterator()
     with pytest.raises(ValueError, match=r"samples.jsonl, row 3: image .* cannot be decoded"):

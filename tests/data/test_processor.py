@@ -143,16 +143,6 @@ def test_bad_calls(tiny_processor, conversations, images, message):
     assert "\n" not in str(caught.value)
 
 
-def test_bucketed_rows(tiny_processor):
-    examples = [
-        tiny_processor.example(question("<image>\n?", "Yes."), [image(56, 56)]),
-        tiny_processor.example(question("<image>\n?", "Yes."), [image(168, 56)]),
-    ]
-    made = tiny_processor.bucketed(examples, max_length=512)
-    assert made.input_ids.shape == (2, 64)
-    assert made.tiles.shape[0] == 2 * 4
-
-
 def test_decode_leaves_control_tokens_out(tiny_processor):
     ids = tiny_processor.tokenizer.encode_text(" A cup. ")
     assert tiny_processor.decode([*ids, tiny_processor.tokenizer.im_end_id]) == "A cup."

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from transformers.models.got_ocr2 import image_processing_pil_got_ocr2 as got_ocr2
 
-from mis_jax.data.tiling import choose_grid, count_tiles, open_image, tile_image, tiles_for_images
+from mis_jax.data.images import open_image
+from mis_jax.data.tiling import choose_grid, count_tiles, tile_image, tiles_for_images
 
 BUDGETS = (1, 2, 3, 4, 6, 12, 24)
 

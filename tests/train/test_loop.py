@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -24,6 +25,7 @@ from mis_jax.weights.convert import write_checkpoint
 pytestmark = pytest.mark.usefixtures("quick_compile")
 STEPS = 6  # with a checkpoint every 2
 CONTRACT = {"step", "loss", "learning_rate", "grad_norm", "tokens", "samples", "seconds"}
+PACKED = dict(data__packing=True, data__max_length=200, train__global_batch=2)
 
 
 class Crash(Exception):
@@ -65,7 +67,8 @@ def straight(tiny_checkpoint, tiny_data, tmp_path_factory, quick_compile) -> Pat
 
 
 def without_time(output: Path) -> list[dict]:
-    return [{k: v for k, v in x.items() if k != "seconds"} for x in metrics_of(output)]
+    times = ("seconds", "data_seconds")
+    return [{k: v for k, v in x.items() if k not in times} for x in metrics_of(output)]
 
 
 def metrics_of(output: Path) -> list[dict]:
@@ -168,7 +171,7 @@ def test_other_samples_under_the_same_settings_are_refused(tiny_checkpoint, tiny
     annotations = data / "samples.jsonl"
     lines = annotations.read_text().splitlines()
     annotations.write_text("\n".join([*lines, json.dumps(sample(99, []))]))
-    with pytest.raises(ValueError, match=r"run: the ids of the samples have changed"):
+    with pytest.raises(ValueError, match=r"run: the samples have changed"):
         train(config)
     lines[0] = lines[0].replace("It is safe", "It is good")  # a correction is welcome
     annotations.write_text("\n".join(lines))
@@ -225,6 +228,37 @@ def test_sigkill(config, straight, compiled_folder, tmp_path):
     assert saved_steps(config.output) == [2]
     train(config)
     assert_same_run(config.output, straight)
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_checkpoint, tiny_data, tmp_path_factory, quick_compile) -> Path:
+    """The folder of a run on packed rows that nothing disturbed."""
+    output = tmp_path_factory.mktemp("packed") / "run"
+    train(run_config(tiny_checkpoint, tiny_data, output, **PACKED))
+    assert all(line["samples"] > 2 for line in metrics_of(output))
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("workers", [(0, 1), (1, 2), (2, 0)])
+def test_a_crash_at_any_step(
+    straight, packed, tiny_checkpoint, tiny_data, tmp_path, packing, workers
+):
+    """The same samples and losses bit for bit, with other reading processes after the crash too."""
+    step = random.randrange(1, STEPS)
+    print("crash at step", step)
+    settings = PACKED if packing else {}
+    for count, progress in zip(workers, (crash_at(step), None), strict=True):
+        config = run_config(
+            tiny_checkpoint, tiny_data, tmp_path / "run", data__workers=count, **settings
+        )
+        if progress is None:
+            train(config)
+        else:
+            with pytest.raises(Crash):
+                train(config, progress)
+    assert_same_run(config.output, packed if packing else straight)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +401,6 @@ def test_bad_samples_are_skipped_and_counted(tiny_checkpoint, tmp_path, caplog):
     [
         ({"model": Path("nowhere")}, "nowhere: no such folder"),
         ({"mesh__data": 3}, "does not fit"),
-        ({"train__steps": None, "train__epochs": 1, "train__global_batch": 64}, "do not fill one"),
     ],
 )
 def test_bad_settings_leave_no_folder(config, change, message):

@@ -27,7 +27,12 @@ EXAMPLES = [example(9, [4, 5, 6, 8], 1), example(6, [5], 2), example(5, [], 3)]
 
 def batch_of(examples: list[Example], reduction) -> Batch:
     return collate(
-        examples, length=10, tiles_per_row=0, image_size=4, pad_id=0, reduction=reduction
+        [[e] for e in examples],
+        length=10,
+        tiles_per_row=0,
+        image_size=4,
+        pad_id=0,
+        reduction=reduction,
     )
 
 

@@ -52,7 +52,7 @@ def examples(seed: int) -> list[Example]:
 def batch_of(rows: list[Example], micro_batches: int = 1, reduction="token") -> Batch:
     """As the pipeline gives it: fields with a leading axis of micro-batches."""
     flat = collate(
-        rows,
+        [[row] for row in rows],
         length=48,
         tiles_per_row=4,
         image_size=reference().IMAGE_SIZE,

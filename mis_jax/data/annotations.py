@@ -1,0 +1,204 @@
+"""Annotation files to checked entries: JSON lists and InternVL's jsonl, LLaVA's names included.
+
+An entry that cannot be used keeps its place and says why (`Entry.problem`), so that a run can
+report every one of them. Only a file that cannot be read at all raises.
+
+Source: the fields are those of InternVL's chat data (facts/internvl.md section 6.4), of LLaVA and
+M4-Instruct, and of LLaMA-Factory (`images`, `messages`).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample as its file has it, under InternVL's names of fields.
+
+    Attributes:
+        where: file and place in it.
+        id: the file's, or the sample's place among the others.
+        fields: has `conversations` where `problem` is empty; its turns are checked when rendered.
+        images: names of the images, as in the file.
+        problem: why the entry cannot be used, with its place and the remedy; empty for a good one.
+    """
+
+    where: str
+    id: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    images: tuple[str, ...] = ()
+    problem: str = ""
+
+
+def read_list(path: Path, *, pictured: bool = False) -> list[Entry]:
+    """The entries of a JSON list, or of an object of samples.
+
+    Args:
+        path: the file, UTF-8.
+        pictured: its samples have images by definition of their set.
+
+    Raises:
+        ValueError: a file that is missing, unreadable, not JSON, or empty.
+    """
+    try:
+        content = json.loads(_read(path).decode("utf-8-sig"))  # Windows editors put a mark in front
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        # What a file with one object a line looks like to a reader of lists.
+        lines = "Extra data: line 2 " in str(error)
+        remedy = "read it as kind jsonl" if lines else "download the file again"
+        raise ValueError(f"{path}: not valid JSON ({error}); {remedy}") from None
+    samples = list(content.values()) if isinstance(content, dict) else content
+    if not isinstance(samples, list):
+        raise ValueError(f"{path}: holds {type(content).__name__}; expected a list of samples")
+    entries = [
+        check_entry(sample, f"{path}, row {index}", index, pictured=pictured)
+        for index, sample in enumerate(samples)
+    ]
+    return _some(entries, path)
+
+
+def read_jsonl(path: Path) -> list[Entry]:
+    """The entries of a file with one JSON object a line; blank lines are none.
+
+    Raises:
+        ValueError: a file that is missing, unreadable or empty.
+    """
+    entries: list[Entry] = []
+    # Only "\n" ends a line: str.splitlines() would also cut at U+2028, which JSON allows in a text.
+    for number, line in enumerate(_read(path).split(b"\n"), start=1):
+        index, where = len(entries), f"{path}, line {number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            if text.strip():
+                entries.append(check_entry(json.loads(text), f"{path}, row {index}", index))
+        except UnicodeDecodeError as error:
+            problem = f"{where}: not UTF-8 text ({error}); save it as UTF-8 or remove the line"
+            entries.append(Entry(where, str(index), problem=problem))
+        except (ValueError, RecursionError) as error:
+            problem = f"{where}: not valid JSON ({error}); repair or remove the line"
+            entries.append(Entry(where, str(index), problem=problem))
+    return _some(entries, path)
+
+
+def check_entry(sample: Any, where: str, index: int, *, pictured: bool = False) -> Entry:
+    """A sample under InternVL's names of fields, or why it cannot be used.
+
+    Args:
+        sample: as the file has it.
+        where: file and place in it.
+        index: its place, which is its id where the file gives none.
+        pictured: it must have images.
+    """
+    if not isinstance(sample, dict):
+        problem = (
+            f"{where}: expected an object with 'conversations', found {sample!r:.60}; "
+            "check that the source's kind fits the file"
+        )
+        return Entry(where, str(index), problem=problem)
+    name = next((str(sample[key]) for key in ("id", "sample_id") if _has(sample, key)), str(index))
+    # Halves of surrogate pairs (see below) as they are written: an id is for people and for files.
+    name = name.encode("utf-8", "backslashreplace").decode()
+    try:
+        fields = _renamed(sample)
+        images = _images(fields, pictured)
+        _check_characters(images, fields["conversations"])
+    except ValueError as error:
+        return Entry(where, name, sample, problem=f"{where}: {error}")
+    return Entry(where, name, fields, images)
+
+
+def _has(sample: Mapping[str, Any], name: str) -> bool:
+    """Tables that were exported to JSON say null where a sample has no such field."""
+    return sample.get(name) is not None
+
+
+def _renamed(sample: dict[str, Any]) -> dict[str, Any]:
+    """The sample with `conversations` and `image`, whatever the file calls them."""
+    fields = sample
+    if not _has(sample, "conversations"):
+        if not _has(sample, "messages"):
+            raise ValueError("field 'conversations' is missing; add the turns or remove the row")
+        fields = {name: sample[name] for name in sample if name != "messages"}
+        fields["conversations"] = _turns(sample["messages"])
+    if _has(sample, "images") and not _has(sample, "image"):
+        fields = {name: fields[name] for name in fields if name != "images"}
+        fields["image"] = sample["images"]
+    return fields
+
+
+def _turns(messages: Any) -> list[dict[str, str]]:
+    """OpenAI's and LLaMA-Factory's messages as turns of a conversation."""
+    if not isinstance(messages, list):
+        raise ValueError(f"field 'messages' is {messages!r:.60}; give a list of messages")
+    turns = []
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise ValueError(
+                f"field 'messages[{index}]' must be an object with 'role' and a text 'content', "
+                f"found {message!r:.60}; write its images as <image> in the text"
+            )
+        role = message.get("role")
+        if not isinstance(role, str) or role not in _ROLES:
+            raise ValueError(
+                f"field 'messages[{index}].role' is {role!r:.60}; "
+                "use 'user', 'assistant' or 'system'"
+            )
+        turns.append({"from": _ROLES[role], "value": message["content"]})
+    return turns
+
+
+def _images(fields: Mapping[str, Any], pictured: bool) -> tuple[str, ...]:
+    for name in ("video", "videos"):
+        if fields.get(name):
+            raise ValueError(
+                f"field '{name}' is {fields[name]!r:.60}, and videos are not supported; "
+                "give frames of it as 'image' or remove the row"
+            )
+    if not _has(fields, "image"):
+        if pictured:
+            raise ValueError("field 'image' is missing; name the images or remove the row")
+        return ()
+    images = fields["image"]
+    names = [images] if isinstance(images, str) else images
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise ValueError(f"field 'image' is {images!r:.60}; give a path or a list of paths")
+    if not names:
+        raise ValueError(
+            "field 'image' is empty; name its images, or drop the field for a text sample"
+        )
+    return tuple(names)
+
+
+def _check_characters(images: tuple[str, ...], conversations: Any) -> None:
+    """JSON can write half of a surrogate pair, which no tokenizer and no file name takes."""
+    turns = conversations if isinstance(conversations, list) else []
+    values = [turn.get("value") for turn in turns if isinstance(turn, dict)]
+    try:
+        "".join([*images, *(value for value in values if isinstance(value, str))]).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(
+            f"holds {half!a}, half of a surrogate pair and no character; repair or remove the row"
+        ) from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; check the source's root, path and split") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give a file") from None
+
+
+def _some(entries: list[Entry], path: Path) -> list[Entry]:
+    if not entries:
+        raise ValueError(f"{path}: holds no sample; take the source out or fill the file")
+    return entries

@@ -1,0 +1,122 @@
+"""Rows of several samples: nothing lost, nothing over, and how full they are."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mis_jax.data.packing import fill, pack, tiles_of_a_row
+from mis_jax.data.plan import Capacity, make_plan
+
+
+def mis_like(samples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and tiles as MIRage's mixture has them by facts/mis.md 1.2, 1.5 and 2.2.
+
+    Of 4,427 samples 11.3 % are general ones. The others have two square pictures (a tile of 256
+    tokens and two marks each), a question of 75 +- 15 tokens and a label of 130 to 160 words (200
+    +- 35 tokens); the system turn and the roles take 45. General samples have none to six pictures
+    that share a budget of six tiles, each with its thumbnail, and long-tailed texts (median 100).
+    """
+    rng = np.random.default_rng(seed)
+    general = rng.random(samples) < 0.113
+    question = rng.normal(75, 15, samples).clip(35, 160)
+    label = rng.normal(200, 35, samples).clip(90, 330)
+    images = np.where(general, rng.choice(7, samples, p=[0.05, 0.2, 0.35, 0.2, 0.1, 0.05, 0.05]), 2)
+    budget = 6 // np.maximum(images, 1)
+    grid = np.minimum(rng.choice([1, 2, 3, 4, 6], samples, p=[0.4, 0.2, 0.15, 0.15, 0.1]), budget)
+    tiles = images * np.where(general, grid + (grid > 1), 1)
+    text = np.where(general, rng.lognormal(4.6, 0.8, samples).clip(20, 1500), question + label)
+    return (text + 45 + 256 * tiles + 2 * images).astype(np.int64), tiles
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_of_a_mis_like_set_are_full(seed):
+    """At least 95 % of the tokens and 90 % of the tiles, at the length of the paper's recipe."""
+    tokens, tiles = mis_like(4427, seed)
+    assert 850 < tokens.mean() < 950 and 2.2 < tiles.mean() < 2.4
+    room = tiles_of_a_row(tokens, tiles, 8192)
+    rows = pack(tokens, tiles, max_tokens=8192, max_tiles=room)
+    assert fill(rows, tokens, 8192) >= 0.95
+    assert fill(rows, tiles, room) >= 0.90
+
+
+sizes = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 6)), min_size=1, max_size=60)
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes, st.integers(50, 120), st.integers(6, 20), st.integers(1, 10))
+def test_every_sample_is_in_one_row_and_no_row_is_too_full(found, tokens_room, tiles_room, ahead):
+    tokens, tiles = (np.array(column) for column in zip(*found, strict=True))
+    room = {"max_tokens": tokens_room, "max_tiles": tiles_room}
+    rows = pack(tokens, tiles, **room, look_ahead=ahead)
+    assert sorted(place for row in rows for place in row) == list(range(len(found)))
+    for row in rows:
+        assert tokens[row].sum() <= tokens_room and tiles[row].sum() <= tiles_room
+        assert row  # none is empty
+    taken: set[int] = set()
+    for row in rows:  # the oldest first, and nothing from further away than the look-ahead
+        assert row[0] == min(set(range(len(found))) - taken)
+        assert len(set(range(max(row))) - taken) < ahead + len(row)
+        taken.update(row)
+
+
+def test_text_alone_needs_no_tiles():
+    tokens, tiles = np.array([30, 40, 50]), np.zeros(3, int)
+    assert tiles_of_a_row(tokens, tiles, 100) == 0
+    assert pack(tokens, tiles, max_tokens=100, max_tiles=0) == [[0, 2], [1]]
+
+
+def test_a_row_has_tiles_for_the_largest_sample():
+    assert tiles_of_a_row(np.array([100, 400]), np.array([0, 9]), 400) == 9
+
+
+# Plans of whole runs
+
+TOKENS, TILES = np.array([9, 0, 30, 12, 25, 7, 18, 40]), np.array([1, 0, 2, 0, 2, 1, 1, 3])
+GOOD = np.flatnonzero(TOKENS)
+
+
+def plan(**changes):
+    settings = dict(seed=3, epochs=2, capacity=Capacity(50, 4))
+    return make_plan(GOOD, TOKENS, TILES, **(settings | changes))
+
+
+@pytest.mark.parametrize("capacity", [None, Capacity(50, 4), Capacity(400, 40)])
+def test_every_epoch_has_every_good_sample_once(capacity):
+    made = plan(epochs=3, capacity=capacity)
+    assert sorted(made.places.tolist()) == list(range(3 * len(GOOD)))
+    epochs = made.places // len(GOOD)
+    for epoch in range(3):
+        assert sorted(made.samples[epochs == epoch].tolist()) == GOOD.tolist()
+    assert (np.diff([epochs[row] for row in made.starts[:-1]]) >= 0).all()
+    for number in range(made.rows):
+        row = made.row(number)
+        assert len({place // len(GOOD) for place, _ in row}) == 1  # no row of two epochs
+        if capacity:
+            assert TOKENS[[s for _, s in row]].sum() <= capacity.tokens
+
+
+def test_beyond_the_last_row_rows_are_empty():
+    made = plan()
+    assert made.row(made.rows) == [] and made.row(made.rows + 7) == []
+
+
+def test_a_place_in_the_stream_names_the_same_sample_in_every_plan():
+    alone, packed = plan(capacity=None), plan()
+    of = dict(zip(packed.places.tolist(), packed.samples.tolist(), strict=True))
+    assert [of[place] for place in range(len(of))] == alone.samples.tolist()
+    assert alone.places.tolist() == list(range(len(of)))
+
+
+@pytest.mark.parametrize("capacity", [None, Capacity(50, 4)])
+def test_a_plan_of_rows_is_the_beginning_of_a_longer_one(capacity):
+    whole = plan(epochs=9, capacity=capacity)
+    for rows in (1, 8, 20):
+        made = plan(epochs=None, rows=rows, capacity=capacity)
+        assert made.rows == rows
+        assert [made.row(i) for i in range(rows)] == [whole.row(i) for i in range(rows)]
+
+
+def test_fingerprints_tell_plans_apart():
+    prints = {plan(**c).fingerprint for c in ({}, {"seed": 4}, {"epochs": 3}, {"capacity": None})}
+    assert len(prints) == 4 and plan().fingerprint in prints
