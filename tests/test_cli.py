@@ -338,8 +338,8 @@ def test_an_interrupted_run_exits_1_and_goes_on(run, yaml_of, monkeypatch, tmp_p
 
     write = metrics.MetricsLog.write
 
-    def stop(self, step, numbers, ids):
-        write(self, step, numbers, ids)
+    def stop(self, step, numbers, ids, skipped):
+        write(self, step, numbers, ids, skipped)
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 

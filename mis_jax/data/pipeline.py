@@ -41,7 +41,7 @@ class StepData:
 
     batch: Batch  # the rows that were asked for
     ids: tuple[str, ...]  # of all samples of the step, on every host
-    skipped: int = 0  # bad samples that were left out of these rows
+    skipped: tuple[str, ...] = ()  # why bad samples were left out of these rows
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Steps:
         ids = self._data.ids(self._step)
         if bad and len(self._rows) == self._data.config.train.global_batch:
             ids = tuple(example.id for row in packed for example in row)
-        step = StepData(self._stacked(packed), ids, len(bad))
+        step = StepData(self._stacked(packed), ids, tuple(bad))
         self._step += 1
         return step
 

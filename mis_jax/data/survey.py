@@ -22,6 +22,7 @@ from mis_jax.data.render import RenderRow, Size
 from mis_jax.data.sources import Row
 
 _VERSION = 1  # another way of measuring needs another
+_FEW = 5000  # rows that one process looks at in a few seconds
 Progress = Callable[[int, int], None]
 
 
@@ -56,6 +57,7 @@ def survey(
         return known
     sizes = np.zeros((4, len(rows)), np.int32)
     problems: dict[int, str] = {}
+    workers = workers if len(rows) > _FEW else 0  # starting a process takes seconds
     for row, found in enumerate(in_order(_Measure(render), rows, workers)):
         if isinstance(found, Size):
             sizes[:, row] = found.tokens, found.loss_tokens, found.tiles, found.cut

@@ -131,9 +131,9 @@ def _run(config, output, opened: OpenCheckpoint, data: TrainingData, mesh, progr
                 if not metrics.pop("finite"):
                     raise _not_finite(output, item, done + 1, metrics)
                 done += 1
-                metrics |= {"samples": len(item.ids), "skipped": item.skipped}
+                metrics |= {"samples": len(item.ids), "skipped": len(item.skipped)}
                 metrics |= {"seconds": time.monotonic() - tick, "data_seconds": waited}
-                log.write(done, metrics, item.ids)
+                log.write(done, metrics, item.ids, item.skipped)
                 if progress:
                     progress(done, steps, metrics)
                 if done % config.train.save_every == 0 and done < steps:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,10 +40,17 @@ class MetricsLog:
                 if failure is None:
                     raise
 
-    def write(self, step: int, metrics: Mapping[str, float], ids: Iterable[str]) -> None:
-        """Numbers of one step and the ids of the samples in it; steps count from 1."""
+    def write(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        ids: Iterable[str],
+        skipped: Sequence[str] = (),
+    ) -> None:
+        """Numbers of a step, its samples' ids and why others were left out; steps count from 1."""
         self._line("metrics.jsonl", {"step": step, **metrics})
-        self._line("samples.jsonl", {"step": step, "ids": list(ids)})
+        left_out = {"skipped": list(skipped)} if skipped else {}
+        self._line("samples.jsonl", {"step": step, "ids": list(ids), **left_out})
         self._board.write(step, metrics)
 
     def _line(self, name: str, content: Mapping[str, Any]) -> None:

@@ -317,10 +317,10 @@ def test_a_full_disk_under_the_log(config, straight, monkeypatch):
 
     write = MetricsLog.write
 
-    def full(self, step, metrics, ids):
+    def full(self, step, metrics, ids, skipped):
         if step == 3:
             raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
-        write(self, step, metrics, ids)
+        write(self, step, metrics, ids, skipped)
 
     with monkeypatch.context() as patch:
         patch.setattr(MetricsLog, "write", full)
@@ -391,7 +391,10 @@ def test_bad_samples_are_skipped_and_counted(tiny_checkpoint, tmp_path, caplog):
     assert train(config).steps == 4
     assert sum(line["skipped"] for line in metrics_of(config.output)) == 2
     assert sum("row 4" in record.message for record in caplog.records) == 2
-    ids = [i for line in read_lines(config.output / "samples.jsonl") for i in line["ids"]]
+    lines = read_lines(config.output / "samples.jsonl")
+    reasons = [reason for line in lines for reason in line.get("skipped", [])]
+    assert len(reasons) == 2 and all("row 4: image" in reason for reason in reasons)
+    ids = [i for line in lines for i in line["ids"]]
     assert sorted(ids[:7]) == sorted(f"s{i}" for i in range(8) if i != 4)
     assert "s4" not in ids
 
