@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -62,7 +62,7 @@ class Settings:
     """mis: 1024 x 1024 PNG, one tile each; photos: 1024 x 768 JPEG, seven tiles each."""
     samples: int = 64
     """In the set; an epoch is read in each measurement."""
-    workers: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = (0, 1, 2)
+    workers: tuple[int, ...] = (0, 1, 2)
     """Reading processes; 0 reads in the process that trains."""
     rounds: int = 2
     """Measurements of each, in turns; the fastest counts."""
@@ -96,7 +96,7 @@ def measure(name: str, settings: Settings, folder: Path) -> dict[str, Any]:
     small = cut(published("internvl2_5-1b"), layers=1, vision_layers=1, shrink=16)
     write(small, folder / "model", "hf")
     draw(folder, workload, settings.samples)
-    theirs = peer(folder, workload)
+    theirs = Peer(folder, workload)
     found: dict[str, Any] = {"peer": theirs.name, "workers": {}}
     for workers in settings.workers:
         sides: dict[str, Callable[[], Iterator[int]]] = {
@@ -208,7 +208,7 @@ def packing_fill() -> dict[str, float]:
     }
 
 
-class peer:
+class Peer:
     """transformers' processor and tokenizer over the same files, under torch's DataLoader."""
 
     def __init__(self, folder: Path, workload: Workload):
