@@ -54,6 +54,8 @@ def survey(
     """Measure every row, or take the outcome from the file `saved` if it is of the same rows."""
     key = _key(rows, render)
     if saved is not None and (known := _load(saved, key)) is not None:
+        if progress:
+            progress(len(rows), len(rows))
         return known
     sizes = np.zeros((4, len(rows)), np.int32)
     problems: dict[int, str] = {}

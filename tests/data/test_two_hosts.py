@@ -1,26 +1,18 @@
 """Two processes of two devices each: every one loads its rows, together they are the batch."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from tiny_world import run_config, write_yaml
+from two_processes import run_two
 
 from mis_jax.data.pipeline import TrainingData
 
 PROGRAM = """
-import json, sys
+import json
 from pathlib import Path
 
-port, process, path, out = sys.argv[1:]
-import jax
-
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process))
 import numpy as np
 
 from mis_jax.config import MeshConfig, load_config
@@ -29,7 +21,8 @@ from mis_jax.data.processor import Processor
 from mis_jax.sharding import held_rows, make_mesh, put_batch
 from mis_jax.weights.config_json import read_config
 
-config = load_config(Path(path))
+path, out = map(Path, words)
+config = load_config(path)
 processor = Processor.from_folder(config.model, read_config(config.model)[0])
 found = []
 for sizes in ({"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}, {"fsdp": 1, "tensor": 4}):
@@ -42,7 +35,7 @@ for sizes in ({"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}, {"fsdp": 1, "ten
     fields = {n: np.asarray(getattr(whole, n)) for n in ("input_ids", "tiles", "tile_mask")}
     found.append({"rows": rows.tolist(), **{n: [f.shape, int(f.astype(np.int64).sum()),
         f.astype(np.uint8).tobytes().hex()[::97]] for n, f in fields.items()}})
-Path(out).write_text(json.dumps(found))
+(out / f"{process}.json").write_text(json.dumps(found))
 """
 
 
@@ -52,23 +45,7 @@ def test_each_process_loads_its_rows(tiny_checkpoint, tiny_data, tiny_processor,
         tiny_checkpoint, tiny_data, tmp_path / "run", train__global_batch=8, train__micro_batch=4
     )
     path = write_yaml(config, tmp_path / "run.yaml")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", PROGRAM, str(port)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(i), str(path), str(tmp_path / f"{i}.json")], env=os.environ | settings
-        )
-        for i in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    run_two(PROGRAM, path, tmp_path)
     steps = TrainingData(config, tiny_processor).iterator()
     batch = next(steps).batch
     steps.close()

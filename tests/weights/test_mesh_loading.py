@@ -1,28 +1,20 @@
 """Loading onto a mesh: two processes of two devices each, every one reading its own slices."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_models import random_checkpoint, tiny_config
+from two_processes import run_two
 
 from mis_jax.weights.convert import write_checkpoint
 
 MESHES = [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"data": 4}]
 PROGRAM = """
-import json, sys
+import json
 from pathlib import Path
 
-port, process, work, meshes = sys.argv[1:]
-import jax
-
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process))
 import numpy as np
 
 import mis_jax
@@ -31,6 +23,7 @@ from mis_jax.config import MeshConfig
 from mis_jax.sharding import make_mesh
 from mis_jax.weights import checkpoint, parameters
 
+work, meshes = words
 api.Processor.from_folder = lambda *arguments: None  # these folders hold no tokenizer
 packed, values = checkpoint.packed, []
 
@@ -83,21 +76,5 @@ def test_two_processes_read_what_they_need(rng, tmp_path):
 
 def run_both(work: Path) -> list[list[dict]]:
     """What the two processes found, by kind and mesh."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(port), str(i), str(work), json.dumps(MESHES)],
-            env=os.environ | settings,
-        )
-        for i in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    run_two(PROGRAM, work, json.dumps(MESHES))
     return [json.loads((work / f"{i}.json").read_text()) for i in range(2)]
