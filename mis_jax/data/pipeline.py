@@ -138,18 +138,19 @@ class TrainingData:
 
     def ids(self, step: int) -> tuple[str, ...]:
         """Ids of the samples of a step, row by row; steps count from 0."""
-        first = step * self.config.train.global_batch
-        samples = self.plan.samples[self.plan.span(first, first + self.config.train.global_batch)]
-        return tuple(self.rows[int(sample)].id for sample in samples)
+        return tuple(self.rows[int(sample)].id for sample in self._samples(step))
 
     def shape(self, step: int) -> tuple[int, int]:
         """Tokens and tiles of every row of a step: one of a few shapes, the same on every host."""
         if self.capacity is not None:
             return self.capacity.tokens, self.capacity.tiles
-        first = step * self.config.train.global_batch
-        samples = self.plan.samples[self.plan.span(first, first + self.config.train.global_batch)]
+        samples = self._samples(step)
         tokens, tiles = (int(s[samples].max()) for s in (self.survey.tokens, self.survey.tiles))
         return length_bucket(tokens, self.config.data.max_length), tiles_bucket(tiles)
+
+    def _samples(self, step: int) -> np.ndarray:
+        first = step * self.config.train.global_batch
+        return self.plan.samples[self.plan.span(first, first + self.config.train.global_batch)]
 
     def iterator(self, start: int = 0, rows: ArrayLike | None = None) -> "Steps":
         """Steps `start` (from 0) to the last; of each the `rows` that this process trains on.

@@ -82,7 +82,6 @@ def train(
     fresh = not (output / _CONFIG).exists()
     output.mkdir(parents=True, exist_ok=True)
     save_config(config, output / _CONFIG)
-    data.save(output)
     try:
         with jax.set_mesh(mesh):
             return _run(config, output, opened, data, mesh, progress)
@@ -115,6 +114,7 @@ def _run(config, output, opened: OpenCheckpoint, data: TrainingData, mesh, progr
             state = TrainState(frozen=state.frozen, **restored)
             done, seconds = meta["batches"], meta["seconds"]
             _log.info("resumed at step %d", done)
+        data.save(output)  # now that it is known to be the run's
         rows = held_rows(mesh, config.train.global_batch, config.train.micro_batch)
         ahead = Ahead(
             data.iterator(done, rows),
