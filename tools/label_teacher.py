@@ -19,6 +19,8 @@ State = Literal["ok", "harmless", "refused", "truncated", "empty", "error"]
 #: Codes with which servers decline a request by its content, beside finish_reason.
 _FILTERED = {"content_filter", "content_policy_violation", "data_inspection_failed"}
 _SENT_AS_IS = {"PNG", "JPEG", "WEBP"}
+#: A client that is connecting can take a cancellation for a failure, and try again.
+_CANCELS = 20
 _ERRORS_IN_A_ROW = 20  # then the server is down and the rest need not wait for it
 
 
@@ -176,9 +178,15 @@ async def ask_all(
             if failed >= _ERRORS_IN_A_ROW:
                 raise Stopped(f"{failed} errors in a row, the last: {reply.error}")
 
+    tasks = [asyncio.create_task(work()) for _ in range(concurrency)]
     try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
-                group.create_task(work())
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+        finished, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for _ in range(_CANCELS):
+            if not (running := [task for task in tasks if not task.done()]):
+                break
+            for task in running:
+                task.cancel()
+            await asyncio.wait(running, timeout=0.5)
+    for task in finished:
+        task.result()
