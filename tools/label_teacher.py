@@ -19,7 +19,7 @@ State = Literal["ok", "harmless", "refused", "truncated", "empty", "error"]
 #: Codes with which servers decline a request by its content, beside finish_reason.
 _FILTERED = {"content_filter", "content_policy_violation", "data_inspection_failed"}
 _SENT_AS_IS = {"PNG", "JPEG", "WEBP"}
-#: A client that is connecting can take a cancellation for a failure, and try again.
+#: A client that is connecting may take a cancellation for a failure, and try again.
 _CANCELS = 20
 _ERRORS_IN_A_ROW = 20  # then the server is down and the rest need not wait for it
 
