@@ -110,19 +110,33 @@ class TrainConfig:
     """Parts that stay bit-identical."""
     loss_reduction: Literal["token", "sample", "square"] = "token"
     """Weight of an answer token: 1, 1/n or 1/sqrt(n) for an answer of n tokens."""
-    remat: Literal["none", "full", "dots"] = "none"
-    """What the backward pass computes again instead of keeping."""
+    remat: Literal["none", "full", "dots", "attention", "offload"] = "none"
+    """What the backward pass computes again instead of keeping: nothing; a whole layer; all but
+    matrix products; all but attention's output; a whole layer, its input waiting in host memory."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """Kernel of attention: auto is splash on TPU, cudnn on CUDA (bfloat16), xla elsewhere."""
     unroll: bool = False
     """Write the layers out instead of scanning them: slower to compile, faster to run."""
+    loss_chunk: int = 1024
+    """Tokens of a row whose logits are held at once; those without loss never get any."""
+    drop_path: float = 0.0
+    """Largest chance that a branch of a vision layer is dropped, rising linearly over layers."""
     save_every: int = 200
     """Steps between checkpoints."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    keep_best: bool = False
+    """Keep the checkpoint of the lowest attack success rate of `evaluation` too."""
+    on_not_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite ends the run, or its step is left out. Either way the
+    batch is kept in the run's folder."""
+    spike: float | None = None
+    """Leave out a step whose gradient norm exceeds so many times the running mean; none without."""
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of train.epochs and train.steps")
-        for name in ("global_batch", "save_every", "keep"):
+        for name in ("global_batch", "save_every", "keep", "loss_chunk"):
             _at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("epochs", "steps", "micro_batch"):
             if getattr(self, name) is not None:
@@ -134,6 +148,38 @@ class TrainConfig:
             )
         if set(self.freeze) == {"vision", "projector", "language"}:
             raise ValueError("train.freeze names every part; leave at least one to train")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"train.drop_path is {self.drop_path}; give 0 to below 1")
+        if self.spike is not None and not self.spike > 1:
+            raise ValueError(f"train.spike is {self.spike}; give more than 1, or leave it out")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside frozen linear maps, as InternVL's scripts set them."""
+
+    __pydantic_config__ = _STRICT
+    rank: int = 0
+    """Rank of the adapters; 0 trains the parameters themselves."""
+    alpha: float | None = None
+    """Scale of an adapter times its rank; twice the rank without it."""
+    dropout: float = 0.05
+    """Chance that an input of an adapter is dropped in training."""
+    targets: tuple[Literal["vision", "language"], ...] = ("language",)
+    """Parts whose linear maps get an adapter."""
+    base: Literal["none", "int8", "nf4"] = "none"
+    """Number format of the adapted frozen kernels; none is that of `dtype.params`."""
+
+    def __post_init__(self) -> None:
+        _at_least("lora.rank", self.rank, 0)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout is {self.dropout}; give 0 to below 1")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"lora.alpha is {self.alpha}; give a number above 0")
+        if self.rank and not self.targets:
+            raise ValueError("lora.targets is empty; name vision, language or both")
+        if self.base != "none" and not self.rank:
+            raise ValueError("lora.base is for adapters; set lora.rank")
 
 
 @dataclass(frozen=True)
@@ -157,13 +203,21 @@ class OptimizerConfig:
     """Decay of the second moment."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
+    vision_learning_rate: float | None = None
+    """Peak of the vision tower; `learning_rate` without it."""
+    projector_learning_rate: float | None = None
+    """Peak of the projector; `learning_rate` without it."""
+    offload: bool = False
+    """Keep moments in host memory between steps."""
+    name: Literal["adamw", "adafactor"] = "adamw"
+    """adafactor keeps the second moments of a matrix by row and column, and no first ones."""
 
     def __post_init__(self) -> None:
         # Written so that a value that is no number is refused too.
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"optimizer.warmup_ratio is {self.warmup_ratio}; give 0 to 1")
-        for name in ("learning_rate", "eps"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
+        for name in ("learning_rate", "vision_learning_rate", "projector_learning_rate", "eps"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"optimizer.{name} is {value}; give a number above 0")
         if not self.clip > 0:
             raise ValueError(f"optimizer.clip is {self.clip}; give more than 0 (.inf for none)")
@@ -186,17 +240,87 @@ class MeshConfig:
     tensor: int = 1
     """Shards of heads and feed-forward columns."""
     context: int = 1
-    """Shards of the sequence (not available yet: 1)."""
+    """Shards of the sequence."""
+    slices: int = 1
+    """Slices joined by the data-centre network, each with copies of its own: `data` times over."""
 
     def __post_init__(self) -> None:
-        if self.context != 1:
-            raise ValueError(
-                f"mesh.context is {self.context}: not available in this version, set it to 1"
-            )
-        for axis in ("data", "fsdp", "tensor"):
+        for axis in ("data", "fsdp", "tensor", "context"):
             size = getattr(self, axis)
             if size != -1:
                 _at_least(f"mesh.{axis}", size, 1)
+        _at_least("mesh.slices", self.slices, 1)
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of a run find each other; empty on TPU pods and Slurm, which tell JAX."""
+
+    __pydantic_config__ = _STRICT
+    coordinator: str | None = None
+    """HOST:PORT of process 0."""
+    num_processes: int | None = None
+    """Processes in all."""
+    process_id: int | None = None
+    """Number of this one, from 0."""
+    timeout: int = 60
+    """Seconds without a sign of life after which another process counts as lost."""
+
+    def __post_init__(self) -> None:
+        given = [self.coordinator, self.num_processes, self.process_id]
+        if any(x is None for x in given) and any(x is not None for x in given):
+            raise ValueError(
+                "distributed: give all of coordinator, num_processes and process_id, or none"
+            )
+        if self.num_processes is not None and self.process_id is not None:
+            _at_least("distributed.num_processes", self.num_processes, 1)
+            if not 0 <= self.process_id < self.num_processes:
+                raise ValueError(
+                    f"distributed.process_id is {self.process_id}; give 0 to "
+                    f"{self.num_processes - 1}"
+                )
+        _at_least("distributed.timeout", self.timeout, 10)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Answers to held-out samples during training."""
+
+    __pydantic_config__ = _STRICT
+    every: int = 0
+    """Steps between evaluations; 0 is never."""
+    benchmark: str = "mis_hard"
+    """Name of the benchmark."""
+    data_root: Path = Path("data")
+    """Folder that holds the benchmarks' files."""
+    samples: int = 32
+    """Samples that are answered, the first of the benchmark."""
+    judge: str = "rules"
+    """Who decides whether an answer is safe."""
+    max_new_tokens: int = 256
+    """Length of an answer."""
+
+    def __post_init__(self) -> None:
+        _at_least("evaluation.every", self.every, 0)
+        _at_least("evaluation.samples", self.samples, 1)
+        _at_least("evaluation.max_new_tokens", self.max_new_tokens, 1)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where numbers go beside metrics.jsonl and TensorBoard."""
+
+    __pydantic_config__ = _STRICT
+    wandb: str | None = None
+    """Project of Weights & Biases; needs the extra `wandb`."""
+    profile_start: int = 0
+    """First step of a profile in the run's folder; 0 is no profile."""
+    profile_steps: int = 3
+    """Steps of the profile."""
+
+    def __post_init__(self) -> None:
+        _at_least("log.profile_start", self.profile_start, 0)
+        _at_least("log.profile_steps", self.profile_steps, 1)
 
 
 @dataclass(frozen=True)
@@ -209,7 +333,9 @@ class DtypeConfig:
     compute: Dtype = "bfloat16"
     """Of activations; products accumulate in float32."""
     moments: Dtype = "float32"
-    """Of AdamW's first moment; the second is float32."""
+    """Of AdamW's moments; what is bfloat16 between steps is rounded stochastically."""
+    gradients: Dtype = "float32"
+    """Of the sum of gradients over micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +344,7 @@ class RunConfig:
 
     __pydantic_config__ = _STRICT
     model: Path
-    """Checkpoint to start from, in any of the three formats."""
+    """Checkpoint to start from, in any of the three formats; `plan` takes a family's name too."""
     output: Path
     """Folder of the run; an interrupted run goes on from what it finds there."""
     data: DataConfig
@@ -228,6 +354,10 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     dtype: DtypeConfig = field(default_factory=DtypeConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:  # what grain's shuffling takes

@@ -13,21 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from mis_jax.config import RunConfig, changed_fields, load_config, save_config
 from mis_jax.data.pipeline import BAD_SAMPLES, MIXTURE, SURVEY, StepData, TrainingData
 from mis_jax.data.processor import Processor
-from mis_jax.model.config import InternVLConfig
-from mis_jax.sharding import FSDP_TENSOR, held_rows, make_mesh, parameter_shardings, put_batch
+from mis_jax.sharding import held_rows, make_mesh, put_batch
 from mis_jax.storage import RunCheckpoints
 from mis_jax.train.ahead import Ahead
 from mis_jax.train.metrics import BOARD_FOLDER, LOG_FILES, MetricsLog
-from mis_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from mis_jax.train.step import TrainState, make_train_step, split_parameters
-from mis_jax.weights import parameters
-from mis_jax.weights.checkpoint import Checkpoint, OpenCheckpoint, load, open_checkpoint
+from mis_jax.train.program import make_program
+from mis_jax.train.step import TrainState
+from mis_jax.weights.checkpoint import Checkpoint, OpenCheckpoint, open_checkpoint
 from mis_jax.weights.convert import write_checkpoint
 
 _log = logging.getLogger(__name__)
@@ -93,11 +89,8 @@ def train(
 
 def _run(config, output, opened: OpenCheckpoint, data: TrainingData, mesh, progress) -> Trained:
     steps = data.steps
-    transform = make_optimizer(config.optimizer, config.dtype, steps)
-    schedule = learning_rate_schedule(config.optimizer, steps)
-    build = _builder(opened.config, config)
-    state = _initial_state(opened, config, mesh, transform)
-    train_step = make_train_step(build, transform, schedule)
+    program = make_program(config, opened.config, mesh, steps)
+    state = program.load(opened)
     checkpoints = RunCheckpoints(output / _CHECKPOINTS, config.train.keep)
     ahead = None
     done, seconds = 0, 0.0
@@ -126,7 +119,7 @@ def _run(config, output, opened: OpenCheckpoint, data: TrainingData, mesh, progr
                 tick = time.monotonic()  # waiting for data counts too
                 item, batch = next(ahead)
                 waited = time.monotonic() - tick
-                state, metrics = train_step(state, batch)
+                state, metrics = program.step(state, batch)
                 metrics = _plain_numbers(jax.device_get(metrics))
                 if not metrics.pop("finite"):
                     raise _not_finite(output, item, done + 1, metrics)
@@ -163,30 +156,6 @@ def _run(config, output, opened: OpenCheckpoint, data: TrainingData, mesh, progr
         if ahead is not None:
             ahead.close()
     return Trained(final, done, seconds)
-
-
-def _builder(model: InternVLConfig, config: RunConfig):
-    options = dict(
-        compute_dtype=jnp.dtype(config.dtype.compute),
-        remat=config.train.remat,
-        unroll=config.train.unroll,
-    )
-    return lambda values: parameters.build(model, values, **options)
-
-
-def _initial_state(opened: OpenCheckpoint, config: RunConfig, mesh, transform) -> TrainState:
-    shardings = parameter_shardings(parameters.abstract_model(opened.config), mesh, FSDP_TENSOR)
-    placed = load(opened, config.dtype.params, shardings=shardings)
-    trainable, frozen = split_parameters(placed.arrays, config.train.freeze)
-    whole = NamedSharding(mesh, PartitionSpec())
-    # Zeros depend on no input whose sharding they could take on: moments go beside parameters.
-    moments = jax.tree_util.tree_map_with_path(
-        lambda path, _: shardings.get(getattr(path[-1], "key", ""), whole),
-        jax.eval_shape(transform.init, trainable),
-    )
-    optimizer = jax.jit(transform.init, out_shardings=moments)(trainable)
-    step = jax.device_put(jnp.zeros((), jnp.int32), whole)
-    return TrainState(step, trainable, frozen, optimizer)
 
 
 def _saved_part(state: TrainState, *, abstract: bool = False) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from mis_jax.model.internvl import InternVL
 from mis_jax.train.loss import weighted_loss
 
 Parameters = dict[str, jax.Array]  # by dotted path
+TrainStep = Any  # a jitted (TrainState, Batch) -> (TrainState, metrics)
 _PREFIX = {"vision": "vision.", "projector": "projector.", "language": "text."}
 
 
@@ -42,7 +43,7 @@ def make_train_step(
     build: Callable[[Parameters], InternVL],
     transform: optax.GradientTransformation,
     schedule: optax.Schedule,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> TrainStep:
     """A step over micro-batches: every field of `batch` has a leading axis of micro-batches.
 
     Gradients are summed over micro-batches and divided once by the weight of all loss tokens, so a

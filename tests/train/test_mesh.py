@@ -25,9 +25,9 @@ import jax
 from tiny_world import read_lines, run_config
 
 from mis_jax.config import MeshConfig
-from mis_jax.train import loop
+from mis_jax.train import loop, program
 
-make_step, make_mesh = loop.make_train_step, loop.make_mesh
+make_step, make_mesh = program.make_train_step, loop.make_mesh
 trees, programs = [], []
 
 
@@ -57,7 +57,7 @@ def crash(done, *_):
         raise Crash
 
 
-loop.make_train_step = watched
+program.make_train_step = watched
 found = {}
 meshes = {"1": (1, 1, 1), "fsdp 8": (1, 8, 1), "2 2 2": (2, 2, 2)}
 for name, sizes in meshes.items():
