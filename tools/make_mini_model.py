@@ -26,10 +26,11 @@ from mis_jax.data import mini
 from mis_jax.data.chat import render
 from mis_jax.data.mini_icons import draw_scene
 from mis_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mis_jax.model.attention import row_index, segment_mask
 from mis_jax.model.batch import Batch
 from mis_jax.model.config import InternVLConfig, TextConfig, VisionConfig
+from mis_jax.model.execution import Execution
 from mis_jax.model.internvl import InternVL, merge, pixel_shuffle
+from mis_jax.model.text import Seen
 from mis_jax.train.loss import weighted_loss
 from mis_jax.weights import parameters
 from mis_jax.weights.checkpoint import Checkpoint
@@ -43,6 +44,7 @@ TEXT_SIZES: dict[str, Any] = dict(
     kind="internlm2", hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
     mlp_size=384, norm_eps=1e-5, max_position=2048, rope_theta=10000.0,
 )  # fmt: skip
+UNROLLED = Execution(unroll=True)
 LONG, SHORT = 152, 108  # tokens of a row: help with two pictures, and everything else
 
 
@@ -177,7 +179,7 @@ def train_vision(settings: Settings, pictures: np.ndarray, labels: np.ndarray) -
 
     def logits(values, tiles):
         network = parameters.build(config, rest | {k: v for k, v in values.items() if k != "head"})
-        features = network.vision(tiles, dtype=jnp.float32, unroll=True).mean(1)
+        features = network.vision(tiles, dtype=jnp.float32, execution=UNROLLED).mean(1)
         features = (features - features.mean(-1, keepdims=True)) / (
             features.std(-1, keepdims=True) + 1e-5
         )
@@ -225,7 +227,7 @@ def train_language(
     @jax.jit
     def encode(tiles):
         network = parameters.build(config, start | frozen)
-        features = network.vision(tiles, dtype=jnp.float32, unroll=True)
+        features = network.vision(tiles, dtype=jnp.float32, execution=UNROLLED)
         return pixel_shuffle(features, config.shuffle_factor).astype(jnp.bfloat16)
 
     features = np.concatenate([np.asarray(encode(part)) for part in np.array_split(pictures, 200)])
@@ -264,19 +266,18 @@ def train_language(
 
     def loss(values, batch_and_features):
         batch, shuffled = batch_and_features
-        network = parameters.build(config, values | frozen, unroll=True)
+        network = parameters.build(config, values | frozen, execution=UNROLLED)
         embedded = network.text.embed(batch.input_ids, jnp.float32)
         is_image = batch.input_ids == config.image_token_id
         embedded = merge(embedded, network.projector(shuffled.astype(jnp.float32)), is_image)
-        index = row_index(batch.segment_ids)
         hidden, _, _ = network.text(
             embedded,
             positions=batch.positions,
             lengths=jnp.zeros(rows),
-            mask=segment_mask(batch.segment_ids, batch.segment_ids, index, index),
-            unroll=True,
+            seen=Seen(batch.segment_ids),
+            execution=UNROLLED,
         )
-        total, weight = weighted_loss(network.text.logits(hidden), batch)
+        total, weight = weighted_loss(hidden, network.text.table[...], batch)
         return total / weight
 
     values = optimise(

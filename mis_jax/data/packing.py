@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
+from mis_jax.model.batch import MAX_SEGMENTS
+
 #: Samples that a row is chosen from: more fill rows better and move samples further.
 LOOK_AHEAD = 128
 _ROUNDING = 1e-9  # of sums of shares
@@ -51,6 +53,8 @@ def pack(
 
 def _add(row: list[int], waiting: list[int], left: np.ndarray, shares: np.ndarray) -> bool:
     """Move the waiting sample that suits what is left best into the row; False if none fits."""
+    if len(row) == MAX_SEGMENTS:
+        return False
     candidates = shares[waiting]
     fits = (candidates <= left + _ROUNDING).all(axis=1)
     if not fits.any():

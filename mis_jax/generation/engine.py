@@ -31,8 +31,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from mis_jax.generation.sampling import Sampling, row_keys, sample
 from mis_jax.model.batch import Batch
 from mis_jax.model.config import InternVLConfig
+from mis_jax.model.execution import Execution
 from mis_jax.model.internvl import InternVL, merge
-from mis_jax.model.text import KVCache
+from mis_jax.model.text import KVCache, Seen
 
 FinishReason = Literal["stop", "length"]
 
@@ -134,10 +135,10 @@ def prefill(
         x_BTD,
         positions=slots,
         lengths=lengths,
-        mask=(earlier_TS & real_BS[:, None, :])[:, None],
+        seen=Seen(mask=(earlier_TS & real_BS[:, None, :])[:, None]),
         cache=KVCache.zeros(model.config.text, batch, length, x_BTD.dtype),
         slots=slots,
-        unroll=_unroll(model),
+        execution=_execution(model),
     )
     last_BD = jnp.take_along_axis(hidden_BTD, (lengths - 1)[:, None, None], axis=1)[:, 0]
     assert cache is not None
@@ -158,17 +159,18 @@ def decode_step(
         x_B1D,
         positions=slots,
         lengths=lengths + 1,
-        mask=earlier_BS[:, None, None],
+        seen=Seen(mask=earlier_BS[:, None, None]),
         cache=cache,
         slots=slots,
-        unroll=_unroll(model),
+        execution=_execution(model),
     )
     assert written is not None
     return model.text.logits(hidden_B1D[:, 0]), written
 
 
-def _unroll(model: InternVL) -> bool:
-    return model.unroll or model.config.text.num_layers <= FEW_LAYERS
+def _execution(model: InternVL) -> Execution:
+    few = model.config.text.num_layers <= FEW_LAYERS
+    return replace(model.execution, unroll=few or model.execution.unroll)
 
 
 def encode(model: InternVL, batch: Batch) -> Float[Array, "tiles tokens width"] | None:

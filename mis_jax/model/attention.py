@@ -57,6 +57,20 @@ def attention(
     return out.reshape(query_BTNH.shape).astype(query_BTNH.dtype)
 
 
+def attend_xla(
+    query_BTNH: Float[Array, "batch length heads head_dim"],
+    key_BTKH: Float[Array, "batch length kv_heads head_dim"],
+    value_BTKH: Float[Array, "batch length kv_heads head_dim"],
+    segment_ids: Int[Array, "batch length"] | None,
+) -> Float[Array, "batch length heads head_dim"]:
+    """A row's attention to itself: causal within segments, or without them all to all."""
+    if segment_ids is None:
+        return attention(query_BTNH, key_BTKH, value_BTKH)
+    index = row_index(segment_ids)
+    mask = segment_mask(segment_ids, segment_ids, index, index)
+    return attention(query_BTNH, key_BTKH, value_BTKH, mask)
+
+
 def row_index(segment_ids: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
     """Place of every token in its row."""
     return jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import jax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+#: Samples of a packed row, at most: kernels are made for so many.
+MAX_SEGMENTS = 64
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

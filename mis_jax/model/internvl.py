@@ -9,13 +9,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from mis_jax.model.attention import row_index, segment_mask
 from mis_jax.model.batch import Batch
 from mis_jax.model.config import InternVLConfig
-from mis_jax.model.layers import LayerNorm, Linear, Remat
-from mis_jax.model.text import TextDecoder
+from mis_jax.model.execution import PLAIN, Execution
+from mis_jax.model.layers import LayerNorm, Linear
+from mis_jax.model.text import Seen, TextDecoder
 from mis_jax.model.vision import VisionTower
 
 _PROJECTOR_EPS = 1e-5  # torch's LayerNorm default, unlike the tower's 1e-6
@@ -38,8 +38,8 @@ class Projector(nnx.Module):
 class InternVL(nnx.Module):
     """The whole vision-language model.
 
-    `dtype` is that of the parameters, `compute_dtype` that of activations. `remat` trades compute
-    for memory in the backward pass of both towers; `unroll` writes the layers out.
+    `dtype` is that of the parameters, `compute_dtype` that of activations; `execution` says how
+    it is run, `vocab_rows` how many rows the tables of the vocabulary have.
     """
 
     def __init__(
@@ -49,56 +49,64 @@ class InternVL(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jnp.dtype = jnp.float32,
         compute_dtype: jnp.dtype | None = None,
-        remat: Remat = "none",
-        unroll: bool = False,
+        execution: Execution = PLAIN,
+        vocab_rows: int | None = None,
     ):
         self.vision = VisionTower(config.vision, dtype=dtype, rngs=rngs)
         self.projector = Projector(config, dtype=dtype, rngs=rngs)
-        self.text = TextDecoder(config.text, dtype=dtype, rngs=rngs)
+        self.text = TextDecoder(config.text, dtype=dtype, rngs=rngs, vocab_rows=vocab_rows)
         self.config = config
         self.compute_dtype = jnp.dtype(compute_dtype or dtype)
-        self.remat: Remat = remat
-        self.unroll = unroll
+        self.execution = execution
 
     def __call__(self, batch: Batch) -> Float[Array, "batch length vocab"]:
         """Next-token logits at every position, float32."""
         return self.text.logits(self.hidden(batch))
 
-    def hidden(self, batch: Batch) -> Float[Array, "batch length width"]:
-        """Decoder output after the final norm; `text.logits` turns it into logits."""
-        index = row_index(batch.segment_ids)
+    def hidden(
+        self, batch: Batch, key: Key[Array, ""] | None = None
+    ) -> Float[Array, "batch length width"]:
+        """Decoder output after the final norm; `text.logits` turns it into logits.
+
+        With a `key` the vision tower drops branches as `execution.drop_path` says.
+        """
         hidden, _, _ = self.text(
-            self.embed(batch),
+            self.embed(batch, key),
             positions=batch.positions,
             lengths=row_lengths(batch),
-            mask=segment_mask(batch.segment_ids, batch.segment_ids, index, index),
-            remat=self.remat,
-            unroll=self.unroll,
+            seen=Seen(batch.segment_ids),
+            execution=self.execution,
         )
         return hidden
 
-    def embed(self, batch: Batch) -> Float[Array, "batch length width"]:
+    def embed(
+        self, batch: Batch, key: Key[Array, ""] | None = None
+    ) -> Float[Array, "batch length width"]:
         """Token embeddings with the image features in the places of the image tokens."""
-        x_BTD = self.text.embed(batch.input_ids, self.compute_dtype)
+        constrain = self.execution.constrain
+        x_BTD = self.text.embed(batch.input_ids, self.compute_dtype, self.execution)
         if batch.tiles.shape[0] == 0:
             return x_BTD
-        features_IPD = self.encode_images(batch.tiles)
+        features_IPD = self.encode_images(batch.tiles, key)
+        # Every part of a sequence needs all tiles of its rows.
+        features_IPD = constrain(features_IPD, "row_tiles", None, None)
         is_image_BT = batch.input_ids == self.config.image_token_id
-        return merge(x_BTD, features_IPD, is_image_BT)
+        return constrain(merge(x_BTD, features_IPD, is_image_BT), "rows", "length", None)
 
     def encode_images(
-        self, tiles: UInt8[Array, "tiles size size 3"]
+        self, tiles: UInt8[Array, "tiles size size 3"], key: Key[Array, ""] | None = None
     ) -> Float[Array, "tiles tokens width"]:
         """Vision tower, pixel shuffle and projector."""
         features = self.vision(
-            tiles,
+            self.execution.constrain(tiles, "tiles", None, None, None),
             dtype=self.compute_dtype,
             select_layer=self.config.select_layer,
-            remat=self.remat,
-            unroll=self.unroll,
+            execution=self.execution,
+            key=key,
         )
         factor = self.config.shuffle_factor
-        return self.projector(pixel_shuffle(features, factor, self.config.pixel_shuffle))
+        shuffled = pixel_shuffle(features, factor, self.config.pixel_shuffle)
+        return self.projector(shuffled)
 
 
 def pixel_shuffle(

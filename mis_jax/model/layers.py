@@ -6,19 +6,28 @@ leading "layers"); `mis_jax.sharding` maps them to mesh axes. Nothing here knows
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-Remat = Literal["none", "full", "dots"]
-Axes = tuple[str | None, ...]
+from mis_jax.model.execution import Axes, Execution
 
+#: Names of what a block computes, for policies that keep it.
+BLOCK_INPUT, ATTENTION_OUTPUT = "block_input", "attention_output"
 _REMAT_POLICY = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -132,22 +141,39 @@ class Stack(nnx.Module):
         step: Callable[[Any, nnx.Module, Any], tuple[Any, Any]],
         per_layer: Any = None,
         *,
-        remat: Remat = "none",
-        unroll: bool = False,
+        execution: Execution,
+        dtype: jnp.dtype,
     ) -> tuple[Any, Any]:
         """Run `carry, y = step(carry, block, x)` through the layers, as `jax.lax.scan` does.
 
-        `unroll` writes the layers out one after the other: a longer compilation, and no slicing of
-        stacked parameters at run time.
+        Parameters of a layer are gathered inside the body, so that no two layers are whole at once
+        and the backward pass gathers them again.
         """
         graph, stacked = nnx.split(self.block)
 
+        def gathered(parameter: nnx.Variable) -> nnx.Variable:
+            value = parameter.get_value()
+            return parameter.replace(execution.gather(value, parameter.axes[1:], dtype))
+
         def body(carry, scanned):
             parameters, x = scanned
+            parameters = jax.tree.map(
+                gathered, parameters, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+            )
             return step(carry, nnx.merge(graph, parameters), x)
 
-        if remat != "none":
-            body = jax.checkpoint(body, policy=_REMAT_POLICY[remat], prevent_cse=unroll)
-        return jax.lax.scan(
-            body, carry, (stacked, per_layer), unroll=self.num_layers if unroll else 1
-        )
+        if execution.remat != "none":
+            if execution.remat == "offload":
+                carried = body
+
+                def body(carry, scanned):
+                    return carried(jax.tree.map(_block_input, carry), scanned)
+
+            policy = _REMAT_POLICY[execution.remat]
+            body = jax.checkpoint(body, policy=policy, prevent_cse=execution.unroll)
+        unroll = self.num_layers if execution.unroll else 1
+        return jax.lax.scan(body, carry, (stacked, per_layer), unroll=unroll)
+
+
+def _block_input(x: jax.Array) -> jax.Array:
+    return checkpoint_name(x, BLOCK_INPUT)

@@ -10,11 +10,20 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mis_jax.model.attention import attention
 from mis_jax.model.config import TextConfig
-from mis_jax.model.layers import Linear, Remat, RMSNorm, Stack, rotary_angles, rotate
+from mis_jax.model.execution import PLAIN, Execution
+from mis_jax.model.layers import (
+    ATTENTION_OUTPUT,
+    Linear,
+    RMSNorm,
+    Stack,
+    rotary_angles,
+    rotate,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +49,14 @@ class KVCache:
         )
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a token may look at: its segment's earlier tokens, or with a cache what a mask says."""
+
+    segment_ids: Int[Array, "batch length"] | None = None
+    mask: Bool[Array, "batch 1 length slots"] | None = None
+
+
 class TextAttention(nnx.Module):
     """Grouped-query attention with rotary embedding."""
 
@@ -57,19 +74,25 @@ class TextAttention(nnx.Module):
         self.k_norm = norm() if config.qk_norm else None
         self.head_dim = head
 
-    def __call__(self, x_BTD, rotary, mask, cache: KVCache | None, layer, slots):
-        split = (*x_BTD.shape[:2], -1, self.head_dim)
+    def __call__(self, x_BTD, rotary, seen: "Seen", cache, layer, slots, execution: Execution):
+        split, constrain = (*x_BTD.shape[:2], -1, self.head_dim), execution.constrain
         q_BTNH, k_BTKH = self.q(x_BTD).reshape(split), self.k(x_BTD).reshape(split)
         v_BTKH = self.v(x_BTD).reshape(split)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH, k_BTKH = rotate(q_BTNH, *rotary), rotate(k_BTKH, *rotary)
         if cache is None:
-            out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask)
+            # Queries stay with their part of the sequence; every part needs all keys and values.
+            q_BTNH = constrain(q_BTNH, "rows", "length", "heads", None)
+            k_BTKH, v_BTKH = (
+                constrain(x, "rows", None, "kv_heads", None) for x in (k_BTKH, v_BTKH)
+            )
+            out_BTNH = execution.attend(q_BTNH, k_BTKH, v_BTKH, seen.segment_ids)
         else:
             cache = cache.write(layer, slots, k_BTKH, v_BTKH)
-            out_BTNH = attention(q_BTNH, cache.keys[layer], cache.values[layer], mask)
-        return self.out(out_BTNH.reshape(*x_BTD.shape[:2], -1)), cache
+            out_BTNH = attention(q_BTNH, cache.keys[layer], cache.values[layer], seen.mask)
+        out_BTF = checkpoint_name(out_BTNH.reshape(*x_BTD.shape[:2], -1), ATTENTION_OUTPUT)
+        return self.out(out_BTF), cache
 
 
 class TextBlock(nnx.Module):
@@ -86,20 +109,59 @@ class TextBlock(nnx.Module):
         self.up = linear(width, mlp, axes=("embed", "mlp"))
         self.down = linear(mlp, width, axes=("mlp", "embed"))
 
-    def __call__(self, x_BTD, rotary, mask, cache, layer, slots):
+    def __call__(self, x_BTD, rotary, seen: Seen, cache, layer, slots, execution: Execution):
+        constrain = execution.constrain
         branch, cache = self.attention(
-            self.attention_norm(x_BTD), rotary, mask, cache, layer, slots
+            self.attention_norm(x_BTD), rotary, seen, cache, layer, slots, execution
         )
-        x_BTD = x_BTD + branch
+        x_BTD = constrain(x_BTD + branch, "rows", "length", None)
         hidden = self.mlp_norm(x_BTD)
-        return x_BTD + self.down(jax.nn.silu(self.gate(hidden)) * self.up(hidden)), cache
+        gate_BTF, up_BTF = (
+            constrain(linear(hidden), "rows", "length", "mlp") for linear in (self.gate, self.up)
+        )
+        x_BTD = x_BTD + self.down(jax.nn.silu(gate_BTF) * up_BTF)
+        return constrain(x_BTD, "rows", "length", None), cache
+
+
+@jax.custom_vjp
+def lookup(
+    table_VD: Float[Array, "rows width"], ids_BT: Int[Array, "batch length"]
+) -> Float[Array, "batch length width"]:
+    """Rows of a table; its gradient is summed in float32, however narrow the table is."""
+    return table_VD.at[ids_BT].get(mode="clip")
+
+
+def _lookup_forward(table_VD, ids_BT):
+    # An empty array carries the dtype of the table.
+    return lookup(table_VD, ids_BT), (ids_BT, table_VD.shape[0], table_VD[:0, :0])
+
+
+def _lookup_backward(residuals, gradient_BTD):
+    ids_BT, rows, like = residuals
+    zeros_VD = jnp.zeros((rows, gradient_BTD.shape[-1]), jnp.float32)
+    summed_VD = zeros_VD.at[ids_BT].add(gradient_BTD.astype(jnp.float32), mode="drop")
+    return summed_VD.astype(like.dtype), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 class TextDecoder(nnx.Module):
-    """Token embedding, decoder blocks, final norm and head."""
+    """Token embedding, decoder blocks, final norm and head.
 
-    def __init__(self, config: TextConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        table = (config.vocab_size, config.hidden_size)
+    `vocab_rows` may exceed the vocabulary, so that tables divide over devices: no token has the
+    further rows, and `logits` does not show them.
+    """
+
+    def __init__(
+        self,
+        config: TextConfig,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        vocab_rows: int | None = None,
+    ):
+        table = (vocab_rows or config.vocab_size, config.hidden_size)
         normal = jax.nn.initializers.normal(0.02)
         self.embedding = nnx.Param(normal(rngs.params(), table, dtype), axes=("vocab", "embed"))
         self.layers = Stack(
@@ -113,9 +175,16 @@ class TextDecoder(nnx.Module):
         self.config = config
 
     def embed(
-        self, input_ids: Int[Array, "batch length"], dtype: jnp.dtype
+        self,
+        input_ids: Int[Array, "batch length"],
+        dtype: jnp.dtype,
+        execution: Execution = PLAIN,
     ) -> Float[Array, "batch length width"]:
-        return self.embedding[...].at[input_ids].get(mode="clip").astype(dtype)
+        # Each device looks all rows up in its columns of the table, which are then exchanged for
+        # all columns of its rows: far fewer bytes than the table has.
+        x_BTD = lookup(self.embedding[...], input_ids).astype(dtype)
+        x_BTD = execution.constrain(x_BTD, "copies", "length", "shards")
+        return execution.constrain(x_BTD, "rows", "length", None)
 
     def __call__(
         self,
@@ -123,18 +192,18 @@ class TextDecoder(nnx.Module):
         *,
         positions: Int[Array, "batch length"],
         lengths: Int[Array, " batch"],
-        mask: Bool[Array, "batch 1 length keys"],
+        seen: Seen,
         cache: KVCache | None = None,
         slots: Int[Array, "batch length"] | None = None,
-        remat: Remat = "none",
-        unroll: bool = False,
+        execution: Execution = PLAIN,
         all_layers: bool = False,
     ) -> tuple[Float[Array, "batch length width"], KVCache | None, Array | None]:
         """Hidden states after the final norm, the cache with the new tokens, and layer outputs.
 
         `lengths` is the real length of every row (dynamic NTK looks at it). With a cache, the new
-        tokens go to `slots` and attend to the whole cache under `mask`. `all_layers` returns the
-        embeddings and the output of every block before the final norm as a stacked array.
+        tokens go to `slots` and attend to the whole cache under the mask of `seen`. `all_layers`
+        returns the embeddings and the output of every block before the final norm as a stacked
+        array.
         """
         config = self.config
         rotary = rotary_angles(
@@ -148,18 +217,27 @@ class TextDecoder(nnx.Module):
 
         def step(carry, block, layer):
             x, cache = carry
-            x, cache = block(x, rotary, mask, cache, layer, slots)
+            x, cache = block(x, rotary, seen, cache, layer, slots, execution)
             return (x, cache), (x if all_layers else None)
 
         (h_BTD, cache), outputs = self.layers(
-            (x_BTD, cache), step, jnp.arange(config.num_layers), remat=remat, unroll=unroll
+            (x_BTD, cache),
+            step,
+            jnp.arange(config.num_layers),
+            execution=execution,
+            dtype=x_BTD.dtype,
         )
         if all_layers:
             outputs = jnp.concatenate([x_BTD[None], outputs])
         return self.norm(h_BTD), cache, outputs
 
+    @property
+    def table(self) -> nnx.Param:
+        """The head, or the embedding where it serves as one."""
+        return self.embedding if self.head is None else self.head
+
     def logits(self, h_BTD: Float[Array, "... width"]) -> Float[Array, "... vocab"]:
         """Next-token logits, float32."""
-        head = self.embedding if self.head is None else self.head
-        table_VD = head[...].astype(h_BTD.dtype)
-        return jnp.einsum("...d,vd->...v", h_BTD, table_VD, preferred_element_type=jnp.float32)
+        table_VD = self.table[...].astype(h_BTD.dtype)
+        logits = jnp.einsum("...d,vd->...v", h_BTD, table_VD, preferred_element_type=jnp.float32)
+        return logits[..., : self.config.vocab_size]

@@ -9,11 +9,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Key, UInt8
 
-from mis_jax.model.attention import attention
 from mis_jax.model.config import VisionConfig
-from mis_jax.model.layers import LayerNorm, Linear, Remat, RMSNorm, Stack
+from mis_jax.model.execution import PLAIN, Execution
+from mis_jax.model.layers import ATTENTION_OUTPUT, LayerNorm, Linear, RMSNorm, Stack
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -35,14 +36,19 @@ class VisionAttention(nnx.Module):
         self.num_heads = config.num_heads
 
     def __call__(
-        self, x_ISD: Float[Array, "tiles tokens width"]
+        self, x_ISD: Float[Array, "tiles tokens width"], execution: Execution
     ) -> Float[Array, "tiles tokens width"]:
         q_ISD, k_ISD, v_ISD = self.q(x_ISD), self.k(x_ISD), self.v(x_ISD)
         if self.q_norm is not None and self.k_norm is not None:
             q_ISD, k_ISD = self.q_norm(q_ISD), self.k_norm(k_ISD)
         split = (*x_ISD.shape[:2], self.num_heads, -1)
-        out_ISNH = attention(q_ISD.reshape(split), k_ISD.reshape(split), v_ISD.reshape(split))
-        return self.out(out_ISNH.reshape(x_ISD.shape))
+        q_ISNH, k_ISNH, v_ISNH = (
+            execution.constrain(x.reshape(split), "tiles", None, "heads", None)
+            for x in (q_ISD, k_ISD, v_ISD)
+        )
+        out_ISNH = execution.attend_tiles(q_ISNH, k_ISNH, v_ISNH, None)
+        out_ISD = checkpoint_name(out_ISNH.reshape(x_ISD.shape), ATTENTION_OUTPUT)
+        return self.out(out_ISD)
 
 
 class VisionBlock(nnx.Module):
@@ -71,12 +77,35 @@ class VisionBlock(nnx.Module):
         )
 
     def __call__(
-        self, x_ISD: Float[Array, "tiles tokens width"]
+        self,
+        x_ISD: Float[Array, "tiles tokens width"],
+        execution: Execution = PLAIN,
+        keep_2I: Float[Array, "branches tiles"] | None = None,
     ) -> Float[Array, "tiles tokens width"]:
-        branch = self.attention(self.attention_norm(x_ISD))
-        x_ISD = x_ISD + branch * self.attention_scale[...].astype(x_ISD.dtype)
-        branch = self.down(jax.nn.gelu(self.up(self.mlp_norm(x_ISD)), approximate=False))
-        return x_ISD + branch * self.mlp_scale[...].astype(x_ISD.dtype)
+        """`keep` is the factor of each tile's two branches: 0 where drop path leaves one out."""
+        constrain = execution.constrain
+        branch = self.attention(self.attention_norm(x_ISD), execution)
+        branch = branch * self.attention_scale[...].astype(x_ISD.dtype)
+        x_ISD = constrain(x_ISD + _kept(branch, keep_2I, 0), "tiles", None, None)
+        hidden = constrain(self.up(self.mlp_norm(x_ISD)), "tiles", None, "mlp")
+        branch = self.down(jax.nn.gelu(hidden, approximate=False))
+        branch = branch * self.mlp_scale[...].astype(x_ISD.dtype)
+        return constrain(x_ISD + _kept(branch, keep_2I, 1), "tiles", None, None)
+
+
+def _kept(branch_ISD: jax.Array, keep_2I: jax.Array | None, which: int) -> jax.Array:
+    if keep_2I is None:
+        return branch_ISD
+    return branch_ISD * keep_2I[which, :, None, None].astype(branch_ISD.dtype)
+
+
+def drop_path_factors(
+    key: Key[Array, ""], largest: float, layers: int, tiles: int
+) -> Float[Array, "layers branches tiles"]:
+    """Factor of every branch: 0 with a chance that rises linearly over layers to `largest`, else
+    one over the chance to stay (stochastic depth by tile, upstream `modeling_intern_vit.py`)."""
+    stay_L11 = 1 - jnp.linspace(0.0, largest, layers)[:, None, None]
+    return jax.random.bernoulli(key, stay_L11, (layers, 2, tiles)) / stay_L11
 
 
 class VisionTower(nnx.Module):
@@ -103,24 +132,29 @@ class VisionTower(nnx.Module):
         *,
         dtype: jnp.dtype,
         select_layer: int = -1,
-        remat: Remat = "none",
-        unroll: bool = False,
+        execution: Execution = PLAIN,
         all_layers: bool = False,
+        key: Key[Array, ""] | None = None,
     ) -> Float[Array, "tiles patches width"] | Float[Array, "layers tiles tokens width"]:
         """Features of the patches, row by row, after block `select_layer`.
 
         `tiles` are uint8 pixels, or float values already normalised. `all_layers` returns instead
-        the embeddings and the output of every block, class token included.
+        the embeddings and the output of every block, class token included. With a `key` branches
+        are dropped as `execution.drop_path` says.
         """
-        x_ISD = self.embed(tiles, dtype)
+        x_ISD = execution.constrain(self.embed(tiles, dtype), "tiles", None, None)
         embedded = x_ISD
         keep_layers = all_layers or select_layer != -1
+        keep_L2I = None
+        if key is not None and execution.drop_path:
+            count, layers = tiles.shape[0], self.config.num_layers
+            keep_L2I = drop_path_factors(key, execution.drop_path, layers, count)
 
-        def step(x, block, _):
-            x = block(x)
+        def step(x, block, keep_2I):
+            x = block(x, execution, keep_2I)
             return x, (x if keep_layers else None)
 
-        x_ISD, outputs = self.layers(x_ISD, step, remat=remat, unroll=unroll)
+        x_ISD, outputs = self.layers(x_ISD, step, keep_L2I, execution=execution, dtype=dtype)
         if keep_layers:
             outputs = jnp.concatenate([embedded[None], outputs])
             if all_layers:

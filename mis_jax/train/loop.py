@@ -121,6 +121,7 @@ def _run(config, output, opened: OpenCheckpoint, data: TrainingData, mesh, progr
                 waited = time.monotonic() - tick
                 state, metrics = program.step(state, batch)
                 metrics = _plain_numbers(jax.device_get(metrics))
+                metrics.pop("spike")
                 if not metrics.pop("finite"):
                     raise _not_finite(output, item, done + 1, metrics)
                 done += 1
@@ -140,7 +141,7 @@ def _run(config, output, opened: OpenCheckpoint, data: TrainingData, mesh, progr
         if not final.exists():
             for stale in output.glob(f".{FINAL_MODEL}.*"):  # of a kill while it was written
                 shutil.rmtree(stale, ignore_errors=True)
-            arrays = state.trainable | state.frozen
+            arrays = program.parameters(state)
             trained = Checkpoint(
                 opened.config, arrays, config.dtype.params, config.model, opened.published
             )
@@ -160,7 +161,12 @@ def _run(config, output, opened: OpenCheckpoint, data: TrainingData, mesh, progr
 
 def _saved_part(state: TrainState, *, abstract: bool = False) -> dict[str, Any]:
     """What a checkpoint holds: frozen parameters are read from the starting model again."""
-    tree = {"step": state.step, "trainable": state.trainable, "optimizer": state.optimizer}
+    tree = {
+        "step": state.step,
+        "trainable": state.trainable,
+        "optimizer": state.optimizer,
+        "usual_norm": state.usual_norm,
+    }
     if not abstract:
         return tree
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and cosine decay, as InternVL's fine-tuning scripts run it."""
+"""AdamW as InternVL's fine-tuning scripts run it, or Adafactor; warm-up and cosine decay."""
 
 import math
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mis_jax.config import DtypeConfig, OptimizerConfig
+from mis_jax.train.rounding import narrow_state
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -26,24 +27,53 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 def make_optimizer(
     config: OptimizerConfig, dtype: DtypeConfig, steps: int
 ) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW with decay on every trainable tensor.
+    """Clipping by global norm, then AdamW (or Adafactor) with decay on every trainable tensor.
 
-    Gradients come in float32. The second moment is float32 beside bfloat16 parameters too:
-    bfloat16 rounds its small changes (1 - beta2) away.
+    Gradients come in float32 and everything is computed in float32; AdamW's moments are stored in
+    `dtype.moments`. Parameters are dicts by dotted path.
     """
-    inner = optax.chain(
+    schedule = learning_rate_schedule(config, steps)
+    if config.name == "adafactor":  # Shazeer and Stern 2018, without relative step sizes
+        moments = optax.scale_by_factored_rms(decay_rate=0.8)
+    else:
+        moments = narrow_state(
+            optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
+            jnp.dtype(dtype.moments),
+            is_moment=lambda path: len(path) > 1,  # of (count, mu, nu) the trees
+        )
+    parts = [
         optax.clip_by_global_norm(config.clip),
-        optax.adamw(
-            learning_rate_schedule(config, steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mu_dtype=jnp.dtype(dtype.moments),
-        ),
-    )
+        moments,
+        *([optax.clip_by_block_rms(1.0)] if config.name == "adafactor" else []),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(schedule),
+        _scale_parts(config),
+    ]
+    inner = optax.chain(*parts)
 
     def init(params: optax.Params) -> optax.OptState:
         return inner.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
 
-    return optax.GradientTransformation(init, inner.update)
+    def update(updates, state, params=None):
+        return inner.update(updates, state, _wide(params))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _wide(params: optax.Params | None) -> optax.Params | None:
+    return jax.tree.map(lambda p: p.astype(jnp.float32), params)
+
+
+def _scale_parts(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The learning rates of parts that have one of their own, relative to the others'."""
+    rates = {"vision.": config.vision_learning_rate, "projector.": config.projector_learning_rate}
+    factors = {part: rate / config.learning_rate for part, rate in rates.items() if rate}
+
+    def scaled(updates, params=None):
+        del params
+        result = dict(updates)
+        for part, factor in factors.items():
+            result |= {n: u * factor for n, u in updates.items() if n.startswith(part)}
+        return result
+
+    return optax.stateless(scaled)

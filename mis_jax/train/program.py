@@ -4,7 +4,7 @@ The loop fills the state from a checkpoint and runs the step; `mis_jax.plan` com
 step for shapes alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,11 +13,27 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mis_jax.config import RunConfig
+from mis_jax.kernels import attend_on, choose
 from mis_jax.model.batch import Batch
 from mis_jax.model.config import InternVLConfig
-from mis_jax.sharding import FSDP_TENSOR, batch_sharding, parameter_shardings
+from mis_jax.model.execution import Execution
+from mis_jax.sharding import (
+    FSDP_TENSOR,
+    batch_sharding,
+    constrain_on,
+    gather_on,
+    padded_vocab,
+    parameter_shardings,
+)
 from mis_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from mis_jax.train.step import Parameters, TrainState, TrainStep, make_train_step, split_parameters
+from mis_jax.train.step import (
+    Parameters,
+    StepOptions,
+    TrainState,
+    TrainStep,
+    make_train_step,
+    split_parameters,
+)
 from mis_jax.weights import parameters
 from mis_jax.weights.checkpoint import OpenCheckpoint, load
 
@@ -30,6 +46,7 @@ class Program:
     state: TrainState  # of jax.ShapeDtypeStruct
     mesh: Mesh
     config: RunConfig
+    model: InternVLConfig
     transform: optax.GradientTransformation
 
     def batch(self, rows: int, length: int, tiles_per_row: int, tile_size: int) -> Batch:
@@ -54,33 +71,93 @@ class Program:
     def load(self, opened: OpenCheckpoint) -> TrainState:
         """The state before the first step; parameters go straight to their places."""
         shardings = {n: x.sharding for n, x in (self.state.trainable | self.state.frozen).items()}
-        arrays = load(opened, self.config.dtype.params, shardings=shardings).arrays
+        arrays = load(
+            opened,
+            self.config.dtype.params,
+            shardings=shardings,
+            vocab_rows=padded_vocab(opened.config.text.vocab_size),
+        ).arrays
         trainable, frozen = split_parameters(arrays, self.config.train.freeze)
-        places = jax.tree.map(lambda x: x.sharding, self.state.optimizer)
-        optimizer = jax.jit(self.transform.init, out_shardings=places)(trainable)
-        step = jax.device_put(jnp.zeros((), jnp.int32), self.state.step.sharding)
-        return TrainState(step, trainable, frozen, optimizer)
+        places = jax.tree.map(lambda x: x.sharding, self.state)
+        optimizer = jax.jit(self.transform.init, out_shardings=places.optimizer)(trainable)
+        zero = lambda dtype, place: jax.device_put(jnp.zeros((), dtype), place)  # noqa: E731
+        return TrainState(
+            zero(jnp.int32, places.step),
+            trainable,
+            frozen,
+            optimizer,
+            zero(jnp.float32, places.usual_norm),
+        )
+
+    def parameters(self, state: TrainState) -> Parameters:
+        """All parameters, the tables without the rows that are no tokens."""
+        arrays = state.trainable | state.frozen
+        size = self.model.text.vocab_size
+        tables = {n: arrays[n][:size] for n in parameters.TABLES if n in arrays}
+        return arrays | tables
 
 
 def make_program(config: RunConfig, model: InternVLConfig, mesh: Mesh, steps: int) -> Program:
-    """The program of a run of so many `steps`; nothing is allocated or compiled yet."""
+    """The program of a run of so many `steps`; nothing is allocated or compiled yet.
+
+    Raises ValueError for an attention kernel that the devices do not have.
+    """
     transform = make_optimizer(config.optimizer, config.dtype, steps)
     schedule = learning_rate_schedule(config.optimizer, steps)
-    options = dict(
+    how = dict(
         compute_dtype=jnp.dtype(config.dtype.compute),
-        remat=config.train.remat,
-        unroll=config.train.unroll,
+        execution=execution_on(mesh, config),
+        vocab_rows=padded_vocab(model.text.vocab_size),
+    )
+    state = _abstract_state(config, model, mesh, transform)
+    moments = jax.tree.map(lambda x: x.sharding, state.optimizer)
+    if config.optimizer.offload:
+        hosted = jax.tree.map(_in_host_memory, state.optimizer)
+        state = replace(state, optimizer=hosted)
+    options = StepOptions(
+        loss_chunk=config.train.loss_chunk,
+        sum_dtype=jnp.dtype(config.dtype.gradients),
+        spike=config.train.spike,
+        seed=config.seed,
+        places=jax.tree.map(lambda x: x.sharding, state),
+        device_moments=moments if config.optimizer.offload else None,
     )
     step = make_train_step(
-        lambda values: parameters.build(model, values, **options), transform, schedule
+        lambda values: parameters.build(model, values, **how), transform, schedule, options
     )
-    return Program(step, _abstract_state(config, model, mesh, transform), mesh, config, transform)
+    return Program(step, state, mesh, config, model, transform)
+
+
+def execution_on(mesh: Mesh, config: RunConfig) -> Execution:
+    """How a run executes the network on a mesh."""
+    train = config.train
+    kernel = choose(train.attention, mesh, jnp.dtype(config.dtype.compute))
+    attend, attend_tiles = attend_on(mesh, kernel, packed=config.data.packing)
+    execution = Execution(
+        remat=train.remat,
+        unroll=train.unroll,
+        attend=attend,
+        attend_tiles=attend_tiles,
+        drop_path=train.drop_path,
+    )
+    if mesh.size == 1:  # nothing to place
+        return execution
+    return replace(execution, constrain=constrain_on(mesh), gather=gather_on(mesh, FSDP_TENSOR))
+
+
+def _in_host_memory(x: Any) -> Any:
+    """Where a moment waits; counts and the like stay."""
+    if x.ndim == 0:
+        return x
+    place = x.sharding.with_memory_kind("pinned_host")
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
 
 def _abstract_state(
     config: RunConfig, model: InternVLConfig, mesh: Mesh, transform: optax.GradientTransformation
 ) -> TrainState:
-    abstract = parameters.abstract_model(model)
+    rows = padded_vocab(model.text.vocab_size)
+    abstract = parameters.abstract_model(model, vocab_rows=rows)
     shardings = parameter_shardings(abstract, mesh, FSDP_TENSOR)
     dtype = jnp.dtype(config.dtype.params)
     arrays: Parameters = {
@@ -89,12 +166,16 @@ def _abstract_state(
     }  # type: ignore[assignment]
     trainable, frozen = split_parameters(arrays, config.train.freeze)
     whole = NamedSharding(mesh, PartitionSpec())
-    # Zeros depend on no input whose sharding they could take on: moments go beside parameters.
-    optimizer = jax.tree_util.tree_map_with_path(
-        lambda path, x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=shardings.get(getattr(path[-1], "key", ""), whole)
-        ),
-        jax.eval_shape(transform.init, trainable),
-    )
+
+    def beside(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # Zeros depend on no input whose sharding they could take on: moments go beside parameters.
+        parameter = arrays.get(getattr(path[-1], "key", ""))
+        place = whole
+        if parameter is not None and parameter.shape == x.shape:
+            place = parameter.sharding
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    optimizer = jax.tree_util.tree_map_with_path(beside, jax.eval_shape(transform.init, trainable))
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    return TrainState(step, trainable, frozen, optimizer)  # type: ignore[arg-type]
+    norm = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    return TrainState(step, trainable, frozen, optimizer, norm)  # type: ignore[arg-type]

@@ -7,16 +7,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from mis_jax.config import Part
 from mis_jax.model.batch import Batch
 from mis_jax.model.internvl import InternVL
 from mis_jax.train.loss import weighted_loss
+from mis_jax.train.rounding import apply_updates, stored_like
 
 Parameters = dict[str, jax.Array]  # by dotted path
 TrainStep = Any  # a jitted (TrainState, Batch) -> (TrainState, metrics)
 _PREFIX = {"vision": "vision.", "projector": "projector.", "language": "text."}
+
+
+#: Steps after which a gradient's norm may count as a spike: before, there is nothing to compare.
+SPIKE_WARMUP = 20
+_NORM_DECAY = 0.95  # of the running mean of gradient norms
 
 
 @jax.tree_util.register_dataclass
@@ -28,6 +34,19 @@ class TrainState:
     trainable: Parameters
     frozen: Parameters
     optimizer: Any
+    usual_norm: Float[Array, ""]  # running mean of the gradient's norm
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How a step is computed."""
+
+    loss_chunk: int = 1024  # positions of a row whose logits are held at once
+    sum_dtype: Any = jnp.float32  # of gradients summed over micro-batches
+    spike: float | None = None  # times the usual norm beyond which a step is left out
+    seed: int = 0  # of drop path
+    places: TrainState | None = None  # sharding of every leaf; None leaves them to the compiler
+    device_moments: Any = None  # sharding of moments at work that wait in host memory
 
 
 def split_parameters(
@@ -43,61 +62,112 @@ def make_train_step(
     build: Callable[[Parameters], InternVL],
     transform: optax.GradientTransformation,
     schedule: optax.Schedule,
+    options: StepOptions = StepOptions(),
 ) -> TrainStep:
     """A step over micro-batches: every field of `batch` has a leading axis of micro-batches.
 
     Gradients are summed over micro-batches and divided once by the weight of all loss tokens, so a
-    step does not depend on how its rows are cut. A step whose loss or gradient is not finite
-    leaves the state as it was and says so in `finite`.
+    step does not depend on how its rows are cut. A step whose loss or gradient is not finite, or
+    whose gradient is a spike, leaves the state as it was and says so in `finite` and `spike`.
     """
+    places = options.places
 
-    def losses(trainable: Parameters, frozen: Parameters, batch: Batch):
-        return weighted_loss(build(trainable | frozen)(batch), batch)
+    def losses(trainable: Parameters, frozen: Parameters, batch: Batch, key: jax.Array):
+        model = build(trainable | frozen)
+        text = model.text
+        return weighted_loss(
+            model.hidden(batch, key),
+            text.table[...],
+            batch,
+            vocab=text.config.vocab_size,
+            chunk=options.loss_chunk,
+            constrain=model.execution.constrain,
+            place_table=None if places is None else _table_place(places),
+        )
 
     gradient_of = jax.value_and_grad(losses, has_aux=True)
 
-    def summed(state: TrainState, batch: Batch):
-        """Gradient, loss and weight summed over micro-batches, float32."""
-        if batch.input_ids.shape[0] == 1:  # no sum: nothing is held twice
-            one = jax.tree.map(lambda field: field[0], batch)
-            (total, weight), gradient = gradient_of(state.trainable, state.frozen, one)
-            return jax.tree.map(lambda g: g.astype(jnp.float32), gradient), total, weight
+    def placed(gradient: Parameters) -> Parameters:
+        """Each device keeps the part of the gradient whose parameters it has."""
+        if places is None:
+            return gradient
+        return jax.lax.with_sharding_constraint(gradient, places.trainable)
 
-        def accumulate(carry, micro: Batch):
+    def summed(state: TrainState, batch: Batch):
+        """Gradient, loss and weight summed over micro-batches."""
+        key = jax.random.fold_in(jax.random.key(options.seed), state.step)
+        count = batch.input_ids.shape[0]
+        if count == 1:  # no sum: nothing is held twice
+            one = jax.tree.map(lambda field: field[0], batch)
+            (total, weight), gradient = gradient_of(state.trainable, state.frozen, one, key)
+            return placed(gradient), total, weight
+
+        def accumulate(carry, numbered):
             gradient, total, weight = carry
-            (loss, loss_weight), g = gradient_of(state.trainable, state.frozen, micro)
-            gradient = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), gradient, g)
+            number, micro = numbered
+            (loss, loss_weight), g = gradient_of(
+                state.trainable, state.frozen, micro, jax.random.fold_in(key, number)
+            )
+            sums = jax.tree.map(lambda a, b: a.astype(jnp.float32) + b, gradient, placed(g))
+            gradient = stored_like(sums, gradient, state.step * count + number, salt=2)
             return (gradient, total + loss, weight + loss_weight), None
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.trainable)
-        return jax.lax.scan(accumulate, (zeros, 0.0, 0.0), batch)[0]
+        zeros = placed(
+            jax.tree.map(lambda p: jnp.zeros(p.shape, options.sum_dtype), state.trainable)
+        )
+        return jax.lax.scan(accumulate, (zeros, 0.0, 0.0), (jnp.arange(count), batch))[0]
 
     def step(state: TrainState, batch: Batch):
         gradient, total, weight = summed(state, batch)
         weight = jnp.maximum(weight, 1e-8)  # a batch may hold no loss token at all
         loss = total / weight
-        gradient = jax.tree.map(lambda g: g / weight, gradient)  # float32, whatever the parameters
+        gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, gradient)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, optimizer = transform.update(gradient, state.optimizer, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
+        spike = jnp.zeros((), bool)
+        if options.spike is not None:
+            spike = (state.step >= SPIKE_WARMUP) & (norm > options.spike * state.usual_norm)
+        taken = finite & ~spike
+        moments = state.optimizer
+        if options.device_moments is not None:
+            moments = jax.device_put(moments, options.device_moments)
+        updates, optimizer = transform.update(gradient, moments, state.trainable)
+        trainable = apply_updates(state.trainable, updates, state.step)
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)  # noqa: E731
+        decay = jnp.where(state.step == 0, 0.0, _NORM_DECAY)
+        usual_norm = decay * state.usual_norm + (1 - decay) * norm
         metrics = {
             "loss": loss,
             "learning_rate": schedule(state.step),
             "grad_norm": norm,
-            "param_norm": optax.tree.norm(trainable),
+            "param_norm": optax.tree.norm(_wide(trainable)),
             "update_norm": optax.tree.norm(updates),
             "tokens": jnp.sum(batch.segment_ids > 0),
             "loss_tokens": jnp.sum(batch.loss_weights > 0),
             "finite": finite,
+            "spike": spike,
         }
         after = TrainState(
-            step=state.step + finite.astype(jnp.int32),
+            step=state.step + taken.astype(jnp.int32),
             trainable=keep(trainable, state.trainable),
             frozen=state.frozen,
-            optimizer=keep(optimizer, state.optimizer),
+            optimizer=keep(optimizer, moments),
+            usual_norm=keep(usual_norm, state.usual_norm),
         )
         return after, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=None if places is None else (places, None))
+
+
+def _table_place(places: TrainState) -> Any:
+    """Where the gradient of the head lies; of the embedding, where that serves as head."""
+    for name in ("text.head", "text.embedding"):
+        if name in places.trainable:
+            return places.trainable[name]
+        if name in places.frozen:
+            return None
+    return None
+
+
+def _wide(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)

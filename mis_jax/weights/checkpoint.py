@@ -136,16 +136,19 @@ def load(
     dtype: str | None = None,
     progress: Progress | None = None,
     shardings: Mapping[str, Sharding] | None = None,
+    vocab_rows: int | None = None,
 ) -> Checkpoint:
-    """`read_checkpoint` of one that is open."""
+    """`read_checkpoint` of one that is open; tables get zeros up to `vocab_rows` rows."""
     kept = dtype or opened.dtype
-    shapes = parameters.shapes(opened.config)
+    shapes = parameters.shapes(opened.config, vocab_rows=vocab_rows)
+    stored_rows = opened.config.text.vocab_size
     sizes = {name: NUMPY_DTYPES[kept].itemsize * math.prod(s) for name, s in shapes.items()}
     arrays: dict[str, Any] = {}
     done = 0
     with ThreadPoolExecutor(WORKERS) as pool:
         for name, shape in shapes.items():
-            part = _Parts(opened.weights, name, shape, kept, pool)
+            rows = stored_rows if name in parameters.TABLES else None
+            part = _Parts(opened.weights, name, shape, kept, pool, rows)
             if shardings is None:
                 arrays[name] = part(tuple(slice(None) for _ in shape))
             else:
@@ -166,9 +169,11 @@ class _Parts:
         shape: tuple[int, ...],
         dtype: str,
         pool: ThreadPoolExecutor,
+        stored_rows: int | None,
     ):
         self._source, self._name, self._shape = source, name, shape
         self._dtype, self._pool = dtype, pool
+        self._stored_rows = stored_rows  # of a table that may have more
         self._read: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
 
     def __call__(self, index: tuple[slice, ...] | None) -> np.ndarray:
@@ -180,7 +185,7 @@ class _Parts:
 
     def _slice(self, index: list[slice]) -> np.ndarray:
         if not is_stacked(self._name):
-            return packed(self._rows(None, index), self._dtype, self._name)
+            return packed(self._padded(index), self._dtype, self._name)
         result = np.empty([len(range(s.start, s.stop)) for s in index], NUMPY_DTYPES[self._dtype])
 
         def fill(place: int, layer: int) -> None:
@@ -189,6 +194,14 @@ class _Parts:
         layers = range(index[0].start, index[0].stop)
         list(self._pool.map(fill, itertools.count(), layers))
         return result
+
+    def _padded(self, index: list[slice]) -> np.ndarray:
+        if self._stored_rows is None:
+            return self._rows(None, index)
+        first, last = (min(place, self._stored_rows) for place in (index[0].start, index[0].stop))
+        found = self._rows(None, [slice(first, last), *index[1:]])
+        missing = index[0].stop - index[0].start - (last - first)
+        return np.pad(found, [(0, missing), (0, 0)]) if missing else found
 
     def _rows(self, layer: int | None, index: list[slice]) -> np.ndarray:
         return self._source.read(self._name, layer, index[0])[:, *index[1:]]

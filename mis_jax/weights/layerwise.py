@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mis_jax.model.attention import row_index, segment_mask
 from mis_jax.model.batch import Batch
 from mis_jax.model.config import InternVLConfig
 from mis_jax.model.internvl import InternVL, merge, pixel_shuffle, row_lengths
+from mis_jax.model.text import Seen
 from mis_jax.weights import parameters
 from mis_jax.weights.checkpoint import OpenCheckpoint
 from mis_jax.weights.stream import is_stacked
@@ -78,7 +78,8 @@ def _embed_tiles(model: InternVL, batch: Batch, _: Any) -> jax.Array:
 
 
 def _vision_layer(model: InternVL, batch: Batch, x: jax.Array) -> jax.Array:
-    return model.vision.layers(x, lambda x, block, _: (block(x), None))[0]
+    step = lambda x, block, _: (block(x), None)  # noqa: E731
+    return model.vision.layers(x, step, execution=model.execution, dtype=x.dtype)[0]
 
 
 def _project(model: InternVL, batch: Batch, x: jax.Array) -> jax.Array:
@@ -94,12 +95,11 @@ def _embed_text(model: InternVL, batch: Batch, features: jax.Array | None) -> ja
 
 
 def _text_layer(model: InternVL, batch: Batch, x: jax.Array) -> jax.Array:
-    index = row_index(batch.segment_ids)
     _, _, outputs = model.text(
         x,
         positions=batch.positions,
         lengths=row_lengths(batch),
-        mask=segment_mask(batch.segment_ids, batch.segment_ids, index, index),
+        seen=Seen(batch.segment_ids),
         all_layers=True,
     )
     assert outputs is not None

@@ -11,15 +11,19 @@ from flax import nnx
 from mis_jax.model.config import InternVLConfig
 from mis_jax.model.internvl import InternVL
 
+#: One row for each token of the vocabulary; may have further ones.
+TABLES = ("text.embedding", "text.head")
+
 
 def abstract_model(config: InternVLConfig, **options: Any) -> InternVL:
     """The module tree with shapes in the place of arrays."""
     return nnx.eval_shape(lambda: InternVL(config, rngs=nnx.Rngs(0), **options))
 
 
-def shapes(config: InternVLConfig) -> dict[str, tuple[int, ...]]:
+def shapes(config: InternVLConfig, **options: Any) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter by dotted path."""
-    return {name: tuple(value.shape) for name, value in flat(abstract_model(config)).items()}
+    model = abstract_model(config, **options)
+    return {name: tuple(value.shape) for name, value in flat(model).items()}
 
 
 def flat(model: InternVL) -> dict[str, jax.Array]:

@@ -10,9 +10,10 @@ import pytest
 import reference as ref
 import torch
 
-from mis_jax.model.attention import row_index, segment_mask
 from mis_jax.model.batch import Batch
+from mis_jax.model.execution import Execution
 from mis_jax.model.internvl import row_lengths
+from mis_jax.model.text import Seen
 from mis_jax.weights.checkpoint import Checkpoint, read_checkpoint
 from mis_jax.weights.parameters import build
 
@@ -38,12 +39,11 @@ def our_outputs(config, arrays, batch: Batch) -> Outputs:
     """`InternVL.__call__`, and its pieces once more with the layers kept."""
     model = build(config, arrays)
     vision = model.vision(batch.tiles, dtype=jnp.float32, all_layers=True)
-    index = row_index(batch.segment_ids)
     last, _, layers = model.text(
         model.embed(batch),
         positions=batch.positions,
         lengths=row_lengths(batch),
-        mask=segment_mask(batch.segment_ids, batch.segment_ids, index, index),
+        seen=Seen(batch.segment_ids),
         all_layers=True,
     )
     layers = jnp.concatenate([layers[:-1], last[None]])
@@ -136,7 +136,8 @@ def test_unrolled_and_rematerialised_equal_scanned(seed, rng, tmp_path):
     batch = our_batch(ref.random_rows(rng, image_tiles), ref.random_tiles(rng, image_tiles))
     plain = logits_of(checkpoint, batch)
     for options in (dict(unroll=True), dict(remat="full"), dict(remat="dots", unroll=True)):
-        np.testing.assert_allclose(logits_of(checkpoint, batch, **options), plain, atol=1e-5)
+        other = logits_of(checkpoint, batch, execution=Execution(**options))
+        np.testing.assert_allclose(other, plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [40, 100])

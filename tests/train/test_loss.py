@@ -9,9 +9,14 @@ import pytest
 
 from mis_jax.data.collate import Example, collate
 from mis_jax.model.batch import Batch
-from mis_jax.train.loss import token_losses, weighted_loss
+from mis_jax.train import loss as loss_module
 
 VOCAB = 17
+
+
+def weighted_loss(logits, batch: Batch, chunk: int = 4):
+    """Of given logits: a table of unit vectors makes the hidden states the logits."""
+    return loss_module.weighted_loss(logits, jnp.eye(VOCAB), batch, chunk=chunk)
 
 
 def example(length: int, answers: list[int], seed: int) -> Example:
@@ -79,14 +84,6 @@ def test_reductions_by_hand(reduction):
     np.testing.assert_allclose([float(x) for x in got], [total, weight], rtol=1e-6)
 
 
-def test_entry_t_is_about_token_t_plus_1():
-    logits, batch = random_logits(3), batch_of(EXAMPLES, "token")
-    losses = np.asarray(token_losses(jnp.asarray(logits), batch))
-    assert losses.shape == (3, 9)
-    for place, value in surprise(logits, EXAMPLES[0], 0).items():
-        np.testing.assert_allclose(losses[0, place - 1], value, rtol=1e-5)
-
-
 def test_only_the_tokens_before_answers_get_a_gradient():
     batch = batch_of(EXAMPLES, "token")
     gradient = jax.grad(lambda x: weighted_loss(x, batch)[0])(jnp.asarray(random_logits(3)))
@@ -123,3 +120,42 @@ def test_padding_never_counts():
     assert float(got) == float(same)
     other = dataclasses.replace(batch, input_ids=np.where(batch.segment_ids, batch.input_ids, 5))
     assert float(weighted_loss(jnp.asarray(logits), other)[0]) == float(got)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 10, 64])
+@pytest.mark.parametrize("vocab", [VOCAB, VOCAB - 4])
+def test_chunks_have_the_loss_and_gradients_of_whole_logits(chunk, vocab):
+    """Against logits of all positions by autodiff; the table may have more rows than tokens."""
+    rng = np.random.default_rng(1)
+    batch = batch_of(EXAMPLES, "square")
+    batch = dataclasses.replace(batch, input_ids=batch.input_ids % vocab)
+    hidden = jnp.asarray(rng.normal(0, 1, (3, 10, 8)), jnp.float32)
+    table = jnp.asarray(rng.normal(0, 1, (VOCAB, 8)), jnp.float32)
+
+    def whole(hidden, table):
+        logits = jax.nn.log_softmax(hidden[:, :-1] @ table[:vocab].T)
+        losses = -jnp.take_along_axis(logits, batch.input_ids[:, 1:, None], axis=-1)[..., 0]
+        return jnp.sum(losses * batch.loss_weights[:, 1:])
+
+    def ours(hidden, table):
+        return loss_module.weighted_loss(hidden, table, batch, vocab=vocab, chunk=chunk)[0]
+
+    expected, wanted = jax.value_and_grad(whole, (0, 1))(hidden, table)
+    got, found = jax.jit(jax.value_and_grad(lambda h, t: 2 * ours(h, t), (0, 1)))(hidden, table)
+    np.testing.assert_allclose(float(got), 2 * float(expected), rtol=1e-5)
+    for mine, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(mine, 2 * theirs, atol=2e-6)
+    assert not np.any(found[1][vocab:])
+
+
+def test_no_gradient_is_computed_that_nobody_asked_for():
+    """A frozen head costs no product with the positions' slopes."""
+    batch, table = batch_of(EXAMPLES, "token"), jnp.ones((VOCAB, 8))
+    total = lambda h, t: loss_module.weighted_loss(h, t, batch)[0]  # noqa: E731
+    hidden = jnp.ones((3, 10, 8))
+    products = {
+        which: str(jax.make_jaxpr(jax.grad(total, which))(hidden, table)).count("dot_general[")
+        for which in (0, 1, (0, 1))
+    }
+    assert products == {0: 2, 1: 2, (0, 1): 3}
+    assert str(jax.make_jaxpr(total)(hidden, table)).count("dot_general[") == 1

@@ -76,7 +76,7 @@ for name, sizes in meshes.items():
     else:
         loop.train(config)
     before, after, state = trees[-1]
-    adam = state.optimizer[1][0]
+    adam = state.optimizer[1]
     found[name] = {
         "metrics": read_lines(config.output / "metrics.jsonl"),
         "shares": shares(state.trainable | state.frozen),

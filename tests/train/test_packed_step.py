@@ -7,9 +7,9 @@ import pytest
 from test_step import KEPT, checkpoint, examples, initial, reference, step_of  # noqa: F401
 
 from mis_jax.data.collate import Example, collate
-from mis_jax.model.attention import row_index, segment_mask
 from mis_jax.model.batch import Batch
 from mis_jax.model.internvl import InternVL, row_lengths
+from mis_jax.model.text import Seen
 from mis_jax.weights import parameters
 from mis_jax.weights.checkpoint import Checkpoint
 
@@ -58,12 +58,11 @@ def test_nothing_of_one_sample_reaches_another(checkpoint: Checkpoint):  # noqa:
     segments = np.asarray(batch.segment_ids)[0]
 
     def output(x, model: InternVL):
-        index = row_index(batch.segment_ids)
         hidden, _, _ = model.text(
             x,
             positions=batch.positions,
             lengths=row_lengths(batch),
-            mask=segment_mask(batch.segment_ids, batch.segment_ids, index, index),
+            seen=Seen(batch.segment_ids),
         )
         return hidden
 

@@ -89,7 +89,8 @@ def initial(checkpoint: Checkpoint, transform, freeze=(), dtype=jnp.float32) -> 
     # Copies: the step may overwrite what it is given.
     arrays = {n: jnp.array(a, dtype, copy=True) for n, a in checkpoint.arrays.items()}
     trainable, frozen = split_parameters(arrays, freeze)
-    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, transform.init(trainable))
+    step, norm = jnp.zeros((), jnp.int32), jnp.zeros(())
+    return TrainState(step, trainable, frozen, transform.init(trainable), norm)
 
 
 def step_of(checkpoint: Checkpoint, transform, schedule=lambda step: 0.0, **options):
@@ -239,7 +240,7 @@ def test_bfloat16_parameters_keep_float32_moments(checkpoint):
     for seed in (11, 12):
         state, metrics = step(state, batch_of(examples(seed)))
     assert metrics["finite"]
-    adam = state.optimizer[1][0]
+    adam = state.optimizer[1]
     for name, dtype in wanted.items():
         assert state.trainable[name].dtype == dtype == jnp.bfloat16
         assert adam.nu[name].dtype == adam.mu[name].dtype == jnp.float32
