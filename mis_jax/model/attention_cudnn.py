@@ -19,36 +19,34 @@ from mis_jax.model.batch import MAX_SEGMENTS
 
 def attend_cudnn(query_BTNH, key_BTKH, value_BTKH, segment_ids: Int[Array, "batch length"] | None):
     """`Attend` for rows of one sample each, padded on the right, and for tiles."""
+    causal = segment_ids is not None
+    rows, length = query_BTNH.shape[:2]
     if segment_ids is None:
-        return jax.nn.dot_product_attention(
-            query_BTNH, key_BTKH, value_BTKH, implementation="cudnn"
-        )
-    real_BT11 = (segment_ids > 0)[..., None, None]
+        segment_ids = jnp.ones((rows, length), jnp.int32)
+    q, k, v, real_BT11, segment_ids = _prepared(query_BTNH, key_BTKH, value_BTKH, segment_ids)
     lengths_B = jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32)
-    q, k, v = (jnp.where(real_BT11, x, 0) for x in (query_BTNH, key_BTKH, value_BTKH))
     out_BTNH = jax.nn.dot_product_attention(
         q,
         k,
         v,
-        is_causal=True,
+        is_causal=causal,
         query_seq_lengths=lengths_B,
         key_value_seq_lengths=lengths_B,
         implementation="cudnn",
     )
-    return jnp.where(real_BT11, out_BTNH, 0)
+    return jnp.where(real_BT11, out_BTNH, 0)[:, :length]
 
 
 def attend_cudnn_packed(
     query_BTNH, key_BTKH, value_BTKH, segment_ids: Int[Array, "batch length"] | None
 ):
     """`Attend` for rows of up to `MAX_SEGMENTS` samples."""
-    if segment_ids is None:
-        return attend_cudnn(query_BTNH, key_BTKH, value_BTKH, None)
+    assert segment_ids is not None
     # Not in jax.nn.dot_product_attention as of jax 0.12.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
-    real_BT11 = (segment_ids > 0)[..., None, None]
-    q, k, v = (jnp.where(real_BT11, x, 0) for x in (query_BTNH, key_BTKH, value_BTKH))
+    length = query_BTNH.shape[1]
+    q, k, v, real_BT11, segment_ids = _prepared(query_BTNH, key_BTKH, value_BTKH, segment_ids)
     starts, lengths = segment_places(segment_ids)
     out_BTNH: Any = dot_product_attention(
         q,
@@ -61,7 +59,19 @@ def attend_cudnn_packed(
         scale=query_BTNH.shape[-1] ** -0.5,
         mask_type=MaskType.PADDING_CAUSAL,
     )
-    return jnp.where(real_BT11, out_BTNH, 0)
+    return jnp.where(real_BT11, out_BTNH, 0)[:, :length]
+
+
+def _prepared(query_BTNH, key_BTKH, value_BTKH, segment_ids):
+    """Inputs of an even length (JAX refuses to train on InternViT's 1,025), zero on padding."""
+    odd = [(0, 0), (0, segment_ids.shape[1] % 2)]
+    segment_ids = jnp.pad(segment_ids, odd)
+    real_BT11 = (segment_ids > 0)[..., None, None]
+    qkv = (
+        jnp.where(real_BT11, jnp.pad(x, [*odd, (0, 0), (0, 0)]), 0)
+        for x in (query_BTNH, key_BTKH, value_BTKH)
+    )
+    return *qkv, real_BT11, segment_ids
 
 
 def segment_places(

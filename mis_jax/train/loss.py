@@ -69,6 +69,11 @@ def _backward(rule, gradients, of_total):
 _total.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+# Row by row, so that rows stay on their devices.
+_taken = jax.vmap(lambda row, places: row[places])
+_added = jax.vmap(lambda row, places, more: row.at[places].add(more))
+
+
 def _chunks(
     rule: _Rule,
     hidden_BTD: Float[Array, "batch length width"],
@@ -80,21 +85,20 @@ def _chunks(
 ) -> tuple[Array, Array | None, Array | None]:
     """The loss and its gradients by `hidden` and by the table."""
     vocab, chunk, constrain, place_table = rule
-    rows, length, _ = hidden_BTD.shape
+    length = hidden_BTD.shape[1]
     whole_VD = constrain(table_VD.astype(hidden_BTD.dtype), "vocab", None)
     # Positions with loss first, in their order; a last chunk may run over the end.
     order_BT = jnp.argsort(weights_BT <= 0, axis=1, stable=True).astype(jnp.int32)
     order_BT = jnp.pad(order_BT, ((0, 0), (0, -length % chunk)), constant_values=length - 1)
     count = jnp.max(jnp.sum(weights_BT > 0, axis=1))
-    row_B1 = jnp.arange(rows)[:, None]
     column_V = jnp.arange(table_VD.shape[0])
 
     def one(carry):
         number, total, of_hidden_BTD, of_table_VD = carry
         place_BC = jax.lax.dynamic_slice_in_dim(order_BT, number * chunk, chunk, 1)
-        weight_BC = weights_BT[row_B1, place_BC]
-        target_BC1 = targets_BT[row_B1, place_BC][..., None]
-        h_BCD = constrain(hidden_BTD[row_B1, place_BC], "rows", "length", None)
+        weight_BC = _taken(weights_BT, place_BC)
+        target_BC1 = _taken(targets_BT, place_BC)[..., None]
+        h_BCD = constrain(_taken(hidden_BTD, place_BC), "rows", "length", None)
         logits_BCV = jnp.einsum("bcd,vd->bcv", h_BCD, whole_VD, preferred_element_type=jnp.float32)
         logits_BCV = constrain(logits_BCV, "rows", "length", "vocab")
         logits_BCV = jnp.where(column_V < vocab, logits_BCV, jnp.finfo(jnp.float32).min)
@@ -110,7 +114,7 @@ def _chunks(
                 "bcv,vd->bcd", slope_BCV, whole_VD, preferred_element_type=jnp.float32
             )
             # The places that fill up the last chunk have weight 0 and add nothing.
-            of_hidden_BTD = of_hidden_BTD.at[row_B1, place_BC].add(of_h_BCD.astype(h_BCD.dtype))
+            of_hidden_BTD = _added(of_hidden_BTD, place_BC, of_h_BCD.astype(h_BCD.dtype))
         if table_wanted:
             of_table_VD += jnp.einsum(
                 "bcv,bcd->vd", slope_BCV, h_BCD, preferred_element_type=jnp.float32

@@ -49,11 +49,12 @@ MESHES = {
 
 
 def run_config(mesh: MeshConfig, **train) -> RunConfig:
+    steps = dict(steps=STEPS, global_batch=2 * ROWS, micro_batch=ROWS)
     return RunConfig(
         Path("unused"),
         Path("unused"),
         DataConfig(sources=(Source("mis", root=Path("unused")),)),
-        TrainConfig(steps=STEPS, global_batch=2 * ROWS, micro_batch=ROWS, remat="full", **train),
+        TrainConfig(**({"remat": "full"} | train), **steps),
         optimizer=OptimizerConfig(learning_rate=1e-3, eps=1e-4, warmup_ratio=0.0),
         mesh=mesh,
         dtype=DtypeConfig(compute="float32"),
