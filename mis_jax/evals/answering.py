@@ -10,9 +10,17 @@ from mis_jax.model.internvl import InternVL
 
 
 def answers_of(
-    model: InternVL, processor: Processor, benchmark: Benchmark, *, rows: int = 32
+    model: InternVL,
+    processor: Processor,
+    benchmark: Benchmark,
+    *,
+    rows: int = 32,
+    max_new_tokens: int | None = None,
 ) -> AnswerFn:
-    """Greedy answers under the benchmark's protocol, `rows` at a time."""
+    """Greedy answers under the benchmark's protocol, `rows` at a time.
+
+    `max_new_tokens` is that of the benchmark without it.
+    """
 
     def ask(samples: Sequence[Sample]) -> list[Answer]:
         completions = answer(
@@ -20,7 +28,7 @@ def answers_of(
             processor,
             [sample.conversation for sample in samples],
             [sample.images for sample in samples],
-            max_new_tokens=benchmark.max_new_tokens,
+            max_new_tokens=max_new_tokens or benchmark.max_new_tokens,
             system=benchmark.system,
             max_tiles_per_image=benchmark.max_tiles_per_image,
             batch_size=rows,

@@ -89,6 +89,22 @@ class Program:
             zero(jnp.float32, places.usual_norm),
         )
 
+    def random(self, seed: int) -> TrainState:
+        """A state of random parameters, for benchmarks and rehearsals without a checkpoint."""
+
+        def draw(key: jax.Array) -> TrainState:
+            arrays = self.state.trainable | self.state.frozen
+            drawn = {
+                name: _drawn(jax.random.fold_in(key, place), name, like)
+                for place, (name, like) in enumerate(sorted(arrays.items()))
+            }
+            trainable, frozen = split_parameters(drawn, self.config.train.freeze)
+            zero = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+            return TrainState(zero[0], trainable, frozen, self.transform.init(trainable), zero[1])
+
+        places = jax.tree.map(lambda x: x.sharding, self.state)
+        return jax.jit(draw, out_shardings=places)(jax.random.key(seed))
+
     def parameters(self, state: TrainState) -> Parameters:
         """All parameters, the tables without the rows that are no tokens."""
         arrays = state.trainable | state.frozen
@@ -126,6 +142,14 @@ def make_program(config: RunConfig, model: InternVLConfig, mesh: Mesh, steps: in
         lambda values: parameters.build(model, values, **how), transform, schedule, options
     )
     return Program(step, state, mesh, config, model, transform)
+
+
+def _drawn(key: jax.Array, name: str, like: Any) -> jax.Array:
+    """Norms and scales are one, the rest is small enough that activations stay in bounds."""
+    if name.endswith("scale"):
+        return jnp.ones(like.shape, like.dtype)
+    fan_in = like.shape[-2] if len(like.shape) > 1 else 2500
+    return jax.random.normal(key, like.shape, like.dtype) * jnp.asarray(fan_in**-0.5, like.dtype)
 
 
 def execution_on(mesh: Mesh, config: RunConfig) -> Execution:

@@ -144,6 +144,9 @@ def make_train_step(
             "update_norm": optax.tree.norm(updates),
             "tokens": jnp.sum(batch.segment_ids > 0),
             "loss_tokens": jnp.sum(batch.loss_weights > 0),
+            "tiles": jnp.sum(batch.tile_mask),
+            # A sample of n tokens adds 1 + 3 + 5 + ... = n ** 2.
+            "squares": jnp.sum(jnp.where(batch.segment_ids > 0, 2.0 * batch.positions + 1, 0.0)),
             "finite": finite,
             "spike": spike,
         }
