@@ -180,3 +180,10 @@ def replace_file(path: Path, text: str) -> None:
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def newest_step(checkpoints: Path) -> int | None:
+    """Step of the newest complete checkpoint of a run's `checkpoints` folder."""
+    if not checkpoints.is_dir():
+        return None
+    return max((int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()), default=None)

@@ -1,63 +1,95 @@
 """The one module that touches orbax: the checkpoints of a training run."""
 
+import hashlib
+import json
+import queue
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
+from mis_jax.folders import newest_step, replace_file
 
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Tensorstore tells of a full disk by a ValueError; make an OSError of it."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise OSError(f"{path}: cannot be written ({reason})") from error
+DIGESTS = "digests"  # beside the folder of the checkpoints: one file a step
 
 
 class RunCheckpoints:
-    """Checkpoints of a training run: state, place in the data and timer, saved together."""
+    """Checkpoints of a training run: state, place in the data and timer, saved together.
 
-    def __init__(self, folder: Path, keep: int):
+    Saving goes on in the background; the state is copied before `save` returns. The `keep` newest
+    are kept, and with `keep_best` the one of the lowest attack success rate.
+    """
+
+    def __init__(self, folder: Path, keep: int, *, keep_best: bool = False):
         self._folder = Path(folder).absolute()
+        kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
+        if keep_best:
+            best = policies.BestN(
+                get_metric_fn=lambda metrics: metrics["asr"],
+                reverse=True,
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+            kept.append(best)
+        self._digests = _Digests(self._folder) if jax.process_index() == 0 else None
+        self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                best_fn=(lambda metrics: metrics["asr"]) if keep_best else None,
                 create=True,
                 cleanup_tmp_directories=True,  # of a save that a kill cut short
-                enable_async_checkpointing=False,
+                single_host_load_and_broadcast=jax.process_count() > 1,
             ),
         )
 
     @staticmethod
     def exist(folder: Path) -> bool:
         """Whether a folder holds any complete checkpoint."""
-        return Path(folder).is_dir() and any(p.name.isdigit() for p in Path(folder).iterdir())
+        return newest_step(Path(folder)) is not None
 
     @property
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
-        return self._manager.latest_step()
+        return newest_step(self._folder)
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Write one checkpoint; it counts only once it is complete.
+    def save(self, step: int, state: Any, meta: dict[str, Any], asr: float | None = None) -> None:
+        """Begin to write one checkpoint; it counts only once it is complete.
 
-        Raises OSError when the disk does not take it.
+        `asr` is the attack success rate of this state. Raises OSError when the disk did not take
+        this checkpoint, or the one before.
         """
-        with _disk_errors(self._folder / str(step)):
+        self.wait()
+        with self._disk_errors():
+            self._saving = step
             written = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     meta=ocp.args.JsonSave(meta),
                 ),
+                metrics=None if asr is None else {"asr": asr},
+                force=True,
             )
-            self._manager.wait_until_finished()
         assert written, f"orbax did not save step {step}"
+
+    def check(self) -> None:
+        """Raise OSError if the checkpoint in the making could not be written."""
+        with self._disk_errors():
+            self._manager.check_for_errors()
+        self._ask_for_digests()
+
+    def wait(self) -> None:
+        """Return once every checkpoint is complete; raises OSError as `save`."""
+        with self._disk_errors():
+            self._manager.wait_until_finished()
+        self._ask_for_digests()
 
     def restore(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
         """State in the shapes and shardings of the (abstract) `state`, and what was saved with it.
@@ -80,5 +112,121 @@ class RunCheckpoints:
             ) from error
         return restored["state"], restored["meta"]
 
+    def finish(self) -> None:
+        """Return once every checkpoint is complete and has its digests; raises OSError."""
+        self.wait()
+        if self._digests:
+            self._digests.wait()
+
     def close(self) -> None:
-        self._manager.close()
+        """Let go of everything; what `wait` would raise has been told, or something else has."""
+        if self._digests:
+            self._digests.close()
+        with suppress(Exception):
+            self._manager.close()
+
+    def _ask_for_digests(self) -> None:
+        if self._digests and self._saving is not None and self._saving == self.latest:
+            self._digests.ask(self._saving)
+            self._saving = None
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Tensorstore tells of a full disk by a ValueError; make an OSError of it."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            reason = " ".join(str(error).split())
+            path = self._folder if self._saving is None else self._folder / str(self._saving)
+            raise OSError(f"{path}: cannot be written ({reason})") from error
+
+
+class _Digests:
+    """A thread that writes the sha256 of every file of a complete checkpoint, beside it.
+
+    Hashing reads what was just written, at a gigabyte or two a second on one core: too long to
+    wait for between steps. A run that is stopped gives it up.
+    """
+
+    def __init__(self, checkpoints: Path):
+        self._checkpoints = checkpoints
+        self._folder = checkpoints.parent / DIGESTS
+        self._asked: queue.Queue[int | None] = queue.Queue()
+        self._given_up = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="digests", daemon=True)
+        self._thread.start()
+
+    def ask(self, step: int) -> None:
+        self._asked.put(step)
+
+    def wait(self) -> None:
+        self._asked.put(None)
+        self._thread.join()
+
+    def close(self) -> None:
+        self._given_up.set()
+        self.wait()
+
+    def _work(self) -> None:
+        while (step := self._asked.get()) is not None:
+            with suppress(OSError, InterruptedError):  # too old and removed, or the disk is full
+                self._write(step)
+
+    def _write(self, step: int) -> None:
+        folder = self._checkpoints / str(step)
+        files = {name: self._digest(folder / name) for name in _files(folder)}
+        self._folder.mkdir(exist_ok=True)
+        replace_file(self._folder / f"{step}.json", json.dumps(files, indent=0) + "\n")
+        for path in self._folder.glob("*.json"):
+            if not (self._checkpoints / path.stem).is_dir():
+                path.unlink()
+
+    def _digest(self, path: Path) -> str:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while part := file.read(16 * 2**20):
+                if self._given_up.is_set():
+                    raise InterruptedError
+                digest.update(part)
+        return digest.hexdigest()
+
+
+def is_run_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one checkpoint of a run, such as `OUT/checkpoints/200`."""
+    return folder.name.isdigit() and (folder / "_CHECKPOINT_METADATA").is_file()
+
+
+def inspect_run_checkpoint(folder: Path) -> dict[str, Any]:
+    """What one checkpoint of a run holds; `problems` names every file that is not as it was saved.
+
+    Every file is read and compared with the digests written when it was saved.
+    """
+    folder = folder.absolute()
+    files = _files(folder)
+    path = folder.parent.parent / DIGESTS / f"{folder.name}.json"
+    found: dict[str, Any] = {
+        "format": "checkpoint of a run",
+        "step": int(folder.name),
+        "files": len(files),
+        "bytes": sum((folder / name).stat().st_size for name in files),
+        "digests": str(path) if path.exists() else "none",
+        "problems": [],
+    }
+    if not path.exists():
+        found["problems"] = [f"{path}: missing, so nothing can be compared"]
+        return found
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    for name in sorted(saved.keys() | set(files)):
+        if name not in files:
+            found["problems"].append(f"{folder / name}: missing")
+        elif name not in saved:
+            found["problems"].append(f"{folder / name}: was not there when it was saved")
+        else:
+            with (folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != saved[name]:
+                    found["problems"].append(f"{folder / name}: is not what was saved")
+    return found
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())

@@ -62,13 +62,16 @@ def inspect(src: Annotated[Positional[Path], arg(metavar="SRC")], *, json: bool 
 
     Example: mis-jax inspect InternVL2_5-8B
 
+    A checkpoint of a run, such as OUT/checkpoints/200, is compared with the digests of its files.
+
     Args:
-        src: Checkpoint folder in any of the three formats.
+        src: Checkpoint folder in any of the three formats, or one of a run.
         json: Print JSON.
     """
+    from mis_jax.storage import inspect_run_checkpoint, is_run_checkpoint
     from mis_jax.weights.inspect import inspect_checkpoint
 
-    found = inspect_checkpoint(src)
+    found = (inspect_run_checkpoint if is_run_checkpoint(src) else inspect_checkpoint)(src)
     if json:
         print_json(found)
     else:

@@ -1,11 +1,13 @@
 """What every verb shares: the two consoles, JSON, failures, loading a model."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from rich.console import Console
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # the run's fate, not the user's mistake
 Dtype = Literal["float32", "bfloat16", "float16"]
 console = Console()
 err_console = Console(stderr=True)
@@ -19,6 +21,23 @@ def fail(message: str, code: int) -> NoReturn:
     """One line on stderr, and the end."""
     err_console.print(f"mis-jax: error: {message}", markup=False, highlight=False, soft_wrap=True)
     raise SystemExit(code)
+
+
+def described(error: BaseException) -> tuple[str, int]:
+    """The line that tells an error, and the exit code."""
+    from mis_jax.train.loop import FailedRun
+
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; run the same command again to go on", 1
+    if isinstance(error, FailedRun):
+        return str(error), error.exit_code
+    if isinstance(error, Failed):
+        return str(error), 1
+    if not isinstance(error, ValueError | OSError):
+        shown = f"{type(error).__name__}: {error} (a fault of mis-jax? --debug shows where)"
+        return shown, 1
+    disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
+    return str(error), 1 if disk else 2
 
 
 def print_json(content: Any) -> None:

@@ -1,7 +1,6 @@
 """The console script: finds the verb, parses its words, turns errors into exit codes."""
 
 import contextlib
-import errno
 import functools
 import io
 import logging
@@ -15,13 +14,12 @@ from rich.logging import RichHandler
 from tyro.conf import FlagCreatePairsOff
 
 from mis_jax.cli.checkpoints import convert, inspect, verify
-from mis_jax.cli.common import Failed, err_console, fail
+from mis_jax.cli.common import described, err_console, fail
 from mis_jax.cli.data import data_build, data_show
 from mis_jax.cli.evaluation import eval_, judge, report
 from mis_jax.cli.generation import generate
 from mis_jax.cli.training import quickstart, train
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # the run's fate, not the user's mistake
 VERBS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
     "convert": convert,
@@ -38,7 +36,10 @@ VERBS: dict[str, Callable[..., None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Exit code 0 on success, 1 on a failed run, 2 on bad usage or bad input."""
+    """Exit code 0 on success, 1 on a failed run, 2 on bad usage or bad input.
+
+    75 is a run that stopped through no fault of its own: the same command goes on.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -53,18 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, verb, rest = _find_verb(words)
     try:
         _run(name, verb, rest)
-    except KeyboardInterrupt:
-        fail("stopped; run the same command again to go on", 1)
-    except Exception as error:
-        if debug:
+    except (Exception, KeyboardInterrupt) as error:
+        if debug and not isinstance(error, KeyboardInterrupt):
             raise
-        from mis_jax.train.loop import FailedRun
-
-        failed = isinstance(error, Failed | FailedRun)
-        if not failed and not isinstance(error, ValueError | OSError):
-            fail(f"{type(error).__name__}: {error} (a fault of mis-jax? --debug shows where)", 1)
-        disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
-        fail(str(error), 1 if failed or disk else 2)
+        fail(*described(error))
 
 
 def _find_verb(words: list[str]) -> tuple[str, Callable[..., None], list[str]]:

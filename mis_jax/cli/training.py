@@ -1,20 +1,46 @@
 """Verbs that train: train, quickstart."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from mis_jax.cli.common import Failed, console, err_console
+from mis_jax.cli.common import Failed, console, described, err_console
 
 
 def train(config: Any) -> None:
-    """Fine-tune. An interrupted run goes on from its output folder when called again."""
+    """Fine-tune. An interrupted run goes on from its output folder when called again.
+
+    Exit code 75 says that the same command goes on: after SIGTERM, or when another process of the
+    run is lost.
+    """
+    from mis_jax import distributed
+
+    try:
+        distributed.start(config.distributed, Path(config.output))  # before JAX looks for devices
+        _train(config)
+    except Exception as error:
+        from mis_jax.train.loop import Interrupted
+
+        if isinstance(error, Interrupted):  # all of them, together
+            distributed.finish()
+        else:
+            logging.getLogger(__name__).debug("", exc_info=error)
+            distributed.abandon(*described(error))
+        raise
+    distributed.finish()
+
+
+def _train(config: Any) -> None:
+    from mis_jax import distributed
     from mis_jax.terminal import steps_bar
     from mis_jax.train.loop import train as run
 
+    first = distributed.is_first()
     with steps_bar(err_console) as bar:
-        looking = bar.task("looking at samples")
-        trained = run(config, bar.training("training"), looking)
-    console.print(f"trained {trained.steps} steps in {trained.seconds:.0f} s: {trained.model}")
+        progress = bar.training("training") if first else None
+        trained = run(config, progress, bar.task("looking at samples") if first else None)
+    if first:
+        console.print(f"trained {trained.steps} steps in {trained.seconds:.0f} s: {trained.model}")
 
 
 def quickstart(

@@ -8,7 +8,7 @@ reading processes: each host takes its rows of every step out of the same plan.
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,19 +36,30 @@ _TILES_AHEAD = 256  # at most, where rows are packed: 150 MB of tiles of 448 pix
 
 
 @dataclass(frozen=True)
+class Rejected:
+    """Stands in a row in the place of a bad sample."""
+
+    place: int  # in the plan of the run
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class StepData:
     """What one optimizer step takes: fields of `batch` have a leading axis of micro-batches."""
 
     batch: Batch  # the rows that were asked for
-    ids: tuple[str, ...]  # of all samples of the step, on every host
-    skipped: tuple[str, ...] = ()  # why bad samples were left out of these rows
+    ids: tuple[str, ...]  # of all samples of the step, on every host; without those rejected here
+    rejected: tuple[Rejected, ...] = ()  # bad samples that were left out of these rows
 
 
-@dataclass(frozen=True)
-class _Rejected:
-    """Stands in a row in the place of a bad sample."""
-
-    reason: str
+def without(ids: tuple[str, ...], rejected: Iterable[Rejected]) -> tuple[str, ...]:
+    """Ids of a step without its bad samples; an id may stand there several times."""
+    kept = list(ids)
+    for item in rejected:
+        if item.id in kept:  # else it was left out before
+            kept.remove(item.id)
+    return tuple(kept)
 
 
 @dataclass(frozen=True)
@@ -61,20 +72,22 @@ class _LoadRow:
     tokens: np.ndarray
     seed: int
 
-    def __call__(self, number: int) -> list[Example | _Rejected]:
+    def __call__(self, number: int) -> list[Example | Rejected]:
         return [self._load(place, sample) for place, sample in self.plan.row(number)]
 
-    def _load(self, place: int, sample: int) -> Example | _Rejected:
+    def _load(self, place: int, sample: int) -> Example | Rejected:
         row = self.rows[sample]
         try:
             # The same tiles whoever renders them, and others in the next epoch.
             example = self.render(row, np.random.default_rng((self.seed, place)))
         except ValueError as error:
-            return _Rejected(str(error))
+            return Rejected(place, row.id, str(error))
         if len(example.input_ids) != self.tokens[sample]:
-            return _Rejected(
+            return Rejected(
+                place,
+                row.id,
                 f"{row.where}: its images have changed since the run began; restore them, or "
-                "choose another output"
+                "choose another output",
             )
         return example
 
@@ -190,18 +203,16 @@ class Steps:
         if self._step >= self._data.steps:
             raise StopIteration
         packed: list[list[Example]] = []
-        bad: list[str] = []
+        bad: list[Rejected] = []
         for _ in self._rows:
             found = next(self._loaded)
             packed.append([item for item in found if isinstance(item, Example)])
-            bad += [item.reason for item in found if isinstance(item, _Rejected)]
+            bad += [item for item in found if isinstance(item, Rejected)]
         if bad and self._data.config.data.on_bad_sample == "stop":
-            raise ValueError(bad[0])
-        for reason in bad:
-            _log.warning("skipped: %s", reason)
-        ids = self._data.ids(self._step)
-        if bad and len(self._rows) == self._data.config.train.global_batch:
-            ids = tuple(example.id for row in packed for example in row)
+            raise ValueError(bad[0].reason)
+        for item in bad:
+            _log.warning("skipped: %s", item.reason)
+        ids = without(self._data.ids(self._step), bad)
         step = StepData(self._stacked(packed), ids, tuple(bad))
         self._step += 1
         return step

@@ -1,25 +1,35 @@
 """The training loop: restore or initialise, step, log, save (state, data and timer together)."""
 
-import json
 import logging
-import math
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from mis_jax import distributed
 from mis_jax.config import RunConfig, changed_fields, load_config, save_config
-from mis_jax.data.pipeline import BAD_SAMPLES, MIXTURE, SURVEY, StepData, TrainingData
+from mis_jax.data.pipeline import (
+    BAD_SAMPLES,
+    MIXTURE,
+    SURVEY,
+    Rejected,
+    StepData,
+    TrainingData,
+    without,
+)
 from mis_jax.data.processor import Processor
+from mis_jax.distributed import CHECKPOINTS
 from mis_jax.sharding import held_rows, make_mesh, put_batch
-from mis_jax.storage import RunCheckpoints
+from mis_jax.storage import DIGESTS, RunCheckpoints
 from mis_jax.train.ahead import Ahead
+from mis_jax.train.guard import FOLDER as KEPT_BATCHES
+from mis_jax.train.guard import keep_batch
 from mis_jax.train.metrics import BOARD_FOLDER, LOG_FILES, MetricsLog
 from mis_jax.train.program import make_program
 from mis_jax.train.step import TrainState
@@ -27,23 +37,33 @@ from mis_jax.weights.checkpoint import Checkpoint, OpenCheckpoint, open_checkpoi
 from mis_jax.weights.convert import write_checkpoint
 
 _log = logging.getLogger(__name__)
-_CONFIG, _CHECKPOINTS = "config.yaml", "checkpoints"
+_CONFIG = "config.yaml"
 # Fields that a run may change when it goes on: they leave the samples and the mathematics alone.
-_FREE = {
+_FREE = (
     "output", "data.on_bad_sample", "data.tile_cache", "data.workers", "train.micro_batch",
-    "train.remat", "train.unroll", "train.save_every", "train.keep", "mesh.data", "mesh.fsdp",
-    "mesh.tensor",
-}  # fmt: skip
+    "train.remat", "train.attention", "train.unroll", "train.loss_chunk", "train.save_every",
+    "train.keep", "train.keep_best", "train.on_not_finite", "optimizer.offload", "mesh.",
+    "distributed.", "evaluation.", "log.",
+)  # fmt: skip
 FINAL_MODEL = "final"  # the trained checkpoint in a run's folder, in native format
 Progress = Callable[[int, int, dict[str, float]], None]  # step, steps in all, metrics
 Looking = Callable[[int, int], None]  # samples whose size is known, samples in all
+Evaluate = Callable[[int, TrainState], dict[str, float]]  # step, state; figures, `asr` among them
 
 
 class FailedRun(RuntimeError):
-    """A run that did not reach its end: a loss that is not finite, data that ran out."""
+    """A run that did not reach its end: a loss that is not finite, a disk that is full."""
+
+    exit_code = 1
 
 
-class Interrupted(FailedRun):
+class Resumable(FailedRun):
+    """A run that ended through no fault of its own: the same command goes on."""
+
+    exit_code = distributed.RESUMABLE
+
+
+class Interrupted(Resumable):
     """The run was asked to stop; everything up to `step` is saved."""
 
     def __init__(self, step: int):
@@ -61,12 +81,16 @@ class Trained:
 
 
 def train(
-    config: RunConfig, progress: Progress | None = None, looking: Looking | None = None
+    config: RunConfig,
+    progress: Progress | None = None,
+    looking: Looking | None = None,
+    evaluate: Evaluate | None = None,
 ) -> Trained:
     """Fine-tune as `config` says; goes on from the newest checkpoint in `config.output`.
 
+    With several processes all of them call this; the first one writes what is written once.
     Raises ValueError for bad input, FailedRun for a loss that is not finite or a disk that is
-    full, Interrupted on SIGTERM.
+    full, Interrupted on SIGTERM, Resumable when another process is lost.
     """
     output = Path(config.output)
     _check_folder(config, output)
@@ -76,87 +100,227 @@ def train(
     mesh = make_mesh(config.mesh)
     _check_rows(config, mesh)
     fresh = not (output / _CONFIG).exists()
-    output.mkdir(parents=True, exist_ok=True)
-    save_config(config, output / _CONFIG)
     try:
         with jax.set_mesh(mesh):
-            return _run(config, output, opened, data, mesh, progress)
-    except ValueError:  # a bad sample, say: nothing half-written stays behind
-        if fresh and not RunCheckpoints.exist(output / _CHECKPOINTS):
-            _forget(output)
+            distributed.meet("checked")  # by all, before anything is written
+            if distributed.is_first():
+                output.mkdir(parents=True, exist_ok=True)
+                save_config(config, output / _CONFIG)
+            distributed.meet("begun")
+            run = _Run(config, opened, data, mesh, progress, evaluate)
+            try:
+                return run.train()
+            finally:
+                run.close()
+    except Exception as error:
+        if distributed.is_loss(error):
+            raise Resumable(distributed.lost(output, error)) from error
+        bad_input = fresh and isinstance(error, ValueError)  # a bad sample, say
+        if bad_input and distributed.is_first() and not RunCheckpoints.exist(output / CHECKPOINTS):
+            _forget(output)  # nothing half-written stays behind
         raise
 
 
-def _run(config, output, opened: OpenCheckpoint, data: TrainingData, mesh, progress) -> Trained:
-    steps = data.steps
-    program = make_program(config, opened.config, mesh, steps)
-    state = program.load(opened)
-    checkpoints = RunCheckpoints(output / _CHECKPOINTS, config.train.keep)
-    ahead = None
-    done, seconds = 0, 0.0
+@dataclass(frozen=True)
+class _Taken:
+    """A step that was handed to the devices; its numbers are not known yet."""
 
-    def save(step: int, seconds: float) -> None:
-        # The plan is fixed, so the number of batches taken is the whole state of the data.
-        meta = {"seconds": seconds, "batches": step, "plan": data.fingerprint}
-        checkpoints.save(step, _saved_part(state), meta)
+    step: int
+    item: StepData
+    metrics: dict[str, jax.Array]
+    waited: float  # for its data
 
-    try:
-        if (latest := checkpoints.latest) is not None:
-            restored, meta = checkpoints.restore(latest, _saved_part(state, abstract=True))
-            _check_plan(config, meta.get("plan"), data)
-            state = TrainState(frozen=state.frozen, **restored)
-            done, seconds = meta["batches"], meta["seconds"]
-            _log.info("resumed at step %d", done)
-        data.save(output)  # now that it is known to be the run's
-        rows = held_rows(mesh, config.train.global_batch, config.train.micro_batch)
-        ahead = Ahead(
-            data.iterator(done, rows),
-            lambda item: (item, put_batch(item.batch, mesh, accumulated=True)),
+
+class _Run:
+    """One session of a run.
+
+    The numbers of a step are fetched while the devices work on the next one, but before it is
+    evaluated or saved: what is saved has been looked at.
+    """
+
+    def __init__(self, config, opened: OpenCheckpoint, data, mesh, progress, evaluate):
+        self.config, self.opened, self.mesh = config, opened, mesh
+        self.data: TrainingData = data
+        self.progress: Progress | None = progress
+        self.evaluate: Evaluate | None = evaluate if config.evaluation.every else None
+        self.output = Path(config.output)
+        self.program = make_program(config, opened.config, mesh, data.steps)
+        self.checkpoints = RunCheckpoints(
+            self.output / CHECKPOINTS, config.train.keep, keep_best=config.train.keep_best
         )
-        with MetricsLog(output, after_step=done) as log, _stop_signal() as stopped:
-            began = time.monotonic() - seconds
-            while done < steps and not stopped():
-                tick = time.monotonic()  # waiting for data counts too
-                item, batch = next(ahead)
+        self.done = 0  # steps that are behind us
+        self.before = 0.0  # seconds of earlier sessions
+        self.ahead: Ahead | None = None
+        self.asr: float | None = None  # of the state as it is, if it was evaluated
+        self.lost = False
+
+    def train(self) -> Trained:
+        """From the newest checkpoint, or the start, to the final model."""
+        try:
+            self.state = self._state()
+            seconds = self._steps()
+            if self.done < self.data.steps:
+                raise Interrupted(self.done)
+            final = self._final_model()
+            self.checkpoints.finish()
+        except Exception as error:
+            self.lost = distributed.is_loss(error)
+            if self.lost or not isinstance(error, OSError):
+                raise
+            raise FailedRun(
+                f"step {self.done} of {self.data.steps}: {error}; the newest checkpoint is of step "
+                f"{self.checkpoints.latest or 0}: make room or repair the disk, then run the same "
+                "command again"
+            ) from error
+        return Trained(final, self.done, seconds)
+
+    def close(self) -> None:
+        """End what reads ahead and what saves; a lost process would be waited for in vain."""
+        if self.ahead is not None:
+            self.ahead.close()
+        if not self.lost:
+            self.checkpoints.close()
+
+    def _state(self) -> TrainState:
+        state = self.program.load(self.opened)
+        if (latest := self.checkpoints.latest) is None:
+            return state
+        restored, meta = self.checkpoints.restore(latest, _saved_part(state, abstract=True))
+        _check_plan(self.config, meta.get("plan"), self.data)
+        self.done, self.before = meta["batches"], meta["seconds"]
+        _log.info("resumed at step %d", self.done)
+        return TrainState(frozen=state.frozen, **restored)
+
+    def _steps(self) -> float:
+        """Take the steps that are left, until the end or a signal; seconds of training so far."""
+        train = self.config.train
+        if distributed.is_first():
+            self.data.save(self.output)  # now that it is known to be the run's
+        rows = held_rows(self.mesh, train.global_batch, train.micro_batch)
+        self.ahead = Ahead(
+            self.data.iterator(self.done, rows),
+            lambda item: (item, put_batch(item.batch, self.mesh, accumulated=True)),
+        )
+        taken: _Taken | None = None
+        with self._log() as log, _stop_signal() as stopped:
+            self.settled = time.monotonic()
+            began = self.settled - self.before
+            while self.done < self.data.steps and not stopped(self.done):
+                tick = time.monotonic()
+                item, batch = next(self.ahead)
                 waited = time.monotonic() - tick
-                state, metrics = program.step(state, batch)
-                metrics = _plain_numbers(jax.device_get(metrics))
-                metrics.pop("spike")
-                if not metrics.pop("finite"):
-                    raise _not_finite(output, item, done + 1, metrics)
-                done += 1
-                metrics |= {"samples": len(item.ids), "skipped": len(item.skipped)}
-                metrics |= {"seconds": time.monotonic() - tick, "data_seconds": waited}
-                log.write(done, metrics, item.ids, item.skipped)
-                if progress:
-                    progress(done, steps, metrics)
-                if done % config.train.save_every == 0 and done < steps:
-                    save(done, time.monotonic() - began)
+                if distributed.several() and item.rejected:
+                    distributed.note(_rejected(self.done + 1), [asdict(x) for x in item.rejected])
+                self.state, metrics = self.program.step(self.state, batch)
+                if taken is not None:
+                    self._settle(taken, log)
+                self.checkpoints.check()
+                self.done += 1
+                taken = _Taken(self.done, item, metrics, waited)
+                if self._evaluates(self.done) or self._saves(self.done):
+                    self._settle(taken, log)
+                    taken = None
+                    if self._saves(self.done) and self.done < self.data.steps:
+                        self._save(time.monotonic() - began)
+            if taken is not None:
+                self._settle(taken, log)
             seconds = time.monotonic() - began
-            if checkpoints.latest != done:
-                save(done, seconds)
-        if done < steps:
-            raise Interrupted(done)
-        final = output / FINAL_MODEL
+            self._wait()
+            if self.checkpoints.latest != self.done:
+                self._save(seconds)
+                self._wait()
+            return seconds
+
+    def _evaluates(self, step: int) -> bool:
+        return self.evaluate is not None and step % self.config.evaluation.every == 0
+
+    def _saves(self, step: int) -> bool:
+        train = self.config.train
+        return step % train.save_every == 0 or (train.keep_best and self._evaluates(step))
+
+    def _settle(self, taken: _Taken, log: MetricsLog | None) -> None:
+        """Fetch the numbers of a step, look at them, evaluate what it made, and log all that."""
+        metrics = _plain_numbers(jax.device_get(taken.metrics))
+        item, rejected = taken.item, taken.item.rejected
+        if distributed.several() and self.config.data.on_bad_sample == "skip" and log:
+            rejected = _of_all_processes(distributed.notes(_rejected(taken.step)))
+        ids = without(item.ids, set(rejected) - set(item.rejected))
+        self._judge(taken, ids, metrics)
+        metrics |= {"samples": len(ids), "skipped": len(rejected)}
+        metrics |= {"seconds": time.monotonic() - self.settled, "data_seconds": taken.waited}
+        self.asr = None
+        if self.evaluate is not None and self._evaluates(taken.step):
+            figures = self.evaluate(taken.step, self.state)
+            self.asr = figures["asr"]
+            metrics |= {f"eval_{name}": value for name, value in figures.items()}
+        if log:
+            log.write(taken.step, metrics, ids, [x.reason for x in rejected])
+        if self.progress:
+            self.progress(taken.step, self.data.steps, metrics)
+        self.settled = time.monotonic()
+
+    def _judge(self, taken: _Taken, ids: tuple[str, ...], metrics: dict[str, float]) -> None:
+        """Stop, or count a step that was left out; its batch is kept."""
+        finite, spike = metrics.pop("finite"), metrics.pop("spike", False)
+        if finite and not spike:
+            return
+        path = keep_batch(self.output, taken.step, taken.item.batch, ids, metrics)
+        what = (
+            f"the gradient's norm {metrics['grad_norm']:.4g} is a spike"
+            if finite
+            else "the loss or its gradient is not finite"
+        )
+        if not finite and self.config.train.on_not_finite == "stop":
+            raise FailedRun(
+                f"step {taken.step}: {what}; parameters are unchanged since the last checkpoint. "
+                f"The samples of the step are listed in {path}; lower the learning rate, take them "
+                "out, or set train.on_not_finite: skip"
+            )
+        _log.warning("step %d: %s; it is left out (see %s)", taken.step, what, path)
+        metrics["left_out"] = 1
+
+    def _save(self, seconds: float) -> None:
+        # The plan is fixed, so the number of batches taken is the whole state of the data.
+        meta = {"seconds": seconds, "batches": self.done, "plan": self.data.fingerprint}
+        self.checkpoints.save(self.done, _saved_part(self.state), meta, self.asr)
+
+    def _wait(self) -> None:
+        """Until what was saved is complete, on every process."""
+        self.checkpoints.wait()
+        distributed.meet(f"saved {self.done}")
+
+    def _log(self) -> AbstractContextManager[MetricsLog | None]:
+        first = distributed.is_first()
+        return MetricsLog(self.output, after_step=self.done) if first else nullcontext()
+
+    def _final_model(self) -> Path:
+        final = self.output / FINAL_MODEL
         if not final.exists():
-            for stale in output.glob(f".{FINAL_MODEL}.*"):  # of a kill while it was written
-                shutil.rmtree(stale, ignore_errors=True)
-            arrays = program.parameters(state)
+            if distributed.is_first():
+                for stale in self.output.glob(
+                    f".{FINAL_MODEL}.*"
+                ):  # of a kill while it was written
+                    shutil.rmtree(stale, ignore_errors=True)
             trained = Checkpoint(
-                opened.config, arrays, config.dtype.params, config.model, opened.published
+                self.opened.config,
+                self.program.parameters(self.state),
+                self.config.dtype.params,
+                self.config.model,
+                self.opened.published,
             )
             write_checkpoint(trained, final, "native")
-    except OSError as error:
-        raise FailedRun(
-            f"step {done} of {steps}: {error}; the newest checkpoint is of step "
-            f"{checkpoints.latest or 0}: make room or repair the disk, then run the same "
-            "command again"
-        ) from error
-    finally:
-        checkpoints.close()
-        if ahead is not None:
-            ahead.close()
-    return Trained(final, done, seconds)
+        distributed.meet("final model")
+        return final
+
+
+def _rejected(step: int) -> str:
+    return f"rejected/{step}"
+
+
+def _of_all_processes(notes: list[list[dict[str, Any]]]) -> tuple[Rejected, ...]:
+    """Bad samples of a step, in the order of the plan; several processes may hold the same row."""
+    found = {item["place"]: Rejected(**item) for note in notes for item in note}
+    return tuple(found[place] for place in sorted(found))
 
 
 def _saved_part(state: TrainState, *, abstract: bool = False) -> dict[str, Any]:
@@ -180,7 +344,16 @@ def _plain_numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 def _check_folder(config: RunConfig, output: Path) -> None:
     """A folder with checkpoints must belong to the same run; ValueError when it does not."""
-    if not RunCheckpoints.exist(output / _CHECKPOINTS):
+    if str(output).startswith("gs:/"):
+        raise ValueError(
+            f"output {output}: a run appends to files there, which a bucket cannot do; give a "
+            "folder that all processes share, such as a mounted bucket or disk"
+        )
+    if config.train.keep_best and not config.evaluation.every:
+        raise ValueError(
+            "train.keep_best needs an attack success rate to compare; set evaluation.every"
+        )
+    if not RunCheckpoints.exist(output / CHECKPOINTS):
         return
     saved = output / _CONFIG
     if not saved.exists():
@@ -188,7 +361,9 @@ def _check_folder(config: RunConfig, output: Path) -> None:
             f"{saved}: missing beside checkpoints, so their settings are not known; restore it or "
             "choose another output"
         )
-    changed = [name for name in changed_fields(load_config(saved), config) if name not in _FREE]
+    changed = [
+        name for name in changed_fields(load_config(saved), config) if not name.startswith(_FREE)
+    ]
     if changed:
         raise ValueError(
             f"{saved}: this folder holds a run with other settings ({', '.join(changed)}); "
@@ -209,7 +384,7 @@ def _forget(output: Path) -> None:
     """Remove what a run that never got anywhere has written, and the folder if nothing is left."""
     for name in (_CONFIG, MIXTURE, SURVEY, BAD_SAMPLES, *LOG_FILES):
         (output / name).unlink(missing_ok=True)
-    for name in (_CHECKPOINTS, BOARD_FOLDER):
+    for name in (CHECKPOINTS, DIGESTS, BOARD_FOLDER, KEPT_BATCHES):
         shutil.rmtree(output / name, ignore_errors=True)
     with suppress(OSError):  # not empty: the user's own files
         output.rmdir()
@@ -225,27 +400,22 @@ def _check_rows(config: RunConfig, mesh) -> None:
         )
 
 
-def _not_finite(output: Path, item: StepData, step: int, metrics: dict[str, float]) -> FailedRun:
-    path = output / "not_finite.json"
-    values = {k: (v if math.isfinite(v) else str(v)) for k, v in metrics.items()}
-    path.write_text(json.dumps({"step": step, "ids": item.ids, "metrics": values}, indent=2) + "\n")
-    return FailedRun(
-        f"step {step}: the loss or its gradient is not finite; parameters are unchanged since the "
-        f"last checkpoint. The samples of the step are listed in {path}; lower the learning rate "
-        "or take them out"
-    )
-
-
 @contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM has come; the step under way is finished and saved first."""
+def _stop_signal() -> Iterator[Callable[[int], bool]]:
+    """Whether to stop before the next step, for SIGTERM; the one under way is saved first.
+
+    Several processes agree on the step; JAX listens for the signal then.
+    """
+    if distributed.several():
+        yield distributed.stop_agreed
+        return
     came: list[int] = []
     try:
         before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
     except ValueError:  # not the main thread: the caller handles signals
-        yield lambda: False
+        yield lambda step: False
         return
     try:
-        yield lambda: bool(came)
+        yield lambda step: bool(came)
     finally:
         signal.signal(signal.SIGTERM, before)

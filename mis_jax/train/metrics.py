@@ -1,6 +1,7 @@
 """One writer of a run's numbers: metrics.jsonl, samples.jsonl and TensorBoard."""
 
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -47,11 +48,15 @@ class MetricsLog:
         ids: Iterable[str],
         skipped: Sequence[str] = (),
     ) -> None:
-        """Numbers of a step, its samples' ids and why others were left out; steps count from 1."""
-        self._line("metrics.jsonl", {"step": step, **metrics})
+        """Numbers of a step, its samples' ids and why others were left out; steps count from 1.
+
+        A number that is not finite is null, as JSON has no word for it.
+        """
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self._line("metrics.jsonl", {"step": step} | dict.fromkeys(metrics) | finite)
         left_out = {"skipped": list(skipped)} if skipped else {}
         self._line("samples.jsonl", {"step": step, "ids": list(ids), **left_out})
-        self._board.write(step, metrics)
+        self._board.write(step, finite)
 
     def _line(self, name: str, content: Mapping[str, Any]) -> None:
         file = self._files[name]

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from mis_jax.folders import Journal, finished_folder, resumable_folder
 from mis_jax.weights import parameters
 from mis_jax.weights.checkpoint import Checkpoint, OpenCheckpoint
@@ -15,7 +17,7 @@ from mis_jax.weights.config_json import Format
 from mis_jax.weights.config_write import native_json, published_json
 from mis_jax.weights.native import finish_native, native_jobs
 from mis_jax.weights.published_write import finish_published, published_jobs
-from mis_jax.weights.stream import ArraySource, Progress, run_jobs
+from mis_jax.weights.stream import WORKERS, ArraySource, GatheredSource, Progress, run_jobs
 from mis_jax.weights.values import check_dtype
 
 SHARD_BYTES = 5 * 10**9
@@ -32,6 +34,7 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
+    workers: int = WORKERS,
 ) -> None:
     """Write a folder that the owner of the format opens; it appears whole or not at all.
 
@@ -56,7 +59,7 @@ def convert(
             jobs = native_jobs(folder, opened.weights, shapes, dtype)
         else:
             jobs = published_jobs(folder, kind, config, opened.weights, shapes, dtype, shard_bytes)
-        not_finite = run_jobs(jobs, journal, progress)
+        not_finite = run_jobs(jobs, journal, progress, workers)
         if not_finite and not allow_nonfinite:
             raise _not_finite(opened, not_finite)
         if kind == "native":
@@ -75,10 +78,17 @@ def write_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
-    """`convert` of parameters in memory, which may hold whatever training made of them."""
+    """`convert` of parameters in memory, which may hold whatever training made of them.
+
+    Where several processes hold them, all of them call this together, and the first one writes.
+    """
+    gathered = GatheredSource(checkpoint.arrays) if jax.process_count() > 1 else None
+    if gathered and jax.process_index() > 0:
+        gathered.read_along(parameters.shapes(checkpoint.config))
+        return
     opened = OpenCheckpoint(
         checkpoint.config,
-        ArraySource(checkpoint.arrays),
+        gathered or ArraySource(checkpoint.arrays),
         checkpoint.dtype,
         checkpoint.folder,
         checkpoint.source,
@@ -91,6 +101,7 @@ def write_checkpoint(
         shard_bytes=shard_bytes,
         allow_nonfinite=True,
         progress=progress,
+        workers=1 if gathered else WORKERS,
     )
 
 

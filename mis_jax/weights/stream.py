@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from mis_jax.folders import Journal
 
@@ -44,6 +45,32 @@ class ArraySource:
         return np.asarray(array if layer is None else array[layer])[rows]
 
 
+class GatheredSource:
+    """Parameters on the devices of several processes, gathered a layer at a time.
+
+    Every process reads the same layers in the same order: a read is done by all of them together.
+    """
+
+    def __init__(self, arrays: Mapping[str, jax.Array]):
+        self._arrays = arrays
+        self._key: tuple[str, int | None] | None = None
+        self._value = np.empty(0)
+
+    def read(self, name: str, layer: int | None = None, rows: slice = slice(None)) -> np.ndarray:
+        if self._key != (name, layer):  # rows of one layer are asked for one after the other
+            array = self._arrays[name]
+            part = array if layer is None else array[layer]
+            self._value = multihost_utils.process_allgather(part, tiled=True)
+            self._key = (name, layer)
+        return self._value[rows]
+
+    def read_along(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Take part in the reads of the process that writes these parameters in native format."""
+        for name, shape in shapes.items():
+            for layer in layers_of(name, shape):
+                self.read(name, layer)
+
+
 def is_stacked(name: str) -> bool:
     """Whether a parameter has one slice a layer on its first axis."""
     return ".layers.block." in name
@@ -64,10 +91,12 @@ class Job:
     run: Callable[[], bool]  # does it; False when a value is NaN or infinite
 
 
-def run_jobs(jobs: list[Job], journal: Journal | None, progress: Progress | None) -> list[str]:
+def run_jobs(
+    jobs: list[Job], journal: Journal | None, progress: Progress | None, workers: int = WORKERS
+) -> list[str]:
     """Do what the journal does not have yet, a few at once; names of tensors with NaN or infinity.
 
-    The first error stops the rest and is raised.
+    With one worker they are done in their order. The first error stops the rest and is raised.
     """
     finite: dict[str, bool] = journal.done if journal else {}
     total = sum(job.size for job in jobs)
@@ -76,10 +105,10 @@ def run_jobs(jobs: list[Job], journal: Journal | None, progress: Progress | None
         progress(done, total)
     coming = collections.deque(job for job in jobs if job.name not in finite)
     running: dict[Future[bool], Job] = {}
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         try:
             while True:
-                while coming and len(running) < WORKERS:
+                while coming and len(running) < workers:
                     under_way = sum(job.size for job in running.values())
                     if running and under_way + coming[0].size > _IN_FLIGHT:
                         break

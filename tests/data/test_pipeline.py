@@ -32,7 +32,7 @@ def ids_of(steps: list[StepData]) -> list[tuple[str, ...]]:
 
 def equal(a: StepData, b: StepData) -> bool:
     names = [field.name for field in dataclasses.fields(a.batch)]
-    return (a.ids, a.skipped) == (b.ids, b.skipped) and all(
+    return (a.ids, a.rejected) == (b.ids, b.rejected) and all(
         np.array_equal(getattr(a.batch, name), getattr(b.batch, name)) for name in names
     )
 
@@ -353,7 +353,7 @@ def test_skipping_leaves_bad_samples_out_and_counts_them(
     ids = [i for step in steps for i in step.ids]
     assert collections.Counter(ids) == {f"s{i}": 3 for i in range(8) if i != 3}
     late = spoil is truncated
-    assert sum(len(step.skipped) for step in steps) == (3 if late else 0)
+    assert sum(len(step.rejected) for step in steps) == (3 if late else 0)
     assert len(steps) == 6
     for step in steps:  # an empty row in its place, never a blank picture
         tiles, mask = np.asarray(step.batch.tiles), np.asarray(step.batch.tile_mask)
