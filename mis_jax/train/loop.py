@@ -116,7 +116,7 @@ def train(
         if distributed.is_loss(error):
             raise Resumable(distributed.lost(output, error)) from error
         bad_input = fresh and isinstance(error, ValueError)  # a bad sample, say
-        if bad_input and distributed.is_first() and not RunCheckpoints.exist(output / CHECKPOINTS):
+        if bad_input and not RunCheckpoints.exist(output / CHECKPOINTS):
             _forget(output)  # nothing half-written stays behind
         raise
 
@@ -167,6 +167,8 @@ class _Run:
             self.lost = distributed.is_loss(error)
             if self.lost or not isinstance(error, OSError):
                 raise
+            with suppress(OSError):  # what is being saved may be complete yet
+                self.checkpoints.wait()
             raise FailedRun(
                 f"step {self.done} of {self.data.steps}: {error}; the newest checkpoint is of step "
                 f"{self.checkpoints.latest or 0}: make room or repair the disk, then run the same "

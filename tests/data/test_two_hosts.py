@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from several_processes import run_together
 from tiny_world import run_config, write_yaml
-from two_processes import run_two
 
 from mis_jax.data.pipeline import TrainingData
 
@@ -45,7 +45,7 @@ def test_each_process_loads_its_rows(tiny_checkpoint, tiny_data, tiny_processor,
         tiny_checkpoint, tiny_data, tmp_path / "run", train__global_batch=8, train__micro_batch=4
     )
     path = write_yaml(config, tmp_path / "run.yaml")
-    run_two(PROGRAM, path, tmp_path)
+    run_together(PROGRAM, path, tmp_path)
     steps = TrainingData(config, tiny_processor).iterator()
     batch = next(steps).batch
     steps.close()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from several_processes import run_together
 from tiny_models import random_checkpoint, tiny_config
-from two_processes import run_two
 
 from mis_jax.weights.convert import write_checkpoint
 
@@ -76,5 +76,5 @@ def test_two_processes_read_what_they_need(rng, tmp_path):
 
 def run_both(work: Path) -> list[list[dict]]:
     """What the two processes found, by kind and mesh."""
-    run_two(PROGRAM, work, json.dumps(MESHES))
+    run_together(PROGRAM, work, json.dumps(MESHES))
     return [json.loads((work / f"{i}.json").read_text()) for i in range(2)]
