@@ -349,7 +349,7 @@ def _check_folder(config: RunConfig, output: Path) -> None:
     if str(output).startswith("gs:/"):
         raise ValueError(
             f"output {output}: a run appends to files there, which a bucket cannot do; give a "
-            "folder that all processes share, such as a mounted bucket or disk"
+            "folder that all processes share, such as a network disk"
         )
     if config.train.keep_best and not config.evaluation.every:
         raise ValueError(

@@ -18,6 +18,7 @@ from tiny_world import compiled_env, picture, read_lines, run_config, sample, wr
 
 from mis_jax.config import load_config
 from mis_jax.data.processor import Processor
+from mis_jax.storage import inspect_run_checkpoint, is_run_checkpoint
 from mis_jax.train import loop
 from mis_jax.train.loop import FailedRun, Interrupted, train
 from mis_jax.weights.checkpoint import read_checkpoint
@@ -312,6 +313,102 @@ def test_a_loss_that_is_not_finite(config, straight, monkeypatch):
     assert not (config.output / "final").exists()
     train(config)  # without the poison: parameters and moments were left as they were
     assert_same_run(config.output, straight)
+
+
+def test_a_step_that_is_not_finite_is_left_out(config, monkeypatch):
+    """Steps 2 and 5 are, of a run that skips; parameters are those of the other steps alone."""
+    calls, put = [], loop.put_batch
+
+    def poison(batch, mesh, **options):
+        calls.append(batch)
+        if len(calls) in (2, 5):
+            batch.loss_weights[0, 0, :] = np.inf
+        return put(batch, mesh, **options)
+
+    train_config = dataclasses.replace(config.train, on_not_finite="skip")
+    config = dataclasses.replace(config, train=train_config)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "put_batch", poison)
+        train(config)
+    lines = metrics_of(config.output)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line.get("left_out", 0) for line in lines] == [0, 1, 0, 0, 1, 0]
+    assert lines[1]["loss"] is None and lines[2]["learning_rate"] == lines[1]["learning_rate"]
+    for step in (2, 5):
+        found = json.loads((config.output / "not_finite" / f"step-{step}.json").read_text())
+        assert found["ids"] == read_lines(config.output / "samples.jsonl")[step - 1]["ids"]
+        with np.load(config.output / "not_finite" / f"step-{step}.npz") as kept:
+            assert np.isinf(kept["loss_weights"][0, 0]).all() and kept["input_ids"].shape[1] == 4
+
+
+def test_a_spike_is_left_out_and_counted(config, monkeypatch, caplog):
+    make = loop.make_program
+
+    def spiking(*arguments):
+        program = make(*arguments)
+
+        def step(state, batch):
+            spike = bool(state.step == 3)
+            state, metrics = program.step(state, batch)
+            return state, metrics | {"spike": spike}
+
+        return dataclasses.replace(program, step=step)
+
+    monkeypatch.setattr(loop, "make_program", spiking)
+    train(config)
+    assert [line.get("left_out", 0) for line in metrics_of(config.output)] == [0, 0, 0, 1, 0, 0]
+    assert "step 4: the gradient's norm" in caplog.text
+    assert (config.output / "not_finite" / "step-4.npz").exists()
+
+
+def test_only_the_newest_kept_batches_stay(config, tmp_path):
+    from mis_jax.model.batch import Batch
+    from mis_jax.train.guard import keep_batch
+
+    batch = Batch(*(np.zeros(2) for _ in range(6)))
+    for step in range(1, 14):
+        keep_batch(tmp_path, step, batch, ["a"], {"loss": float("nan")})
+    kept = {path.stem for path in (tmp_path / "not_finite").iterdir()}
+    assert kept == {f"step-{step}" for step in range(4, 14)}
+
+
+def test_the_best_checkpoint_is_kept(config):
+    evaluation = dataclasses.replace(config.evaluation, every=1)
+    best = dataclasses.replace(config.train, keep_best=True, keep=1)
+    config = dataclasses.replace(config, train=best, evaluation=evaluation)
+    rates = {1: 0.9, 2: 0.4, 3: 0.1, 4: 0.3, 5: 0.2, 6: 0.8}
+    train(config, evaluate=lambda step, state: {"asr": rates[step]})
+    assert saved_steps(config.output) == [3, 6]
+    assert [line["eval_asr"] for line in metrics_of(config.output)] == list(rates.values())
+
+
+def test_settings_that_cannot_be_met_are_refused(config):
+    best = dataclasses.replace(config.train, keep_best=True)
+    with pytest.raises(ValueError, match=r"train.keep_best needs .*evaluation.every"):
+        train(dataclasses.replace(config, train=best))
+    with pytest.raises(ValueError, match=r"output gs:/+bucket/run: .*network disk"):
+        train(dataclasses.replace(config, output=Path("gs://bucket/run")))
+
+
+def test_a_damaged_file_of_a_checkpoint_is_named(straight, tmp_path):
+    shutil.copytree(straight / "checkpoints" / "6", tmp_path / "checkpoints" / "6")
+    shutil.copytree(straight / "digests", tmp_path / "digests")
+    assert sorted(path.name for path in (straight / "digests").iterdir()) == ["4.json", "6.json"]
+    folder = tmp_path / "checkpoints" / "6"
+    assert is_run_checkpoint(folder) and not is_run_checkpoint(straight / "final")
+    assert inspect_run_checkpoint(folder)["problems"] == []
+    path = max((folder / "state").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    (folder / "meta" / "metadata").unlink()
+    assert inspect_run_checkpoint(folder)["problems"] == [
+        f"{folder / 'meta' / 'metadata'}: missing",
+        f"{path}: is not what was saved",
+    ]
+    (tmp_path / "digests" / "6.json").unlink()
+    (problem,) = inspect_run_checkpoint(folder)["problems"]
+    assert "6.json: missing" in problem
 
 
 def test_a_full_disk_under_the_log(config, straight, monkeypatch):
