@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("mis_jax").setLevel(logging.INFO)
     for noisy in ("absl", "jax", "orbax", "PIL", "matplotlib", "h5py", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    if not debug:  # orbax tells the trace of an error there that it raises too
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
     name, verb, rest = _find_verb(words)
     try:
         _run(name, verb, rest)

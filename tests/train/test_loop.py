@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -433,12 +434,15 @@ def test_a_full_disk_under_the_log(config, straight, monkeypatch):
 def test_a_full_disk_under_a_checkpoint(config, straight):
     """The operating system refuses to write, as orbax and tensorstore really meet it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill() -> None:
+        while not (config.output / "checkpoints" / "2").exists():  # written in the background
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, hard))
+
     try:
         with pytest.raises(FailedRun, match=r"checkpoints/4: cannot be written \(.*of step 2"):
-            train(
-                config,
-                at_step(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, hard))),
-            )
+            train(config, at_step(4, fill))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert saved_steps(config.output) == [2]
