@@ -253,7 +253,7 @@ class _Run:
         self.asr = None
         if self.evaluate is not None and self._evaluates(taken.step):
             figures = self.evaluate(taken.step, self.state)
-            self.asr = figures["asr"]
+            self.asr = figures.get("asr")
             metrics |= {f"eval_{name}": value for name, value in figures.items()}
         if log:
             log.write(taken.step, metrics, ids, [x.reason for x in rejected])
