@@ -329,11 +329,11 @@ def test_a_loss_that_is_not_finite_is_a_failed_run(run, yaml_of, tiny_checkpoint
     failed = run("train", yaml_of(model=str(model)))
     assert failed.code == 1
     assert failed.error.startswith("step 1: the loss or its gradient is not finite")
-    assert json.loads((tmp_path / "run" / "not_finite.json").read_text())["step"] == 1
+    assert json.loads((tmp_path / "run" / "not_finite" / "step-1.json").read_text())["step"] == 1
     assert not (tmp_path / "run" / "final").exists()
 
 
-def test_an_interrupted_run_exits_1_and_goes_on(run, yaml_of, monkeypatch, tmp_path):
+def test_an_interrupted_run_exits_75_and_goes_on(run, yaml_of, monkeypatch, tmp_path):
     from mis_jax.train import metrics
 
     write = metrics.MetricsLog.write
@@ -346,7 +346,7 @@ def test_an_interrupted_run_exits_1_and_goes_on(run, yaml_of, monkeypatch, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(metrics.MetricsLog, "write", stop)
         stopped = run("train", yaml_of())
-    assert stopped.code == 1
+    assert stopped.code == 75
     assert stopped.error == "stopped at step 2, saved; run the same command again to go on"
     assert run("train", yaml_of()).code == 0
     assert [x["step"] for x in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
