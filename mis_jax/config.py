@@ -8,7 +8,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -107,7 +107,7 @@ class TrainConfig:
     micro_batch: int | None = None
     """Rows of a forward pass; gradients of the micro-batches of a step are accumulated."""
     freeze: tuple[Part, ...] = ("vision",)
-    """Parts that stay bit-identical."""
+    """Parts that stay bit-identical; with LoRA all three may, which its targets do anyway."""
     loss_reduction: Literal["token", "sample", "square"] = "token"
     """Weight of an answer token: 1, 1/n or 1/sqrt(n) for an answer of n tokens."""
     remat: Literal["none", "full", "dots", "attention", "offload"] = "none"
@@ -146,8 +146,6 @@ class TrainConfig:
                 f"train.micro_batch {self.micro_batch} does not divide "
                 f"train.global_batch {self.global_batch}"
             )
-        if set(self.freeze) == {"vision", "projector", "language"}:
-            raise ValueError("train.freeze names every part; leave at least one to train")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"train.drop_path is {self.drop_path}; give 0 to below 1")
         if self.spike is not None and not self.spike > 1:
@@ -168,7 +166,7 @@ class LoraConfig:
     targets: tuple[Literal["vision", "language"], ...] = ("language",)
     """Parts whose linear maps get an adapter."""
     base: Literal["none", "int8", "nf4"] = "none"
-    """Number format of the adapted frozen kernels; none is that of `dtype.params`."""
+    """Number format of the adapted kernels, which are frozen; none is that of `dtype.compute`."""
 
     def __post_init__(self) -> None:
         _at_least("lora.rank", self.rank, 0)
@@ -362,6 +360,16 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:  # what grain's shuffling takes
             raise ValueError(f"seed is {self.seed}; give 0 to {2**32 - 1}")
+        trained = [part for part in get_args(Part) if part not in self.train.freeze]
+        if self.lora.rank:
+            for part in trained:  # LoRA trains the projector beside it, or nothing
+                if part not in ("projector", *self.lora.targets):
+                    raise ValueError(
+                        f"train.freeze leaves {part} to train, which LoRA does not; add it there, "
+                        "or to lora.targets for adapters of its own"
+                    )
+        elif not trained:
+            raise ValueError("train.freeze names every part; leave at least one to train")
 
 
 def load_config(path: Path) -> RunConfig:

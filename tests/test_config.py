@@ -262,6 +262,14 @@ REFUSED = [
     (dict(train__save_every=0), "train.save_every is 0; give at least 1"),
     (dict(train__keep=0), "train.keep is 0; give at least 1"),
     (dict(train__freeze=["language", "vision", "projector"]), "train.freeze names every part"),
+    (
+        dict(train__freeze=[], lora={"rank": 4}),
+        "train.freeze leaves vision to train, which LoRA does not; add it there, or to",
+    ),
+    (
+        dict(train__freeze=["vision"], lora={"rank": 4, "targets": ["vision"]}),
+        "train.freeze leaves language to train, which LoRA does not",
+    ),
     (dict(optimizer__warmup_ratio=1.5), "optimizer.warmup_ratio is 1.5; give 0 to 1"),
     (dict(optimizer__learning_rate=0), "optimizer.learning_rate is 0.0; give a number above 0"),
     (dict(optimizer__learning_rate=math.nan), "optimizer.learning_rate is nan"),
@@ -315,6 +323,13 @@ def test_changed_fields(tmp_path):
     )
     names = ["data.sources", "data.max_tiles", "seed", "optimizer.clip"]
     assert changed_fields(before, after) == names
+
+
+@pytest.mark.parametrize("freeze", [["language", "vision", "projector"], ["vision"]])
+def test_lora_trains_beside_frozen_parts(tmp_path, freeze):
+    """As the official scripts freeze all three."""
+    path = edited(tmp_path, train__freeze=freeze, lora={"rank": 4})
+    assert load_config(path).train.freeze == tuple(freeze)
 
 
 def test_configurations_are_frozen(tmp_path):

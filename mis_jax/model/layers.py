@@ -45,14 +45,23 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kernel = jax.random.normal(rngs.params(), (in_size, out_size), dtype) * in_size**-0.5
-        self.kernel = nnx.Param(kernel, axes=axes)
+        self.kernel: nnx.Param | nnx.Module = nnx.Param(kernel, axes=axes)
         self.bias = nnx.Param(jnp.zeros(out_size, dtype), axes=axes[1:]) if bias else None
+        self.adapter: nnx.Module | None = None  # `mis_jax.model.lora` may put one here
 
     def __call__(self, x: Float[Array, "... in_size"]) -> Float[Array, "... out_size"]:
-        y = jnp.dot(x, self.kernel[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        y = jnp.dot(x, self.weight(x.dtype), preferred_element_type=jnp.float32)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
+        if self.adapter is not None:
+            y = y + self.adapter(x)
         return y.astype(x.dtype)
+
+    def weight(self, dtype: jnp.dtype) -> Float[Array, "in_size out_size"]:
+        """The kernel; `mis_jax.model.lora` may have put a quantised one in its place."""
+        if isinstance(self.kernel, nnx.Module):
+            return self.kernel(dtype)
+        return self.kernel[...].astype(dtype)
 
 
 class LayerNorm(nnx.Module):

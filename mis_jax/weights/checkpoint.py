@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -137,8 +137,12 @@ def load(
     progress: Progress | None = None,
     shardings: Mapping[str, Sharding] | None = None,
     vocab_rows: int | None = None,
+    then: Callable[[str, Any], Mapping[str, Any]] | None = None,
 ) -> Checkpoint:
-    """`read_checkpoint` of one that is open; tables get zeros up to `vocab_rows` rows."""
+    """`read_checkpoint` of one that is open; tables get zeros up to `vocab_rows` rows.
+
+    `then` says what to keep of each parameter.
+    """
     kept = dtype or opened.dtype
     shapes = parameters.shapes(opened.config, vocab_rows=vocab_rows)
     stored_rows = opened.config.text.vocab_size
@@ -153,6 +157,8 @@ def load(
                 arrays[name] = part(tuple(slice(None) for _ in shape))
             else:
                 arrays[name] = jax.make_array_from_callback(shape, shardings[name], part)
+            if then is not None:
+                arrays |= then(name, arrays.pop(name))
             done += sizes[name]
             if progress:
                 progress(done, sum(sizes.values()))

@@ -8,16 +8,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mis_jax.config import LoraConfig
 from mis_jax.model.config import InternVLConfig
 from mis_jax.model.internvl import InternVL
+from mis_jax.model.lora import DROPOUT_KEY, attach, set_dropout
 
 #: One row for each token of the vocabulary; may have further ones.
 TABLES = ("text.embedding", "text.head")
 
 
-def abstract_model(config: InternVLConfig, **options: Any) -> InternVL:
-    """The module tree with shapes in the place of arrays."""
-    return nnx.eval_shape(lambda: InternVL(config, rngs=nnx.Rngs(0), **options))
+def abstract_model(
+    config: InternVLConfig, *, lora: LoraConfig | None = None, **options: Any
+) -> InternVL:
+    """The module tree with shapes in the place of arrays, with adapters where `lora` asks."""
+    model = nnx.eval_shape(lambda: InternVL(config, rngs=nnx.Rngs(0), **options))
+    if lora is not None and lora.rank:
+        attach(model, lora)
+    return model
 
 
 def shapes(config: InternVLConfig, **options: Any) -> dict[str, tuple[int, ...]]:
@@ -56,14 +63,20 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def build(config: InternVLConfig, parameters: Mapping[str, Any], **options: Any) -> InternVL:
-    """A model that holds exactly these parameters; may be called under jit."""
+    """A model that holds exactly these parameters; may be called under jit.
+
+    `options` are those of `abstract_model`. An entry `DROPOUT_KEY` has its adapters drop inputs.
+    """
     graph, state = _skeleton(config, **options)
     filled = []
     for path, variable in state:
         value = jnp.asarray(parameters[".".join(map(str, path))])
         assert value.shape == variable.shape, (path, value.shape, variable.shape)
         filled.append((path, variable.replace(value)))
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    model = nnx.merge(graph, nnx.from_flat_state(filled))
+    if DROPOUT_KEY in parameters:
+        set_dropout(model, parameters[DROPOUT_KEY])
+    return model
 
 
 @functools.lru_cache(maxsize=16)

@@ -59,15 +59,18 @@ class LoraPair:
 
 
 #: By the dotted path of a kernel. A stacked kernel has one pair with a leading axis of layers or,
-#: where layers differ, a tuple with a pair of each layer, None where a layer is not adapted.
-Adapter = Mapping[str, LoraPair | tuple[LoraPair | None, ...]]
+#: where layers differ, a tuple with a pair of each layer, None where a layer is not adapted. An
+#: array is a parameter that was trained itself, of any name without an axis of layers.
+Adapter = Mapping[str, LoraPair | tuple[LoraPair | None, ...] | np.ndarray]
 
 
 def pair_at(adapter: Adapter, name: str, layer: int | None) -> LoraPair | None:
     """The pair of one layer, without the axis of layers; None where nothing is added."""
     entry = adapter.get(name)
-    if layer is None or entry is None:
-        assert not isinstance(entry, tuple)
+    if entry is None or isinstance(entry, np.ndarray):
+        return None
+    if layer is None:
+        assert isinstance(entry, LoraPair)
         return entry
     if isinstance(entry, LoraPair):
         return LoraPair(entry.a[layer], entry.b[layer], entry.scale)
@@ -78,19 +81,22 @@ class Merged:
     """A source with an adapter merged into it; `mis_jax.weights.stream.Source`.
 
     Sums are float32 and rounded once, to the dtype of the base. What is not adapted comes as the
-    base has it. Raises ValueError when a sum does not fit float16.
+    base has it, and what was trained itself as the adapter has it. Raises ValueError when a sum
+    does not fit float16.
     """
 
     def __init__(self, base: Source, adapter: Adapter):
         self._base, self._adapter = base, adapter
 
     def read(self, name: str, layer: int | None = None, rows: slice = slice(None)) -> np.ndarray:
+        entry = self._adapter.get(name)
+        if isinstance(entry, np.ndarray):
+            return entry[rows]
         base = self._base.read(name, layer, rows)
-        if name not in self._adapter:
+        if entry is None:
             return base
         if layer is not None or not is_stacked(name):
             return _sum(base, pair_at(self._adapter, name, layer), rows, name)
-        entry = self._adapter[name]
         layers = range(len(entry.a if isinstance(entry, LoraPair) else entry))[rows]
         pairs = [pair_at(self._adapter, name, number) for number in layers]
         sums = [_sum(b, p, slice(None), name) for b, p in zip(base, pairs, strict=True)]

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from safetensors.numpy import save_file
 
 from mis_jax.folders import finished_folder
 from mis_jax.model.config import InternVLConfig
+from mis_jax.weights import parameters
 from mis_jax.weights.fields import Fields, read_json
-from mis_jax.weights.layouts import Layout
+from mis_jax.weights.layouts import Layout, normal_key, rules
 from mis_jax.weights.peft import (
     Adapter,
     Factor,
@@ -36,7 +37,7 @@ from mis_jax.weights.peft import (
 )
 from mis_jax.weights.published import misfit
 from mis_jax.weights.tensor_file import TensorFile
-from mis_jax.weights.values import NUMPY_DTYPES
+from mis_jax.weights.values import NUMPY_DTYPES, all_finite
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -46,7 +47,7 @@ _PICKLED = "adapter_model.bin"
 _MERGE = "merge it with peft (merge_and_unload, save_pretrained) and convert the merged model"
 # Set, each of these makes the adapted model another one than W + scale * B @ A.
 _REFUSED = (
-    "use_dora", "fan_in_fan_out", "modules_to_save", "lora_bias", "use_qalora", "use_bdlora",
+    "use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora",
     "layer_replication", "target_parameters", "trainable_token_indices",
     "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
@@ -54,13 +55,15 @@ _REFUSED = (
 _INIT_REFUSED = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _LAYERED = re.compile(r"(.+\.layers?)\.(\d+)\.(.+)")
 _IN_MEMORY = {"hf": "model.", "internvl": ""}  # before the plain name, in the model that is wrapped
+_PROJECTOR = {"hf": "multi_modal_projector", "internvl": "mlp1"}
 
 
 def read_adapter(folder: Path, config: InternVLConfig) -> Adapter:
     """The adapter of a PEFT folder, for either layout of the model, in the dtype of the file.
 
-    Raises ValueError: a file that is missing or broken, a setting that is no plain LoRA, or tensors
-    that do not fit the model, all of them in one error.
+    Parameters that were trained beside it (`modules_to_save`) come as arrays. Raises ValueError: a
+    file that is missing or broken, a setting that is no plain LoRA, or tensors that do not fit the
+    model, all of them in one error.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -82,22 +85,61 @@ def read_adapter(folder: Path, config: InternVLConfig) -> Adapter:
 
     found: list[str] = []
     tensors: dict[Factor, np.ndarray] = {}
+    trained = _trained_keys(fields, [name for name, role in keys.values() if role == "weight"])
+    saved: dict[str, np.ndarray] = {}
     for key, (name, role) in keys.items():
         entry = file.entries[key]
-        if role == "weight":
+        if role == "weight" and name not in trained:
             found.append(f"tensor '{key}' is neither lora_A nor lora_B of a module")
         elif entry.dtype not in NUMPY_DTYPES:
             found.append(f"tensor '{key}' has dtype {entry.dtype}; supported: F32, BF16, F16")
+        elif role == "weight":
+            saved[name] = file.tensor(key).copy()
         elif (plain[name], role) in tensors:
             found.append(f"tensor '{key}' is there twice, under different names")
         else:
             tensors[plain[name], role] = file.tensor(key).copy()  # the file may be written again
     shapes = {factor: values.shape for factor, values in tensors.items()}
     found += factor_problems(shapes, layout, config, settings) + value_problems(tensors)
+    own = _own_parameters(saved, layout, config, found)
     if found:
         raise misfit(file.path, found, "the adapter must be one of this model, saved by peft")
     _check_layers(fields, [linear_modules(layout, config)[module].layer for module in wrapped])
-    return adapter_from_tensors(tensors, layout, config, settings)
+    return {**adapter_from_tensors(tensors, layout, config, settings), **own}
+
+
+def _trained_keys(fields: Fields, names: Sequence[str]) -> set[str]:
+    """Those of the plain keys that belong to a module of `modules_to_save`, of which each has one.
+
+    Raises ValueError: the file lacks a module.
+    """
+    modules = fields.get("modules_to_save", [])
+    of = {module: [n for n in names if f".{module}." in f".{n}"] for module in modules}
+    if not all(of.values()):
+        fields.refuse("modules_to_save", f"modules whose tensors are in {WEIGHTS}")
+    return {name for found in of.values() for name in found}
+
+
+def _own_parameters(
+    saved: Mapping[str, np.ndarray], layout: Layout, config: InternVLConfig, found: list[str]
+) -> dict[str, np.ndarray]:
+    """Tensors of `modules_to_save` as our parameters; what does not fit is added to `found`."""
+    shapes = parameters.shapes(config)
+    known = {rule.theirs: rule for rule in rules(layout, config) if not rule.per_layer}
+    result: dict[str, np.ndarray] = {}
+    for name, values in saved.items():
+        rule = known.get(normal_key(layout, name))
+        if rule is None:
+            found.append(f"tensor '{name}' is trained, which is no parameter of this model")
+            continue
+        wanted = tuple(rule.codec.their_shape([shapes[our] for our in rule.ours], config))
+        if values.shape != wanted:
+            found.append(f"tensor '{name}' has shape {values.shape}, the model asks for {wanted}")
+        elif not all_finite(values):
+            found.append(f"tensor '{name}' holds NaN or infinite values")
+        else:
+            result |= zip(rule.ours, rule.codec.to_ours(values, config), strict=True)
+    return result
 
 
 def _open(folder: Path) -> TensorFile:
@@ -187,7 +229,8 @@ def write_adapter(
 ) -> None:
     """Write a folder that PEFT loads over the model `base` of that layout; whole or not at all.
 
-    Names are those of transformers' InternVLForConditionalGeneration (`hf`) or of upstream's
+    Of parameters that were trained themselves there may be the projector's, all of them. Names are
+    those of transformers' InternVLForConditionalGeneration (`hf`) or of upstream's
     InternVLChatModel (`internvl`). Raises ValueError when the folder exists, OSError when the disk
     does not take it.
     """
@@ -204,6 +247,14 @@ def write_adapter(
         tensors[f"base_model.model.{name}.lora_B.weight"] = np.ascontiguousarray(b)
         settings[name] = len(a), _alpha(scale, len(a))
     content = _adapter_config(settings, base)
+    arrays = {name: value for name, value in adapter.items() if isinstance(value, np.ndarray)}
+    for rule in rules(layout, config) if arrays else ():
+        if rule.ours[0].startswith("projector."):
+            values = rule.codec.to_theirs([arrays.pop(name) for name in rule.ours], config)
+            key = f"base_model.model.{_IN_MEMORY[layout]}{rule.theirs}"
+            tensors[key] = np.ascontiguousarray(values)
+            content["modules_to_save"] = [_PROJECTOR[layout]]
+    assert not arrays, sorted(arrays)
     with finished_folder(folder) as work:
         path = work / WEIGHTS
         try:

@@ -1,0 +1,119 @@
+"""LoRA in a run: what is trained, its first values, the frozen base, and the adapter as files."""
+
+import zlib
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+
+from mis_jax.config import LoraConfig, RunConfig
+from mis_jax.model.lora import is_adapter, quantise
+from mis_jax.weights.checkpoint import OpenCheckpoint, load
+from mis_jax.weights.layouts import Layout
+from mis_jax.weights.peft import Adapter, LoraPair
+from mis_jax.weights.peft_files import write_adapter
+
+_KERNEL = ".kernel"
+
+
+def is_trained(config: RunConfig, name: str) -> bool:
+    """Adapters are, and the projector unless it is frozen."""
+    return is_adapter(name) or (
+        name.startswith("projector.") and "projector" not in config.train.freeze
+    )
+
+
+def stored_dtype(config: RunConfig, name: str, dtype: Any) -> jnp.dtype:
+    """Of a parameter that the model has in `dtype`: what is frozen waits in the dtype of compute.
+
+    It is never written again, and kernels are used in that dtype alone.
+    """
+    if ".kernel." in name:  # quantised
+        return jnp.dtype(dtype)
+    return jnp.dtype(config.dtype.params if is_trained(config, name) else config.dtype.compute)
+
+
+def load_parameters(
+    opened: OpenCheckpoint, config: RunConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Every parameter before the first step, in the places and dtypes of `shapes`.
+
+    One kernel at a time is quantised, so that the whole base is never held twice.
+    """
+    places: dict[str, Sharding] = {}
+    for name, shape in shapes.items():
+        assert shape.sharding is not None
+        places[name.replace(".kernel.values", _KERNEL)] = shape.sharding
+
+    def kept(name: str, value: jax.Array) -> dict[str, jax.Array]:
+        if name in shapes:
+            return {name: value.astype(shapes[name].dtype)}
+        values, scale = shapes[f"{name}.values"], shapes[f"{name}.scale"]
+        out = values.sharding, scale.sharding
+        quantised = _quantiser(config.lora.base, out)(value)
+        return {f"{name}.values": quantised[0], f"{name}.scale": quantised[1]}
+
+    arrays = load(opened, config.dtype.params, shardings=places, then=kept).arrays
+    return arrays | first_adapters(config.seed, shapes)
+
+
+def _quantiser(base: str, out_shardings: tuple[Any, Any]):
+    def both(kernel):
+        quantised = quantise(kernel, base)
+        return quantised.qvalue, quantised.scale
+
+    return jax.jit(both, out_shardings=out_shardings)
+
+
+def first_adapters(seed: int, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Values before the first step, by seed and name alone: the model is that of the base.
+
+    `a` is uniform within 1 / sqrt(inputs), which is kaiming-uniform with sqrt(5), and `b` zero.
+    """
+    result = {}
+    for name, shape in shapes.items():
+        if not is_adapter(name):
+            continue
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+        draw = partial(_first, shape=shape.shape, dtype=shape.dtype, zero=name.endswith(".b"))
+        result[name] = jax.jit(draw, out_shardings=shape.sharding)(key)
+    return result
+
+
+def _first(key, *, shape: tuple[int, ...], dtype: Any, zero: bool) -> jax.Array:
+    if zero:
+        return jnp.zeros(shape, dtype)
+    bound = shape[-2] ** -0.5
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
+
+
+def adapter_of(values: Mapping[str, Any], config: LoraConfig, model: InternVLConfig) -> Adapter:
+    """Trained parameters as an adapter, on the host; those that are no factors come as arrays."""
+    scale = (config.alpha or 2 * config.rank) / config.rank
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        if not is_adapter(name):
+            result[name] = np.asarray(value)
+        elif name.endswith(".adapter.b"):
+            linear = name.removesuffix(".adapter.b")
+            own, shared = f"{linear}.adapter.a", f"{linear.rpartition('.')[0]}.adapter_a"
+            a = values[own if own in values else shared]
+            result[linear + _KERNEL] = LoraPair(np.asarray(a), np.asarray(value), scale)
+    return result
+
+
+def export(folder: Path, trained: Mapping[str, Any], config: RunConfig, opened: OpenCheckpoint):
+    """Write what was trained as a folder of PEFT's, in the layout that the base was published in.
+
+    `mis-jax convert BASE DST --adapter FOLDER` merges it. Raises OSError when the disk does not
+    take it.
+    """
+    model_type = (opened.published or {}).get("model_type")
+    layout: Layout = "internvl" if model_type == "internvl_chat" else "hf"
+    adapter = adapter_of(trained, config.lora)
+    write_adapter(folder, adapter, opened.config, layout, base=str(config.model))
