@@ -2,7 +2,6 @@
 
 import zlib
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def stored_dtype(config: RunConfig, name: str, dtype: Any) -> jnp.dtype:
 
 
 def load_parameters(
-    opened: OpenCheckpoint, config: RunConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]
+    opened: OpenCheckpoint, config: RunConfig, shapes: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
     """Every parameter before the first step, in the places and dtypes of `shapes`.
 
@@ -70,29 +69,29 @@ def _quantiser(base: str, out_shardings: tuple[Any, Any]):
     return jax.jit(both, out_shardings=out_shardings)
 
 
-def first_adapters(seed: int, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def first_adapters(seed: int, shapes: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Values before the first step, by seed and name alone: the model is that of the base.
 
     `a` is uniform within 1 / sqrt(inputs), which is kaiming-uniform with sqrt(5), and `b` zero.
     """
-    result = {}
-    for name, shape in shapes.items():
-        if not is_adapter(name):
-            continue
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-        draw = partial(_first, shape=shape.shape, dtype=shape.dtype, zero=name.endswith(".b"))
-        result[name] = jax.jit(draw, out_shardings=shape.sharding)(key)
-    return result
+    adapters = {name: shape for name, shape in shapes.items() if is_adapter(name)}
+
+    def draw() -> dict[str, jax.Array]:
+        return {name: _first(seed, name, shape) for name, shape in adapters.items()}
+
+    places = {name: shape.sharding for name, shape in adapters.items()}
+    return jax.jit(draw, out_shardings=places)()
 
 
-def _first(key, *, shape: tuple[int, ...], dtype: Any, zero: bool) -> jax.Array:
-    if zero:
-        return jnp.zeros(shape, dtype)
-    bound = shape[-2] ** -0.5
-    return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
+def _first(seed: int, name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    if name.endswith(".b"):
+        return jnp.zeros(shape.shape, shape.dtype)
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    bound = shape.shape[-2] ** -0.5
+    return jax.random.uniform(key, shape.shape, jnp.float32, -bound, bound).astype(shape.dtype)
 
 
-def adapter_of(values: Mapping[str, Any], config: LoraConfig, model: InternVLConfig) -> Adapter:
+def adapter_of(values: Mapping[str, Any], config: LoraConfig) -> Adapter:
     """Trained parameters as an adapter, on the host; those that are no factors come as arrays."""
     scale = (config.alpha or 2 * config.rank) / config.rank
     result: dict[str, Any] = {}

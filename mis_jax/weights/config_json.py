@@ -40,6 +40,11 @@ def detect_format(folder: Path) -> Format:
         raise ValueError(
             f"{folder}: not finished: run the same mis-jax command again to finish it, or remove it"
         )
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder}: a LoRA adapter, no model; merge it first: mis-jax convert BASE DST "
+            f"--format native --adapter {folder}"
+        )
     raw = read_json(folder / "config.json")
     if raw.get("format") == "mis_jax":
         return "native"

@@ -101,7 +101,7 @@ def read_adapter(folder: Path, config: InternVLConfig) -> Adapter:
             tensors[plain[name], role] = file.tensor(key).copy()  # the file may be written again
     shapes = {factor: values.shape for factor, values in tensors.items()}
     found += factor_problems(shapes, layout, config, settings) + value_problems(tensors)
-    own = _own_parameters(saved, layout, config, found)
+    own = _own_parameters(saved, config, found)
     if found:
         raise misfit(file.path, found, "the adapter must be one of this model, saved by peft")
     _check_layers(fields, [linear_modules(layout, config)[module].layer for module in wrapped])
@@ -121,14 +121,24 @@ def _trained_keys(fields: Fields, names: Sequence[str]) -> set[str]:
 
 
 def _own_parameters(
-    saved: Mapping[str, np.ndarray], layout: Layout, config: InternVLConfig, found: list[str]
+    saved: Mapping[str, np.ndarray], config: InternVLConfig, found: list[str]
 ) -> dict[str, np.ndarray]:
-    """Tensors of `modules_to_save` as our parameters; what does not fit is added to `found`."""
+    """Tensors of `modules_to_save` as our parameters; what does not fit is added to `found`.
+
+    They tell their layout by themselves: the modules of a language model may be those of both.
+    """
+    layouts: tuple[Layout, ...] = "internvl", "hf"
     shapes = parameters.shapes(config)
-    known = {rule.theirs: rule for rule in rules(layout, config) if not rule.per_layer}
+    known = {
+        (layout, rule.theirs): rule
+        for layout in layouts
+        for rule in rules(layout, config)
+        if not rule.per_layer
+    }
     result: dict[str, np.ndarray] = {}
     for name, values in saved.items():
-        rule = known.get(normal_key(layout, name))
+        keys = [(layout, normal_key(layout, name)) for layout in layouts]
+        rule = next((known[key] for key in keys if key in known), None)
         if rule is None:
             found.append(f"tensor '{name}' is trained, which is no parameter of this model")
             continue

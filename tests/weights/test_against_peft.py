@@ -178,6 +178,37 @@ def test_an_adapter_that_peft_trained(text, tower, settings, rng, tmp_path):
         assert adapter.keys() == kernels(base.config).keys()
 
 
+def with_projector(rng, adapter: Adapter, base: Checkpoint) -> dict:
+    """The adapter of the language model, beside a projector that was trained itself."""
+    result: dict = {name: pair for name, pair in adapter.items() if name.startswith("text.")}
+    for name, value in base.arrays.items():
+        if name.startswith("projector."):
+            noise = 0.1 * rng.standard_normal(value.shape)
+            result[name] = (value + noise).astype(np.float32)
+    return result
+
+
+def test_peft_opens_an_adapter_with_a_trained_projector(rng, tmp_path):
+    config = tiny_config("qwen2")
+    base = random_checkpoint(config, rng, tmp_path / "start")
+    adapter = with_projector(rng, random_adapter(rng, config, scale=0.5), base)
+    write_adapter(tmp_path / "a", adapter, config, "hf", base=str(tmp_path / "hf"))
+    write_checkpoint(base, tmp_path / "hf", "hf")
+    write_checkpoint(merged(base, adapter), tmp_path / "merged", "hf")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", _DEPRECATED, FutureWarning)
+        theirs = PeftModel.from_pretrained(opened(tmp_path / "hf"), str(tmp_path / "a"))
+    batch = random_batch(rng)
+    got = logits(theirs.eval(), batch)
+    assert np.abs(got - logits(opened(tmp_path / "merged"), batch)).max() <= TOLERANCE
+    # And we read what peft writes of it.
+    theirs.save_pretrained(str(tmp_path / "again"))
+    again = read_adapter(tmp_path / "again", config)
+    assert again.keys() == adapter.keys()
+    assert_close(merged(base, again).arrays, merged(base, adapter).arrays)
+
+
 # Upstream's layout: modules of the same names, without their code
 
 

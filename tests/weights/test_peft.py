@@ -268,6 +268,39 @@ def test_other_names_of_the_same_modules(old, new, rng, tmp_path, folder):
     assert_same_adapter(expected, read_adapter(folder, tiny_config("qwen2")))
 
 
+@pytest.mark.parametrize("layout", ["hf", "internvl"])
+def test_round_trip_with_a_trained_projector(layout, rng, tmp_path):
+    config = tiny_config("qwen2")
+    projector = {
+        name: rng.standard_normal(shape).astype(np.float32)
+        for name, shape in parameters.shapes(config).items()
+        if name.startswith("projector.")
+    }
+    pair = random_pair(rng, kernels(config)[Q])
+    write_adapter(tmp_path / "a", {Q: pair, **projector}, config, layout, base="b")
+    back = dict(read_adapter(tmp_path / "a", config))
+    assert_same_adapter({Q: pair}, {Q: back.pop(Q)})
+    assert back.keys() == projector.keys()
+    zeros = {name: np.zeros_like(value) for name, value in projector.items()}
+    source = Merged(ArraySource(zeros), back)
+    for name, value in projector.items():
+        np.testing.assert_array_equal(source.read(name), value)
+        np.testing.assert_array_equal(source.read(name, None, slice(1, 3)), value[1:3])
+
+    def spoil(tensors):
+        first = next(key for key in tensors if key.endswith("1.weight") and "lora" not in key)
+        tensors[first] = tensors[first][:1]
+        tensors[first.replace("1.weight", "1.gain")] = tensors[first]
+        norm = next(key for key in tensors if key.endswith("bias"))
+        tensors[norm][0] = np.nan
+
+    edit_tensors(tmp_path / "a", spoil)
+    with pytest.raises(ValueError, match="3 problems") as error:
+        read_adapter(tmp_path / "a", config)
+    for expected in ("no parameter of this model", "the model asks for (24, 64)", "holds NaN"):
+        assert expected in str(error.value), expected
+
+
 @pytest.mark.parametrize(
     ("kind", "layout", "part"),
     [
