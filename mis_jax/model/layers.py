@@ -31,6 +31,10 @@ _REMAT_POLICY = {
 }
 
 
+class Verbatim(nnx.Param):
+    """A parameter that is used in the dtype in which it is stored."""
+
+
 class Linear(nnx.Module):
     """`x @ kernel + bias`, accumulated in float32, returned in the dtype of `x`."""
 
@@ -161,8 +165,11 @@ class Stack(nnx.Module):
         graph, stacked = nnx.split(self.block)
 
         def gathered(parameter: nnx.Variable) -> nnx.Variable:
+            if not isinstance(parameter, nnx.Param):  # the keys of adapters
+                return parameter
             value = parameter.get_value()
-            return parameter.replace(execution.gather(value, parameter.axes[1:], dtype))
+            kept = value.dtype if isinstance(parameter, Verbatim) else dtype
+            return parameter.replace(execution.gather(value, parameter.axes[1:], kept))
 
         def body(carry, scanned):
             parameters, x = scanned

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from mis_jax.config import LoraConfig
 from mis_jax.model.internvl import InternVL
-from mis_jax.model.layers import Linear
+from mis_jax.model.layers import Linear, Verbatim
 
 _TILE = 64  # values along the inputs of a kernel that share a scale of nf4
 
@@ -59,7 +59,7 @@ class Adapter(nnx.Module):
 class QuantisedKernel(nnx.Module):
     """A kernel that is never trained: integers of 8 or 4 bits, and their scales."""
 
-    def __init__(self, values: nnx.Param, scale: nnx.Param, base: str):
+    def __init__(self, values: Verbatim, scale: Verbatim, base: str):
         self.values, self.scale = values, scale
         self.base = base
 
@@ -126,7 +126,7 @@ def _abstract_quantised(kernel: nnx.Param, base: str) -> QuantisedKernel:
     shapes = jax.eval_shape(lambda x: quantise(x, base), kernel.get_value())
     axes = kernel.axes if base == "nf4" else (*kernel.axes[:-2], None, kernel.axes[-1])
     return QuantisedKernel(
-        nnx.Param(shapes.qvalue, axes=kernel.axes), nnx.Param(shapes.scale, axes=axes), base
+        Verbatim(shapes.qvalue, axes=kernel.axes), Verbatim(shapes.scale, axes=axes), base
     )
 
 

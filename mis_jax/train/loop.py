@@ -27,6 +27,7 @@ from mis_jax.data.processor import Processor
 from mis_jax.distributed import CHECKPOINTS
 from mis_jax.sharding import held_rows, make_mesh, put_batch
 from mis_jax.storage import DIGESTS, RunCheckpoints
+from mis_jax.train import lora
 from mis_jax.train.ahead import Ahead
 from mis_jax.train.guard import FOLDER as KEPT_BATCHES
 from mis_jax.train.guard import keep_batch
@@ -298,19 +299,22 @@ class _Run:
     def _final_model(self) -> Path:
         final = self.output / FINAL_MODEL
         if not final.exists():
-            if distributed.is_first():
-                for stale in self.output.glob(
-                    f".{FINAL_MODEL}.*"
-                ):  # of a kill while it was written
+            if distributed.is_first():  # of a kill while it was written
+                for stale in self.output.glob(f".{FINAL_MODEL}.*"):
                     shutil.rmtree(stale, ignore_errors=True)
-            trained = Checkpoint(
-                self.opened.config,
-                self.program.parameters(self.state),
-                self.config.dtype.params,
-                self.config.model,
-                self.opened.published,
-            )
-            write_checkpoint(trained, final, "native")
+            if self.config.lora.rank:
+                adapters = self.program.on_every_process(self.state.trainable)
+                if distributed.is_first():
+                    lora.export(final, adapters, self.config, self.opened)
+            else:
+                trained = Checkpoint(
+                    self.opened.config,
+                    self.program.parameters(self.state),
+                    self.config.dtype.params,
+                    self.config.model,
+                    self.opened.published,
+                )
+                write_checkpoint(trained, final, "native")
         distributed.meet("final model")
         return final
 

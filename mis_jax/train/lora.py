@@ -38,10 +38,11 @@ def stored_dtype(config: RunConfig, name: str, dtype: Any) -> jnp.dtype:
 
 
 def load_parameters(
-    opened: OpenCheckpoint, config: RunConfig, shapes: Mapping[str, Any]
+    opened: OpenCheckpoint, config: RunConfig, shapes: Mapping[str, Any], vocab_rows: int
 ) -> dict[str, jax.Array]:
     """Every parameter before the first step, in the places and dtypes of `shapes`.
 
+    Tables have `vocab_rows` rows.
     One kernel at a time is quantised, so that the whole base is never held twice.
     """
     places: dict[str, Sharding] = {}
@@ -57,7 +58,8 @@ def load_parameters(
         quantised = _quantiser(config.lora.base, out)(value)
         return {f"{name}.values": quantised[0], f"{name}.scale": quantised[1]}
 
-    arrays = load(opened, config.dtype.params, shardings=places, then=kept).arrays
+    dtype = config.dtype.params
+    arrays = load(opened, dtype, shardings=places, vocab_rows=vocab_rows, then=kept).arrays
     return arrays | first_adapters(config.seed, shapes)
 
 

@@ -25,6 +25,7 @@ from mis_jax.sharding import (
     padded_vocab,
     parameter_shardings,
 )
+from mis_jax.train import lora
 from mis_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from mis_jax.train.step import (
     Parameters,
@@ -70,14 +71,15 @@ class Program:
 
     def load(self, opened: OpenCheckpoint) -> TrainState:
         """The state before the first step; parameters go straight to their places."""
-        shardings = {n: x.sharding for n, x in (self.state.trainable | self.state.frozen).items()}
-        arrays = load(
-            opened,
-            self.config.dtype.params,
-            shardings=shardings,
-            vocab_rows=padded_vocab(opened.config.text.vocab_size),
-        ).arrays
-        trainable, frozen = split_parameters(arrays, self.config.train.freeze)
+        shapes = self.state.trainable | self.state.frozen
+        rows = padded_vocab(opened.config.text.vocab_size)
+        if self.config.lora.rank:
+            arrays = lora.load_parameters(opened, self.config, shapes, rows)
+        else:
+            places = {name: x.sharding for name, x in shapes.items()}
+            dtype = self.config.dtype.params
+            arrays = load(opened, dtype, shardings=places, vocab_rows=rows).arrays
+        trainable, frozen = _split(self.config, arrays)
         places = jax.tree.map(lambda x: x.sharding, self.state)
         optimizer = jax.jit(self.transform.init, out_shardings=places.optimizer)(trainable)
         zero = lambda dtype, place: jax.device_put(jnp.zeros((), dtype), place)  # noqa: E731
@@ -98,12 +100,17 @@ class Program:
                 name: _drawn(jax.random.fold_in(key, place), name, like)
                 for place, (name, like) in enumerate(sorted(arrays.items()))
             }
-            trainable, frozen = split_parameters(drawn, self.config.train.freeze)
+            trainable, frozen = _split(self.config, drawn)
             zero = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
             return TrainState(zero[0], trainable, frozen, self.transform.init(trainable), zero[1])
 
         places = jax.tree.map(lambda x: x.sharding, self.state)
         return jax.jit(draw, out_shardings=places)(jax.random.key(seed))
+
+    def on_every_process(self, arrays: Parameters) -> Parameters:
+        """The same arrays, whole on every device: for what is small, such as adapters."""
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return jax.jit(lambda x: x, out_shardings=whole)(arrays)
 
     def parameters(self, state: TrainState) -> Parameters:
         """All parameters, the tables without the rows that are no tokens."""
@@ -121,6 +128,7 @@ def make_program(config: RunConfig, model: InternVLConfig, mesh: Mesh, steps: in
     transform = make_optimizer(config.optimizer, config.dtype, steps)
     schedule = learning_rate_schedule(config.optimizer, steps)
     how = dict(
+        lora=config.lora,
         compute_dtype=jnp.dtype(config.dtype.compute),
         execution=execution_on(mesh, config),
         vocab_rows=padded_vocab(model.text.vocab_size),
@@ -177,18 +185,30 @@ def _in_host_memory(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
 
+def _split(config: RunConfig, arrays: Parameters) -> tuple[Parameters, Parameters]:
+    """Trainable and frozen parameters."""
+    if not config.lora.rank:
+        return split_parameters(arrays, config.train.freeze)
+    trained = {name: value for name, value in arrays.items() if lora.is_trained(config, name)}
+    return trained, {name: value for name, value in arrays.items() if name not in trained}
+
+
 def _abstract_state(
     config: RunConfig, model: InternVLConfig, mesh: Mesh, transform: optax.GradientTransformation
 ) -> TrainState:
     rows = padded_vocab(model.text.vocab_size)
-    abstract = parameters.abstract_model(model, vocab_rows=rows)
+    abstract = parameters.abstract_model(model, lora=config.lora, vocab_rows=rows)
     shardings = parameter_shardings(abstract, mesh, FSDP_TENSOR)
-    dtype = jnp.dtype(config.dtype.params)
+    params = jnp.dtype(config.dtype.params)
     arrays: Parameters = {
-        name: jax.ShapeDtypeStruct(value.shape, dtype, sharding=shardings[name])
+        name: jax.ShapeDtypeStruct(
+            value.shape,
+            lora.stored_dtype(config, name, value.dtype) if config.lora.rank else params,
+            sharding=shardings[name],
+        )
         for name, value in parameters.flat(abstract).items()
     }  # type: ignore[assignment]
-    trainable, frozen = split_parameters(arrays, config.train.freeze)
+    trainable, frozen = _split(config, arrays)
     whole = NamedSharding(mesh, PartitionSpec())
 
     def beside(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

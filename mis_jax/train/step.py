@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from mis_jax.config import Part
 from mis_jax.model.batch import Batch
 from mis_jax.model.internvl import InternVL
+from mis_jax.model.lora import DROPOUT_KEY
 from mis_jax.train.loss import weighted_loss
 from mis_jax.train.rounding import apply_updates, stored_like
 
@@ -44,7 +45,7 @@ class StepOptions:
     loss_chunk: int = 1024  # positions of a row whose logits are held at once
     sum_dtype: Any = jnp.float32  # of gradients summed over micro-batches
     spike: float | None = None  # times the usual norm beyond which a step is left out
-    seed: int = 0  # of drop path
+    seed: int = 0  # of drop path and of the adapters' dropout
     places: TrainState | None = None  # sharding of every leaf; None leaves them to the compiler
     device_moments: Any = None  # sharding of moments at work that wait in host memory
 
@@ -73,7 +74,7 @@ def make_train_step(
     places = options.places
 
     def losses(trainable: Parameters, frozen: Parameters, batch: Batch, key: jax.Array):
-        model = build(trainable | frozen)
+        model = build(trainable | frozen | {DROPOUT_KEY: key})
         text = model.text
         return weighted_loss(
             model.hidden(batch, key),

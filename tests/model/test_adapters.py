@@ -10,8 +10,9 @@ import qwix
 from flax import nnx
 
 from mis_jax.config import LoraConfig
+from mis_jax.model.batch import Batch
 from mis_jax.model.config import InternVLConfig, TextConfig, VisionConfig
-from mis_jax.model.layers import Linear
+from mis_jax.model.layers import Linear, Verbatim
 from mis_jax.model.lora import Adapter, QuantisedKernel, quantise, set_dropout
 from mis_jax.weights import parameters
 
@@ -162,7 +163,7 @@ def test_a_quantised_kernel_is_close_and_small(base):
     kernel = jnp.asarray(rng.standard_normal((3, 128, 40)), jnp.float32)
     kernel = kernel * jnp.array([1, 100, 0.01])[:, None, None]  # each layer has its own scales
     made = quantise(kernel, base)
-    held = QuantisedKernel(nnx.Param(made.qvalue), nnx.Param(made.scale), base)
+    held = QuantisedKernel(Verbatim(made.qvalue), Verbatim(made.scale), base)
     back = np.asarray(held(jnp.float32))
     np.testing.assert_array_equal(back, qwix.dequantize(made))
     error = np.abs(back - kernel).mean((1, 2)) / np.abs(kernel).mean((1, 2))
@@ -185,17 +186,13 @@ def test_a_model_on_a_quantised_base_is_that_of_the_kernels_it_stands_for():
             plain[name] = qwix.dequantize(made)
         else:
             values[name] = value
-    ids = jnp.arange(20)[None]
+    ids = jnp.arange(20, dtype=jnp.int32)[None]
+    no_tiles = jnp.zeros((0, 56, 56, 3), jnp.uint8)
+    batch = Batch(ids, ids, jnp.ones_like(ids), jnp.zeros(ids.shape), no_tiles, jnp.zeros(0, bool))
 
     @partial(jax.jit, static_argnums=1)
     def output(values, lora):
-        model = parameters.build(config, values, lora=lora)
-        return model.text(
-            model.text.embed(ids, jnp.float32),
-            positions=ids,
-            lengths=jnp.array([20]),
-            mask=jnp.ones((1, 1, 20, 20), bool),
-        )[0]
+        return parameters.build(config, values, lora=lora)(batch)
 
     got, expected = output(values, lora), output(plain, LoraConfig(rank=RANK))
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)

@@ -145,7 +145,8 @@ def test_only_adapters_and_an_unfrozen_projector_move(checkpoint, tmp_path):
     transform, schedule = adamw()
     trained = {n: jnp.array(v) for n, v in start.items() if lora.is_trained(config, n)}
     frozen = {n: jnp.array(v) for n, v in start.items() if n not in trained}
-    state = TrainState(jnp.zeros((), jnp.int32), trained, frozen, transform.init(trained))
+    zero = jnp.zeros((), jnp.int32), jnp.zeros(())
+    state = TrainState(zero[0], trained, frozen, transform.init(trained), zero[1])
     step = step_of(checkpoint, transform, schedule, lora=config.lora)
     for seed in (4, 5):
         state, _ = step(state, batch_of(examples(seed)))
