@@ -2,9 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from mis_jax._xla import guard_cpu_reductions
+from mis_jax._xla import guard_cpu_reductions, stay_on_cpu
 
-guard_cpu_reductions()  # before anything starts a JAX back end
+# Before anything starts a JAX back end.
+guard_cpu_reductions()
+stay_on_cpu()
 
 if TYPE_CHECKING:
     from mis_jax.api import generate, load

@@ -18,6 +18,7 @@ from mis_jax.cli.common import described, err_console, fail
 from mis_jax.cli.data import data_build, data_show
 from mis_jax.cli.evaluation import eval_, judge, report
 from mis_jax.cli.generation import generate
+from mis_jax.cli.planning import plan
 from mis_jax.cli.training import quickstart, train
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -28,6 +29,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "data build": data_build,
     "data show": data_show,
     "train": train,
+    "plan": plan,
     "generate": generate,
     "eval": eval_,
     "judge": judge,
