@@ -91,7 +91,7 @@ def test_the_docs_show_every_verb() -> None:
     shown = {" ".join(command.verb) for command in COMMANDS}
     assert shown == {
         "quickstart", "convert", "inspect", "verify", "data build", "data show", "train",
-        "generate", "eval", "judge", "report",
+        "plan", "generate", "eval", "judge", "report",
     }  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def test_the_example_configuration_is_accepted(tmp_path: Path) -> None:
     load_config(path)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_configuration_is_accepted(path: Path) -> None:
     from mis_jax.config import load_config
 

@@ -1,5 +1,7 @@
-"""The guard against miscompiled reductions on the CPU: when it acts, and that sums are right."""
+"""What is set before JAX starts: the guard against miscompiled reductions, and quiet without TPUs."""
 
+import glob
+import importlib.util
 import os
 import subprocess
 import sys
@@ -101,3 +103,39 @@ def test_the_flag_is_set_in_a_fresh_interpreter_only_where_needed() -> None:
 def test_a_users_flag_survives_the_import() -> None:
     program = "import mis_jax, os; print(os.environ['XLA_FLAGS'])"
     assert _fresh_python(program, XLA_FLAGS=f"{FLAG}=") == f"{FLAG}="
+
+
+@pytest.mark.parametrize(
+    ("libtpu", "files", "chosen", "after"),
+    [
+        (True, (), None, "cpu"),
+        (False, (), None, None),
+        (True, ("/dev/accel*",), None, None),
+        (True, ("/dev/vfio/*",), None, None),
+        (True, ("/dev/nvidia*",), None, None),
+        (True, (), "tpu", "tpu"),  # the user's own choice stands
+        (True, (), "", ""),
+    ],
+)
+def test_when_the_cpu_is_chosen(monkeypatch, libtpu, files, chosen, after) -> None:
+    monkeypatch.setattr(_xla, "find_spec", lambda name: name if libtpu else None)
+    monkeypatch.setattr(_xla.glob, "glob", lambda pattern: ["0"] if pattern in files else [])
+    if chosen is None:
+        monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    else:
+        monkeypatch.setenv("JAX_PLATFORMS", chosen)
+    _xla.stay_on_cpu()
+    assert os.environ.get("JAX_PLATFORMS") == after
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None or any(map(glob.glob, _xla._ACCELERATORS)),
+    reason="libtpu is not installed (extra tpu), or an accelerator is here",
+)
+def test_libtpu_says_nothing_where_no_tpu_is() -> None:
+    quiet = {n: v for n, v in os.environ.items() if n not in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY")}
+    program = "import mis_jax, jax; print(jax.devices()[0].platform)"
+    finished = subprocess.run(
+        [sys.executable, "-c", program], env=quiet, capture_output=True, text=True, timeout=120
+    )
+    assert (finished.stdout.strip(), finished.stderr) == ("cpu", "")

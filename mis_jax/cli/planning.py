@@ -84,8 +84,8 @@ def _show_step(made: Any, step: Any) -> None:
     for kind, total in sums(step.collectives or []).items():
         table.add_row(kind, f"{total.bytes / 1e9:.2f}", f"GB in {total.count} a step")
     table.add_row(
-        "model FLOPs", f"{step.operations / 1e12:.1f}",
-        f"TFLOP by formula, every position with logits ({step.noncausal / 1e12:.1f} non-causal)",
+        "model FLOPs", f"{step.operations / 1e12:.4g}",
+        f"TFLOP by formula, every position with logits ({step.noncausal / 1e12:.4g} non-causal)",
     )  # fmt: skip
     if step.time:
         time = step.time

@@ -117,7 +117,12 @@ def plan(
         for step in steps:
             if step != "train":
                 made.append(_generation_plan(step, config, model, opened, mesh, generated))
-    tips = [tip for step in made if not step.memory.fits for tip in advice(config, step, mesh)]
+    tips = [
+        tip
+        for step in made
+        if not step.memory.fits
+        for tip in advice(config, step.name, step.memory, mesh)
+    ]
     return Plan(opened, name, made, assumptions(opened), list(dict.fromkeys(tips)))
 
 

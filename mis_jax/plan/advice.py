@@ -1,20 +1,20 @@
 """What to change when a step does not fit, the cheapest first."""
 
-from typing import Any
+from jax.sharding import AbstractMesh, Mesh
 
 from mis_jax.config import RunConfig
+from mis_jax.plan.memory import Memory
 
 
-def advice(config: RunConfig, step: Any, mesh: Any) -> list[str]:
-    """Fields to change, those of the larger half of the memory first."""
-    if step.name != "train":
+def advice(config: RunConfig, step: str, memory: Memory, mesh: Mesh | AbstractMesh) -> list[str]:
+    """Fields to change for a step; first those of what fills more than half of the memory."""
+    if step != "train":
         return ["evaluation.samples: fewer rows at once", "mesh.fsdp or mesh.tensor: more devices"]
     state, work = _for_state(config, mesh), _for_activations(config, mesh)
-    memory = step.memory
     return state + work if memory.arguments > memory.limit / 2 else work + state
 
 
-def _for_activations(config: RunConfig, mesh: Any) -> list[str]:
+def _for_activations(config: RunConfig, mesh: Mesh | AbstractMesh) -> list[str]:
     tips = []
     rows, shards = config.train.micro_batch or config.train.global_batch, _row_shards(mesh)
     if rows > shards:
@@ -32,7 +32,7 @@ def _for_activations(config: RunConfig, mesh: Any) -> list[str]:
     return tips
 
 
-def _for_state(config: RunConfig, mesh: Any) -> list[str]:
+def _for_state(config: RunConfig, mesh: Mesh | AbstractMesh) -> list[str]:
     tips = []
     if mesh.shape["data"] > 1:
         tips.append("mesh: more fsdp instead of data (copies become shards)")
@@ -53,5 +53,5 @@ def _for_state(config: RunConfig, mesh: Any) -> list[str]:
     return tips
 
 
-def _row_shards(mesh: Any) -> int:
+def _row_shards(mesh: Mesh | AbstractMesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -12,7 +12,8 @@ from mis_jax.plan.topology import Topology
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"\(?([\d.]+)([KMGT]?)i?B?\)?"
-# What the compilers say of a program that does not fit: what is needed, and what there is.
+# What the compilers say of a program that does not fit: what it needs, arguments included (also
+# where they call it "temporaries"), and what there is.
 _TOO_LARGE = (
     re.compile(rf"Ran out of memory.*? {_SIZE} exceeds available HBM {_SIZE}", re.S),
     re.compile(rf"Used {_SIZE} of {_SIZE} hbm", re.S),
@@ -62,8 +63,9 @@ def compile_for(topology: Topology, jitted: Any, *arguments: Any) -> Compiled:
         needed = _needed(str(error))
         if needed is None:
             raise
-        temporaries, available = needed
-        memory = Memory(_bytes_of(arguments), temporaries, 0, 0, 0, available)
+        total, available = needed
+        given = _bytes_of(arguments)
+        memory = Memory(given, max(total - given, 0.0), 0, 0, 0, available)
         return Compiled(memory, None, time.monotonic() - began)
     found = program.memory_analysis()
     memory = Memory(
@@ -81,7 +83,7 @@ def compile_for(topology: Topology, jitted: Any, *arguments: Any) -> Compiled:
 
 
 def _needed(message: str) -> tuple[float, float] | None:
-    """Bytes that are needed and available by a compiler's refusal; None for another error."""
+    """Bytes needed in all and available, by a compiler's refusal; None for another error."""
     for pattern in _TOO_LARGE:
         if found := pattern.search(message):
             needed, unit, available, available_unit = found.groups()
