@@ -219,9 +219,9 @@ def test_a_program_that_is_too_large_says_by_how_much() -> None:
     assert not memory.fits
 
 
-def test_memory_adds_up() -> None:
-    memory = Memory(arguments=3, temporaries=4, output=1, code=1, host=100, limit=10)
-    assert (memory.total, memory.left, memory.fits) == (9, 1, True)
+def test_what_is_left() -> None:
+    memory = Memory(arguments=3, temporaries=9, output=1, code=1, host=100, total=9, limit=10)
+    assert (memory.left, memory.fits) == (1, True)
     assert not dataclasses.replace(memory, limit=8.9).fits
 
 
@@ -320,7 +320,7 @@ def test_json_has_the_contracts_keys(mis_jax, yaml_of, compiled, monkeypatch, ti
     assert (found["topology"], found["chips"], found["fits"]) == ("v5e:2x2", 4, True)
     memory = found["memory_gib"]
     kinds = ("arguments", "temporaries", "output", "code")
-    assert memory["total"] == pytest.approx(sum(memory[kind] for kind in kinds), abs=3e-3)
+    assert memory["arguments"] < memory["total"] <= sum(memory[kind] for kind in kinds) + 3e-3
     assert memory["limit"] == 15.75
     assert found["collectives"]["all-gather"]["count"] > 0
     model, _ = model_config(tiny_checkpoint)
@@ -342,7 +342,10 @@ def test_a_plan_that_does_not_fit_exits_1_with_figures_and_advice(
     mis_jax, yaml_of, compiled, monkeypatch
 ) -> None:
     train = compiled.steps[0]
-    memory = Memory(5 * flops.GIB, 20.5 * flops.GIB, 0, 0, 0, 15.75 * flops.GIB)
+    memory = Memory(
+        arguments=5 * flops.GIB, temporaries=20.5 * flops.GIB, output=0, code=0, host=0,
+        total=25.5 * flops.GIB, limit=15.75 * flops.GIB,
+    )  # fmt: skip
     large = dataclasses.replace(train, memory=memory, collectives=None, time=None)
     monkeypatch.setattr("mis_jax.plan._train_plan", lambda *_: large)
     config = yaml_of(train__remat="none")
@@ -363,7 +366,7 @@ def test_advice_begins_with_the_larger_half(tiny_checkpoint, tiny_data, tmp_path
     mesh = jax.sharding.AbstractMesh((2, 2, 1, 1), ("data", "fsdp", "tensor", "context"))
 
     def first(arguments: float, temporaries: float) -> str:
-        memory = Memory(arguments, temporaries, 0, 0, 0, 10)
+        memory = Memory(arguments, temporaries, 0, 0, 0, arguments + temporaries, 10)
         return advice(config, "train", memory, mesh)[0]
 
     assert first(9, 9) == "mesh: more fsdp instead of data (copies become shards)"

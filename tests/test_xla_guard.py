@@ -1,4 +1,4 @@
-"""What is set before JAX starts: the guard against miscompiled reductions, and quiet without TPUs."""
+"""What is set before JAX starts: the guard against wrong sums, and quiet where no TPU is."""
 
 import glob
 import importlib.util
@@ -133,7 +133,9 @@ def test_when_the_cpu_is_chosen(monkeypatch, libtpu, files, chosen, after) -> No
     reason="libtpu is not installed (extra tpu), or an accelerator is here",
 )
 def test_libtpu_says_nothing_where_no_tpu_is() -> None:
-    quiet = {n: v for n, v in os.environ.items() if n not in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY")}
+    quiet = {
+        n: v for n, v in os.environ.items() if n not in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY")
+    }
     program = "import mis_jax, jax; print(jax.devices()[0].platform)"
     finished = subprocess.run(
         [sys.executable, "-c", program], env=quiet, capture_output=True, text=True, timeout=120

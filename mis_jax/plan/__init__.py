@@ -225,10 +225,7 @@ def _train_bytes(config, model, mesh, shape: Shape, memory: Memory) -> float:
 
 
 def _step_json(step: StepPlan, whole: Plan) -> dict[str, Any]:
-    gib = {
-        name: round(size / flops.GIB, 3)
-        for name, size in (asdict(step.memory) | {"total": step.memory.total}).items()
-    }
+    gib = {name: round(size / flops.GIB, 3) for name, size in asdict(step.memory).items()}
     time = step.time
     found = {kind: asdict(each) for kind, each in sums(step.collectives or []).items()}
     result: dict[str, Any] = {

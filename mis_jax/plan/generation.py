@@ -1,6 +1,6 @@
 """Prefill and decode compiled for a topology: the engine's own functions over shapes alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -10,10 +10,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mis_jax.config import RunConfig
 from mis_jax.generation.engine import decode_step, prefill, rows_bucket, slots_bucket
 from mis_jax.model.config import InternVLConfig
+from mis_jax.model.text import KVCache
 from mis_jax.plan.memory import Compiled, compile_for
-from mis_jax.plan.shape import TEXT_TOKENS, sample_tiles
+from mis_jax.plan.shape import QUESTION_TOKENS, sample_tiles
 from mis_jax.plan.topology import Topology
-from mis_jax.sharding import BATCH_AXES, FSDP_TENSOR, parameter_shardings
+from mis_jax.sharding import BATCH_AXES, FSDP_TENSOR, padded_vocab, parameter_shardings
+from mis_jax.train.program import execution_on
 from mis_jax.weights import parameters
 
 
@@ -30,7 +32,7 @@ class GenerationShape:
 def generation_shape(config: RunConfig, model: InternVLConfig, mesh: Mesh) -> GenerationShape:
     """Questions about two images, answered at `evaluation.max_new_tokens`."""
     tiles = sample_tiles(config.data, model)
-    prompt = slots_bucket(tiles * model.tokens_per_tile + TEXT_TOKENS)
+    prompt = slots_bucket(tiles * model.tokens_per_tile + QUESTION_TOKENS)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = -(-rows_bucket(config.evaluation.samples) // shards) * shards
     slots = slots_bucket(prompt + config.evaluation.max_new_tokens)
@@ -42,9 +44,10 @@ def compile_prefill(
 ) -> Compiled:
     """From embedded prompts to the first logits and a cache."""
     dtype = jnp.dtype(config.dtype.compute)
+    how = _how(config, model, mesh)
 
     def run(values: Any, x: Any, lengths: Any):
-        return prefill(parameters.build(model, values, compute_dtype=dtype), x, lengths)
+        return prefill(parameters.build(model, values, **how), x, lengths)
 
     x = _rows(mesh, dtype, shape.rows, shape.prompt, model.text.hidden_size)
     lengths = _rows(mesh, jnp.int32, shape.rows)
@@ -57,19 +60,14 @@ def compile_decode(
     """One more token of every row; the cache is written in place."""
     dtype = jnp.dtype(config.dtype.compute)
     values = _parameters(model, mesh, dtype)
+    how = _how(config, model, mesh)
 
     def run(values: Any, cache: Any, tokens: Any, lengths: Any):
-        built = parameters.build(model, values, compute_dtype=dtype)
-        return decode_step(built, tokens, lengths, cache)
-
-    def empty(values: Any):
-        x = jnp.zeros((shape.rows, shape.slots, model.text.hidden_size), dtype)
-        built = parameters.build(model, values, compute_dtype=dtype)
-        return prefill(built, x, jnp.ones(shape.rows, jnp.int32))[1]
+        return decode_step(parameters.build(model, values, **how), tokens, lengths, cache)
 
     cache = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_cache_place(mesh, x.shape)),
-        jax.eval_shape(empty, values),
+        jax.eval_shape(lambda: KVCache.zeros(model.text, shape.rows, shape.slots, dtype)),
     )
     tokens = _rows(mesh, jnp.int32, shape.rows)
     jitted = jax.jit(run, donate_argnums=1)
@@ -83,8 +81,16 @@ def cache_bytes(config: RunConfig, model: InternVLConfig, shape: GenerationShape
     return float(each * shape.rows * shape.slots * jnp.dtype(config.dtype.compute).itemsize)
 
 
+def _how(config: RunConfig, model: InternVLConfig, mesh: Mesh) -> dict[str, Any]:
+    return dict(
+        compute_dtype=jnp.dtype(config.dtype.compute),
+        execution=replace(execution_on(mesh, config), remat="none", drop_path=0.0),
+        vocab_rows=padded_vocab(model.text.vocab_size),
+    )
+
+
 def _parameters(model: InternVLConfig, mesh: Mesh, dtype: Any) -> dict[str, Any]:
-    abstract = parameters.abstract_model(model)
+    abstract = parameters.abstract_model(model, vocab_rows=padded_vocab(model.text.vocab_size))
     places = parameter_shardings(abstract, mesh, FSDP_TENSOR)
     return {
         name: jax.ShapeDtypeStruct(value.shape, dtype, sharding=places[name])

@@ -5,7 +5,10 @@ It assigns buffers and partitions for the named card; kernels are neither timed 
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 from jax.experimental import topologies
 
@@ -36,6 +39,7 @@ def open_gpus(card: str, number: int) -> list[Any]:
     flags = os.environ.get("XLA_FLAGS", "")
     if _UNTIMED not in flags:  # there is no card to time kernels on
         os.environ["XLA_FLAGS"] = f"{flags} {_UNTIMED}=0".strip()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # what the compiler tries is not for users
     try:
         topology = topologies.get_topology_desc(
             card, platform="cuda", target_config=_target(card), topology=f"1x1x{number}"
@@ -44,6 +48,23 @@ def open_gpus(card: str, number: int) -> list[Any]:
         reason = " ".join(str(error).split())
         raise ValueError(f"topology '{card}:{number}' cannot be opened ({reason:.160})") from None
     return list(topology.devices)
+
+
+@contextmanager
+def as_if_present() -> Iterator[None]:
+    """cuDNN's attention may be lowered: JAX asks this machine's cuDNN and first GPU whether it can.
+
+    The compiler reserves no workspace for it, which on Hopper is small.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    answers = {
+        "check_cudnn_version": lambda: 91000,
+        "check_compute_capability": lambda least: float(least) <= 9.0,
+        "is_cuda_compute_capability_equal": lambda this: this == "9.0",
+    }
+    with mock.patch.multiple(fused, **answers):
+        yield
 
 
 def _target(card: str) -> str:

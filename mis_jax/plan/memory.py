@@ -3,11 +3,13 @@
 import math
 import re
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
+from mis_jax.plan.gpu import as_if_present
 from mis_jax.plan.topology import Topology
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -22,18 +24,18 @@ _TOO_LARGE = (
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device (`host`: in its host's memory)."""
+    """Bytes on one device (`host`: in its host's memory).
+
+    `total` is the most that is there at one time; temporaries that share no time add up to more.
+    """
 
     arguments: float  # state and batch
     temporaries: float
     output: float  # what is not written over an argument
     code: float
     host: float
+    total: float
     limit: float
-
-    @property
-    def total(self) -> float:
-        return self.arguments + self.temporaries + self.output + self.code
 
     @property
     def left(self) -> float:
@@ -58,16 +60,23 @@ def compile_for(topology: Topology, jitted: Any, *arguments: Any) -> Compiled:
     began = time.monotonic()
     limit = topology.chip.memory
     try:
-        program = jitted.lower(*arguments).compile()
+        with nullcontext() if topology.is_tpu else as_if_present():
+            program = jitted.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:
             raise
         total, available = needed
         given = _bytes_of(arguments)
-        memory = Memory(given, max(total - given, 0.0), 0, 0, 0, available)
+        memory = Memory(given, max(total - given, 0.0), 0, 0, 0, total, available)
         return Compiled(memory, None, time.monotonic() - began)
     found = program.memory_analysis()
+    sums = (
+        found.argument_size_in_bytes
+        + found.temp_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+    )
     memory = Memory(
         arguments=found.argument_size_in_bytes,
         temporaries=found.temp_size_in_bytes,
@@ -77,6 +86,7 @@ def compile_for(topology: Topology, jitted: Any, *arguments: Any) -> Compiled:
         + found.host_temp_size_in_bytes
         + found.host_output_size_in_bytes
         - found.host_alias_size_in_bytes,
+        total=found.generated_code_size_in_bytes + (found.peak_memory_in_bytes or sums),
         limit=limit,
     )
     return Compiled(memory, program.as_text(), time.monotonic() - began)

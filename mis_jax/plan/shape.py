@@ -8,7 +8,8 @@ from mis_jax.data.tiling import tiles_for_images
 from mis_jax.model.config import InternVLConfig
 
 IMAGES = 2  # of a sample, as in MIS
-TEXT_TOKENS = 150  # of a question with its template, beside the image tokens
+QUESTION_TOKENS = 150  # with its template, beside the image tokens
+TEXT_TOKENS = 600  # of a training sample: question, template and a label like MIRage's
 
 
 @dataclass(frozen=True)
