@@ -19,7 +19,7 @@ def data_show(
 ) -> None:
     """What the model sees of a training sample: prompt, loss mask (green), tiles.
 
-    Example: mis-jax data show configs/mirage.yaml --index 3 --picture tiles.png
+    Example: mis-jax data show configs/mirage_8b.yaml --index 3 --picture tiles.png
 
     Args:
         config: YAML file of a run.

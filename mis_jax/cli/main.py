@@ -110,7 +110,7 @@ def _train_config(rest: list[str]) -> Any:
     else:
         raise ValueError("the first argument is the YAML file of a run: mis-jax train CONFIG")
     description = (
-        f"{train.__doc__}\n\nExample: mis-jax train configs/mirage.yaml --output runs/mine "
+        f"{train.__doc__}\n\nExample: mis-jax train configs/mirage_8b.yaml --output runs/mine "
         "--optimizer.learning-rate 1e-5\n\nCONFIG is a YAML file; every option overrides one field."
     )
     return _parse(RunConfig, "mis-jax train CONFIG", rest, default=loaded, description=description)
