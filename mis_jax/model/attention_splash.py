@@ -39,13 +39,14 @@ def make_kernel(
     """
     block = _block(length // length_shards, largest_block)
     block_kv = _block(length, largest_block)
+    compute = _block(block_kv, largest_block // 2)  # must divide block_kv: 1,152 of a tile by 384
     sizes = splash_attention_kernel.BlockSizes(
         block_q=block,
         block_kv=block_kv,
-        block_kv_compute=min(block_kv, largest_block // 2) if block_kv % 2 == 0 else block_kv,
+        block_kv_compute=compute,
         block_q_dkv=block,
         block_kv_dkv=block_kv,
-        block_kv_dkv_compute=min(block_kv, largest_block // 2),
+        block_kv_dkv_compute=compute,
         use_fused_bwd_kernel=True,
     )
     mask = splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask

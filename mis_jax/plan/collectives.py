@@ -20,7 +20,8 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
-_CONSTANT = re.compile(r" = [su](?:32|64)\[\]\S* constant\((\d+)\)")
+_CONSTANT = re.compile(r"%([\w.\-]+) = [su](?:32|64)\[\]\S* constant\((\d+)\)")
+_COUNTED = re.compile(r"^  ROOT .* compare\(%([\w.\-]+), %([\w.\-]+)\), direction=LT")
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,12 @@ def _trip_count(line: str, bodies: dict[str, list[str]]) -> int:
         return int(known[1])
     condition = _CONDITION.search(line)
     lines = bodies.get(condition[1], []) if condition else []
-    ends = {int(end) for line in lines for end in _CONSTANT.findall(line)}
-    # More than one comparison: a loop that may end early.
-    return ends.pop() if len(ends) == 1 and sum(" and(" in line for line in lines) == 0 else 1
+    for comparison in filter(None, map(_COUNTED.search, lines)):
+        for constant in filter(None, map(_CONSTANT.search, lines)):
+            counter = re.compile(rf"%{re.escape(comparison[1])} = \S+ get-tuple-element\(")
+            if constant[1] == comparison[2] and any(map(counter.search, lines)):
+                return int(constant[2])
+    return 1  # such as the chunks of the loss, of which MIS's answers need one
 
 
 def _collective(line: str, times: int, devices: int, *, scattered: bool) -> Collective:
@@ -130,11 +134,11 @@ def _collective(line: str, times: int, devices: int, *, scattered: bool) -> Coll
     assert kind
     group = _group(line, devices) if kind != "collective-permute" else devices
     size = _bytes(shape)
-    if opcode == "collective-permute-start":  # (operand, result, two counters)
+    if opcode in ("collective-permute-start", "all-to-all-start"):  # (operand, result, counters)
         size /= 2
-    elif opcode == "all-gather-start":  # (operand, result)
+    elif opcode in ("all-gather-start", "reduce-scatter-start"):  # (operand, result)
         size *= group / (group + 1)
-    elif kind == "reduce-scatter":
+    elif opcode == "reduce-scatter":
         size *= group
     if scattered and kind == "all-reduce":
         kind = "reduce-scatter"

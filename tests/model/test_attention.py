@@ -116,3 +116,18 @@ def test_a_kernel_that_the_devices_do_not_have():
     assert choose("auto", mesh, narrow) == "xla"
     with pytest.raises(ValueError, match=r"train.attention is cudnn.*not bfloat16 on cpu"):
         choose("cudnn", mesh, narrow)
+
+
+@pytest.mark.parametrize("largest_block", [1024, 2048])  # of the v5e and the v6e
+@pytest.mark.parametrize("length", [128, 1152, 1280, 2048, 4096, 8192])
+def test_splash_blocks_divide_each_other(length, largest_block) -> None:
+    from mis_jax.model.attention_splash import make_kernel
+
+    kernel = make_kernel(
+        2, length, causal=True, largest_block=largest_block, head_shards=1, length_shards=1,
+        interpret=True,
+    )  # fmt: skip
+    sizes = kernel.kwargs["block_sizes"]
+    assert length % sizes.block_q == length % sizes.block_kv == 0
+    assert sizes.block_kv % sizes.block_kv_compute == 0
+    assert sizes.block_kv_dkv % sizes.block_kv_dkv_compute == 0
