@@ -34,12 +34,13 @@ class Bars:
         return show
 
     def training(self, name: str) -> Callable[[int, int, dict[str, float]], None]:
-        """A bar fed with (step, steps in all, metrics) that shows the loss and samples a second."""
+        """A bar fed with (step, steps in all, metrics) that shows the loss and how fast it goes."""
         task: TaskID = self._progress.add_task(name, total=None, note="")
 
         def show(step: int, steps: int, metrics: dict[str, float]) -> None:
-            rate = metrics["samples"] / max(metrics["seconds"], 1e-9)
-            note = f"loss {metrics['loss']:.4f}  {rate:.0f} samples/s"
+            note = f"loss {metrics['loss']:.4f}  {metrics['samples_per_second']:.3g} samples/s"
+            if "mfu" in metrics:
+                note += f"  MFU {metrics['mfu']:.1%}"
             self._progress.update(task, completed=step, total=steps, note=note)
 
         return show

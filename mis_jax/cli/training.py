@@ -35,10 +35,16 @@ def _train(config: Any) -> None:
     from mis_jax.terminal import steps_bar
     from mis_jax.train.loop import train as run
 
+    evaluate = None
+    if config.evaluation.every:
+        from mis_jax.evals.in_training import held_out
+
+        evaluate = held_out(config.evaluation)
     first = distributed.is_first()
     with steps_bar(err_console) as bar:
         progress = bar.training("training") if first else None
-        trained = run(config, progress, bar.task("looking at samples") if first else None)
+        looking = bar.task("looking at samples") if first else None
+        trained = run(config, progress, looking, evaluate)
     if first:
         console.print(f"trained {trained.steps} steps in {trained.seconds:.0f} s: {trained.model}")
 

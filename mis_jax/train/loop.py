@@ -25,13 +25,16 @@ from mis_jax.data.pipeline import (
 )
 from mis_jax.data.processor import Processor
 from mis_jax.distributed import CHECKPOINTS
+from mis_jax.model.internvl import InternVL
 from mis_jax.sharding import held_rows, make_mesh, put_batch
 from mis_jax.storage import DIGESTS, RunCheckpoints
 from mis_jax.train import lora
 from mis_jax.train.ahead import Ahead
 from mis_jax.train.guard import FOLDER as KEPT_BATCHES
 from mis_jax.train.guard import keep_batch
+from mis_jax.train.meter import Meter
 from mis_jax.train.metrics import BOARD_FOLDER, LOG_FILES, MetricsLog
+from mis_jax.train.profile import ProfileWindow
 from mis_jax.train.program import make_program
 from mis_jax.train.step import TrainState
 from mis_jax.weights.checkpoint import Checkpoint, OpenCheckpoint, open_checkpoint
@@ -49,7 +52,7 @@ _FREE = (
 FINAL_MODEL = "final"  # the trained checkpoint in a run's folder, in native format
 Progress = Callable[[int, int, dict[str, float]], None]  # step, steps in all, metrics
 Looking = Callable[[int, int], None]  # samples whose size is known, samples in all
-Evaluate = Callable[[int, TrainState], dict[str, float]]  # step, state; figures, `asr` among them
+Evaluate = Callable[[InternVL, Processor], dict[str, float]]  # metrics on held-out samples
 
 
 class FailedRun(RuntimeError):
@@ -95,6 +98,11 @@ def train(
     """
     output = Path(config.output)
     _check_folder(config, output)
+    if config.evaluation.every and distributed.several():
+        raise ValueError(
+            "evaluation.every: answers during training need all devices in one process; set it to "
+            "0 and evaluate the checkpoints"
+        )
     opened = open_checkpoint(config.model)
     processor = Processor.from_folder(config.model, opened.config)
     data = TrainingData(config, processor, looking)
@@ -144,6 +152,8 @@ class _Run:
         self.data: TrainingData = data
         self.progress: Progress | None = progress
         self.evaluate: Evaluate | None = evaluate if config.evaluation.every else None
+        self.profile = ProfileWindow(config.log, Path(config.output))
+        self.meter = Meter.of(config, opened.config, list(mesh.devices.flat))
         self.output = Path(config.output)
         self.program = make_program(config, opened.config, mesh, data.steps)
         self.checkpoints = RunCheckpoints(
@@ -179,6 +189,7 @@ class _Run:
 
     def close(self) -> None:
         """End what reads ahead and what saves; a lost process would be waited for in vain."""
+        self.profile.close()
         if self.ahead is not None:
             self.ahead.close()
         if not self.lost:
@@ -214,7 +225,9 @@ class _Run:
                 waited = time.monotonic() - tick
                 if distributed.several() and item.rejected:
                     distributed.note(_rejected(self.done + 1), [asdict(x) for x in item.rejected])
+                self.profile.before(self.done + 1)
                 self.state, metrics = self.program.step(self.state, batch)
+                self.profile.after(self.done + 1, metrics)
                 if taken is not None:
                     self._settle(taken, log)
                 self.checkpoints.check()
@@ -250,10 +263,14 @@ class _Run:
         ids = without(item.ids, set(rejected) - set(item.rejected))
         self._judge(taken, ids, metrics)
         metrics |= {"samples": len(ids), "skipped": len(rejected)}
-        metrics |= {"seconds": time.monotonic() - self.settled, "data_seconds": taken.waited}
+        seconds = time.monotonic() - self.settled
+        metrics |= {"seconds": seconds, "data_seconds": taken.waited}
+        places = self.config.train.global_batch * item.batch.input_ids.shape[-1]
+        metrics |= self.meter.rates(metrics, len(ids), places, seconds)
+        metrics.pop("squares")
         self.asr = None
         if self.evaluate is not None and self._evaluates(taken.step):
-            figures = self.evaluate(taken.step, self.state)
+            figures = self.evaluate(self.program.network(self.state), self.data.processor)
             self.asr = figures.get("asr")
             metrics |= {f"eval_{name}": value for name, value in figures.items()}
         if log:
@@ -294,7 +311,9 @@ class _Run:
 
     def _log(self) -> AbstractContextManager[MetricsLog | None]:
         first = distributed.is_first()
-        return MetricsLog(self.output, after_step=self.done) if first else nullcontext()
+        if not first:
+            return nullcontext()
+        return MetricsLog(self.output, after_step=self.done, project=self.config.log.wandb)
 
     def _final_model(self) -> Path:
         final = self.output / FINAL_MODEL
@@ -344,7 +363,7 @@ def _saved_part(state: TrainState, *, abstract: bool = False) -> dict[str, Any]:
 
 def _plain_numbers(metrics: dict[str, Any]) -> dict[str, float]:
     """Counts as whole numbers, the rest as floats: what JSON shows."""
-    counts = ("tokens", "loss_tokens")
+    counts = ("tokens", "loss_tokens", "tiles")
     return {n: int(v) if n in counts else float(v) for n, v in metrics.items()}
 
 

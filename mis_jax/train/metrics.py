@@ -1,4 +1,4 @@
-"""One writer of a run's numbers: metrics.jsonl, samples.jsonl and TensorBoard."""
+"""One writer of a run's numbers: metrics.jsonl, samples.jsonl, TensorBoard, Weights & Biases."""
 
 import json
 import math
@@ -14,6 +14,7 @@ from mis_jax.folders import replace_file
 
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 BOARD_FOLDER = "tensorboard"
+_SITE_RUN = "wandb_run"  # holds the name of the run there
 
 
 class MetricsLog:
@@ -22,7 +23,8 @@ class MetricsLog:
     Raises OSError when the disk does not take a line.
     """
 
-    def __init__(self, folder: Path, *, after_step: int):
+    def __init__(self, folder: Path, *, after_step: int, project: str | None = None):
+        self._site = None if project is None else _Site(folder, project)
         self._files: dict[str, IO[str]] = {}
         for name in LOG_FILES:
             path = folder / name
@@ -34,6 +36,8 @@ class MetricsLog:
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        if self._site:
+            self._site.close(failed=failure is not None)
         for file in (*self._files.values(), self._board):
             try:
                 file.close()
@@ -57,6 +61,8 @@ class MetricsLog:
         left_out = {"skipped": list(skipped)} if skipped else {}
         self._line("samples.jsonl", {"step": step, "ids": list(ids), **left_out})
         self._board.write(step, finite)
+        if self._site:
+            self._site.write(step, finite)
 
     def _line(self, name: str, content: Mapping[str, Any]) -> None:
         file = self._files[name]
@@ -91,6 +97,31 @@ class _Board:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class _Site:
+    """Scalars for Weights & Biases; a run that goes on goes on there too."""
+
+    def __init__(self, folder: Path, project: str):
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise ValueError(
+                f"log.wandb is {project!r}, but wandb is not installed; "
+                "pip install 'mis-jax[wandb]', or leave log.wandb out"
+            ) from None
+        name = folder / _SITE_RUN
+        if not name.exists():
+            replace_file(name, wandb.util.generate_id() + "\n")
+        self._run = wandb.init(
+            project=project, id=name.read_text().strip(), resume="allow", dir=str(folder)
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 def _keep_until(path: Path, step: int) -> None:

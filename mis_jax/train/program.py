@@ -17,6 +17,7 @@ from mis_jax.kernels import attend_on, choose
 from mis_jax.model.batch import Batch
 from mis_jax.model.config import InternVLConfig
 from mis_jax.model.execution import Execution
+from mis_jax.model.internvl import InternVL
 from mis_jax.sharding import (
     FSDP_TENSOR,
     batch_sharding,
@@ -106,6 +107,15 @@ class Program:
 
         places = jax.tree.map(lambda x: x.sharding, self.state)
         return jax.jit(draw, out_shardings=places)(jax.random.key(seed))
+
+    def network(self, state: TrainState) -> InternVL:
+        """The model as it is now, for answers to held-out questions; it drops nothing."""
+        return parameters.build(
+            self.model,
+            self.parameters(state),
+            lora=self.config.lora,
+            compute_dtype=jnp.dtype(self.config.dtype.compute),
+        )
 
     def on_every_process(self, arrays: Parameters) -> Parameters:
         """The same arrays, whole on every device: for what is small, such as adapters."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_world import compiled_env, read_lines, run_config, write_yaml
+from tiny_world import TIMES, compiled_env, read_lines, run_config, write_yaml
 
 from mis_jax.train.loop import train
 from mis_jax.weights.checkpoint import read_checkpoint
@@ -124,7 +124,7 @@ def test_sigkill_at_random_moments(tiny_checkpoint, tiny_data, compiled_folder, 
     starter.close()
     print(f"{kills} kills, {hit_saves} of them during a save")
     assert hit_saves and kills > KILLS // 2
-    times = ("seconds", "data_seconds")
+    times = TIMES
     for ours, theirs in zip(
         *(read_lines(run.output / "metrics.jsonl") for run in (config, straight)), strict=True
     ):

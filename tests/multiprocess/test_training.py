@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from several_processes import Job, free_port
-from tiny_world import compiled_env, read_lines, run_config, write_yaml
+from tiny_world import TIMES, compiled_env, read_lines, run_config, write_yaml
 
 from mis_jax.config import load_config
 from mis_jax.data.pipeline import TrainingData
@@ -68,7 +68,7 @@ def assert_like_one(output: Path, one: Path) -> None:
 
 
 def assert_same_bits(a: Path, b: Path) -> None:
-    times = ("seconds", "data_seconds")
+    times = TIMES
     numbers = [
         [{k: v for k, v in x.items() if k not in times} for x in lines_of(p)] for p in (a, b)
     ]

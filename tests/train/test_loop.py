@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_world import compiled_env, picture, read_lines, run_config, sample, write_yaml
+from tiny_world import TIMES, compiled_env, picture, read_lines, run_config, sample, write_yaml
 
 from mis_jax.config import load_config
 from mis_jax.data.processor import Processor
@@ -70,7 +70,7 @@ def straight(tiny_checkpoint, tiny_data, tmp_path_factory, quick_compile) -> Pat
 
 
 def without_time(output: Path) -> list[dict]:
-    times = ("seconds", "data_seconds")
+    times = TIMES
     return [{k: v for k, v in x.items() if k not in times} for x in metrics_of(output)]
 
 
