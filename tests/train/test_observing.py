@@ -1,6 +1,5 @@
 """Rates, profiles, held-out answers and Weights & Biases: what a run tells of itself."""
 
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,14 +85,14 @@ def test_answers_are_logged_and_the_best_checkpoint_stays(observed):
 def test_held_out_answers_of_the_mini_model(tmp_path):
     """The shipped model before fine-tuning: what `mis-jax eval` and `judge` say of these samples."""
     from mis_jax.api import load
-    from mis_jax.data.mini_files import write_benchmarks
+    from mis_jax.data.mini_files import write_mini
     from mis_jax.evals.in_training import held_out
 
-    write_benchmarks(tmp_path)
+    write_mini(tmp_path)
     assets = Path(flops.__file__).parent / "assets" / "mini"
     model, processor = load(assets)
     config = EvaluationConfig(
-        every=1, benchmark="mini_hard", data_root=tmp_path, samples=12, judge="exact"
+        every=1, benchmark="mini_hard", data_root=tmp_path, samples=12, judge="rules"
     )
     figures = held_out(config)(model, processor)
     assert figures["asr_n"] + figures["unjudged"] == 12
@@ -127,7 +126,7 @@ def test_weights_and_biases_gets_every_step(tmp_path, monkeypatch):
         ("init", "safety", "first", "allow"), (1, {"loss": 0.5}), ("end", 0),
         ("init", "safety", "first", "allow"), (2, {"loss": 0.25}), ("end", 0),
     ]  # fmt: skip
-    assert [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").open()] == [1, 2]
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_weights_and_biases_that_is_not_installed(tmp_path, monkeypatch):
