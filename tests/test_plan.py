@@ -137,6 +137,33 @@ def test_collectives_by_loops_groups_and_kinds() -> None:
     }
 
 
+ASYNC_TEXT = """HloModule asynchronous
+
+%begins (x: bf16[1,8]) -> bf16[4,8] {
+  ROOT %g.1 = bf16[4,8]{1,0} all-gather(%x), replica_groups={}, dimensions={0}
+}
+
+%async_collective_fusion.2 (x: bf16[1,8]) -> bf16[4,8] {
+  %other = f32[4,4]{1,0} convolution(%a, %b)
+  ROOT %g.2 = bf16[4,8]{1,0} all-gather(%x), replica_groups={}, dimensions={0}
+}
+
+%ends (x: bf16[1,8]) -> bf16[4,8] {
+  ROOT %g.3 = bf16[4,8]{1,0} all-gather(%x), replica_groups={}, dimensions={0}
+}
+
+ENTRY %main (x: bf16[1,8]) -> bf16[4,8] {
+  %async-collective-start.1 = (bf16[1,8]{1,0}) fusion(%x), kind=kCustom, calls=%begins
+  %fusion.2 = (bf16[4,8]{1,0}) fusion(%y), kind=kCustom, calls=%async_collective_fusion.2
+  ROOT %async-collective-done.1 = bf16[4,8]{1,0} fusion(%z), kind=kCustom, calls=%ends
+}
+"""
+
+
+def test_an_asynchronous_collective_of_a_tpu_counts_once() -> None:
+    assert collectives(ASYNC_TEXT, 4) == [Collective("all-gather", 4 * 8 * 2, 4, 1)]
+
+
 def test_what_a_device_receives() -> None:
     gather = Collective("all-gather", 800.0, 8, 10)
     assert gather.traffic == 10 * 700

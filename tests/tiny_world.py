@@ -16,7 +16,8 @@ IMAGE_SIZE = 56  # pixels; 4 x 4 patches, 4 tokens a tile
 SYSTEM = "Be careful."
 #: Numbers of metrics.jsonl that no two runs have in common.
 TIMES = (
-    "seconds", "data_seconds", "tokens_per_second", "samples_per_second", "tflops_per_second", "mfu",
+    "seconds", "data_seconds", "tokens_per_second", "samples_per_second", "tflops_per_second",
+    "mfu",
 )  # fmt: skip
 _OBJECTS = ("bottle", "cup", "chair", "lamp", "kettle", "plant", "clock")
 

@@ -15,12 +15,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from mis_jax.model.execution import Axes, Execution
+from mis_jax.model.summing import LayerSums, scan_and_sum
 
 #: Names of what a block computes, for policies that keep it.
-BLOCK_INPUT, ATTENTION_OUTPUT = "block_input", "attention_output"
+BLOCK_INPUT, ATTENTION_OUTPUT, PRODUCT = "block_input", "attention_output", "product"
 _REMAT_POLICY = {
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Not JAX's own policy of products: that keeps them in float32, before they are rounded.
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENTION_OUTPUT),
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
@@ -59,13 +61,23 @@ class Linear(nnx.Module):
             y = y + self.bias[...].astype(jnp.float32)
         if self.adapter is not None:
             y = y + self.adapter(x)
-        return y.astype(x.dtype)
+        return checkpoint_name(y.astype(x.dtype), PRODUCT)
 
     def weight(self, dtype: jnp.dtype) -> Float[Array, "in_size out_size"]:
         """The kernel; `mis_jax.model.lora` may have put a quantised one in its place."""
         if isinstance(self.kernel, nnx.Module):
             return self.kernel(dtype)
         return self.kernel[...].astype(dtype)
+
+
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps the inputs of a function for the backward pass, and nothing it computes on the way.
+
+    For maps of single values that lead into a product: they are cheaper to compute again than to
+    write and read (a norm would keep its input twice, once in float32, and a gate four arrays of
+    its width), and the product itself is not, since no gradient needs its result.
+    """
+    return jax.checkpoint(function, prevent_cse=False)
 
 
 class LayerNorm(nnx.Module):
@@ -77,11 +89,14 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... size"]) -> Float[Array, "... size"]:
+        return recomputed(self._norm)(x, self.scale[...], self.bias[...])
+
+    def _norm(self, x, scale, bias):
         x32 = x.astype(jnp.float32)
         centred = x32 - x32.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         y = centred * jax.lax.rsqrt(variance + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return (y * scale + bias).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -92,9 +107,12 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... size"]) -> Float[Array, "... size"]:
+        return recomputed(self._norm)(x, self.scale[...])
+
+    def _norm(self, x, scale):
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
 def rotary_angles(
@@ -142,6 +160,7 @@ class Stack(nnx.Module):
         self, make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs
     ):
         self.num_layers = num_layers
+        self.sums: LayerSums | None = None  # where the backward pass adds gradients
         make = nnx.vmap(make_block, in_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
         self.block = make(rngs.split(num_layers))
         for _, parameter in nnx.iter_graph(self.block):
@@ -178,6 +197,9 @@ class Stack(nnx.Module):
             )
             return step(carry, nnx.merge(graph, parameters), x)
 
+        unroll = self.num_layers if execution.unroll else 1
+        if self.sums is not None:
+            return scan_and_sum(body, carry, stacked, per_layer, self.sums, unroll=unroll), None
         if execution.remat != "none":
             if execution.remat == "offload":
                 carried = body
@@ -187,7 +209,6 @@ class Stack(nnx.Module):
 
             policy = _REMAT_POLICY[execution.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=execution.unroll)
-        unroll = self.num_layers if execution.unroll else 1
         return jax.lax.scan(body, carry, (stacked, per_layer), unroll=unroll)
 
 

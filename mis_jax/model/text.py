@@ -21,6 +21,7 @@ from mis_jax.model.layers import (
     Linear,
     RMSNorm,
     Stack,
+    recomputed,
     rotary_angles,
     rotate,
 )
@@ -74,10 +75,11 @@ class TextAttention(nnx.Module):
         self.k_norm = norm() if config.qk_norm else None
         self.head_dim = head
 
-    def __call__(self, x_BTD, rotary, seen: "Seen", cache, layer, slots, execution: Execution):
-        split, constrain = (*x_BTD.shape[:2], -1, self.head_dim), execution.constrain
-        q_BTNH, k_BTKH = self.q(x_BTD).reshape(split), self.k(x_BTD).reshape(split)
-        v_BTKH = self.v(x_BTD).reshape(split)
+    def __call__(self, qkv, rotary, seen: Seen, cache, layer, slots, execution: Execution):
+        """`qkv` are the results of the three maps `q`, `k` and `v`."""
+        constrain = execution.constrain
+        rows = qkv[0].shape[:2]
+        q_BTNH, k_BTKH, v_BTKH = (x.reshape(*rows, -1, self.head_dim) for x in qkv)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH, k_BTKH = rotate(q_BTNH, *rotary), rotate(k_BTKH, *rotary)
@@ -91,7 +93,7 @@ class TextAttention(nnx.Module):
         else:
             cache = cache.write(layer, slots, k_BTKH, v_BTKH)
             out_BTNH = attention(q_BTNH, cache.keys[layer], cache.values[layer], seen.mask)
-        out_BTF = checkpoint_name(out_BTNH.reshape(*x_BTD.shape[:2], -1), ATTENTION_OUTPUT)
+        out_BTF = checkpoint_name(out_BTNH.reshape(*rows, -1), ATTENTION_OUTPUT)
         return self.out(out_BTF), cache
 
 
@@ -110,17 +112,25 @@ class TextBlock(nnx.Module):
         self.down = linear(mlp, width, axes=("mlp", "embed"))
 
     def __call__(self, x_BTD, rotary, seen: Seen, cache, layer, slots, execution: Execution):
-        constrain = execution.constrain
-        branch, cache = self.attention(
-            self.attention_norm(x_BTD), rotary, seen, cache, layer, slots, execution
-        )
+        attention, constrain = self.attention, execution.constrain
+
+        def into_attention(x_BTD):
+            hidden = self.attention_norm(x_BTD)
+            return attention.q(hidden), attention.k(hidden), attention.v(hidden)
+
+        def into_mlp(x_BTD):
+            hidden = self.mlp_norm(x_BTD)
+            gate_BTF, up_BTF = self.gate(hidden), self.up(hidden)
+            return tuple(constrain(x, "rows", "length", "mlp") for x in (gate_BTF, up_BTF))
+
+        def out_of_mlp(gate_BTF, up_BTF):
+            return self.down(jax.nn.silu(gate_BTF) * up_BTF)
+
+        qkv = recomputed(into_attention)(x_BTD)
+        branch, cache = attention(qkv, rotary, seen, cache, layer, slots, execution)
         x_BTD = constrain(x_BTD + branch, "rows", "length", None)
-        hidden = self.mlp_norm(x_BTD)
-        gate_BTF, up_BTF = (
-            constrain(linear(hidden), "rows", "length", "mlp") for linear in (self.gate, self.up)
-        )
-        x_BTD = x_BTD + self.down(jax.nn.silu(gate_BTF) * up_BTF)
-        return constrain(x_BTD, "rows", "length", None), cache
+        branch = recomputed(out_of_mlp)(*recomputed(into_mlp)(x_BTD))
+        return constrain(x_BTD + branch, "rows", "length", None), cache
 
 
 @jax.custom_vjp

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from mis_jax.model.config import VisionConfig
 from mis_jax.model.execution import PLAIN, Execution
-from mis_jax.model.layers import ATTENTION_OUTPUT, LayerNorm, Linear, RMSNorm, Stack
+from mis_jax.model.layers import ATTENTION_OUTPUT, LayerNorm, Linear, RMSNorm, Stack, recomputed
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -36,18 +36,19 @@ class VisionAttention(nnx.Module):
         self.num_heads = config.num_heads
 
     def __call__(
-        self, x_ISD: Float[Array, "tiles tokens width"], execution: Execution
+        self, qkv: tuple[Float[Array, "tiles tokens width"], ...], execution: Execution
     ) -> Float[Array, "tiles tokens width"]:
-        q_ISD, k_ISD, v_ISD = self.q(x_ISD), self.k(x_ISD), self.v(x_ISD)
+        """`qkv` are the results of the three maps `q`, `k` and `v`."""
+        q_ISD, k_ISD, v_ISD = qkv
         if self.q_norm is not None and self.k_norm is not None:
             q_ISD, k_ISD = self.q_norm(q_ISD), self.k_norm(k_ISD)
-        split = (*x_ISD.shape[:2], self.num_heads, -1)
+        split = (*q_ISD.shape[:2], self.num_heads, -1)
         q_ISNH, k_ISNH, v_ISNH = (
             execution.constrain(x.reshape(split), "tiles", None, "heads", None)
             for x in (q_ISD, k_ISD, v_ISD)
         )
         out_ISNH = execution.attend_tiles(q_ISNH, k_ISNH, v_ISNH, None)
-        out_ISD = checkpoint_name(out_ISNH.reshape(x_ISD.shape), ATTENTION_OUTPUT)
+        out_ISD = checkpoint_name(out_ISNH.reshape(q_ISD.shape), ATTENTION_OUTPUT)
         return self.out(out_ISD)
 
 
@@ -83,12 +84,20 @@ class VisionBlock(nnx.Module):
         keep_2I: Float[Array, "branches tiles"] | None = None,
     ) -> Float[Array, "tiles tokens width"]:
         """`keep` is the factor of each tile's two branches: 0 where drop path leaves one out."""
-        constrain = execution.constrain
-        branch = self.attention(self.attention_norm(x_ISD), execution)
+        attention, constrain = self.attention, execution.constrain
+
+        def into_attention(x_ISD):
+            hidden = self.attention_norm(x_ISD)
+            return attention.q(hidden), attention.k(hidden), attention.v(hidden)
+
+        def out_of_mlp(hidden):
+            return self.down(jax.nn.gelu(hidden, approximate=False))
+
+        branch = attention(recomputed(into_attention)(x_ISD), execution)
         branch = branch * self.attention_scale[...].astype(x_ISD.dtype)
         x_ISD = constrain(x_ISD + _kept(branch, keep_2I, 0), "tiles", None, None)
-        hidden = constrain(self.up(self.mlp_norm(x_ISD)), "tiles", None, "mlp")
-        branch = self.down(jax.nn.gelu(hidden, approximate=False))
+        hidden = recomputed(lambda x_ISD: self.up(self.mlp_norm(x_ISD)))(x_ISD)
+        branch = recomputed(out_of_mlp)(constrain(hidden, "tiles", None, "mlp"))
         branch = branch * self.mlp_scale[...].astype(x_ISD.dtype)
         return constrain(x_ISD + _kept(branch, keep_2I, 1), "tiles", None, None)
 

@@ -66,7 +66,9 @@ def collectives(text: str, devices: int) -> list[Collective]:
 
     def visit(name: str, times: int) -> None:
         for number, line in enumerate(bodies.get(name, ())):
-            if (opcode := _opcode(line)) is None:
+            if (opcode := _opcode(line)) is None or _ends_async(line):
+                continue
+            if _kind(opcode) and name.startswith("async_collective_fusion"):
                 continue
             if _kind(opcode):
                 found[name, number] += times
@@ -104,6 +106,15 @@ def _opcode(line: str) -> str | None:
 def _kind(opcode: str) -> str | None:
     base = opcode.removesuffix("-start").removeprefix("ragged-")
     return base if base in KINDS else None
+
+
+def _ends_async(line: str) -> bool:
+    """Whether a fusion ends a TPU's asynchronous collective.
+
+    Such a collective stands in the text three times: in the fusion that starts it, in the one that
+    computes something else meanwhile, and in the one that ends it.
+    """
+    return line.lstrip().removeprefix("ROOT ").startswith("%async-collective-done")
 
 
 def _called(line: str) -> Iterator[str]:

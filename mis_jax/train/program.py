@@ -151,6 +151,7 @@ def make_program(config: RunConfig, model: InternVLConfig, mesh: Mesh, steps: in
     options = StepOptions(
         loss_chunk=config.train.loss_chunk,
         sum_dtype=jnp.dtype(config.dtype.gradients),
+        sum_in_layers=_summed_in_layers(config, model),
         spike=config.train.spike,
         seed=config.seed,
         places=jax.tree.map(lambda x: x.sharding, state),
@@ -185,6 +186,21 @@ def execution_on(mesh: Mesh, config: RunConfig) -> Execution:
     if mesh.size == 1:  # nothing to place
         return execution
     return replace(execution, constrain=constrain_on(mesh), gather=gather_on(mesh, FSDP_TENSOR))
+
+
+def _summed_in_layers(config: RunConfig, model: InternVLConfig) -> tuple[str, ...]:
+    """Stacks whose gradients the backward pass sums: it computes each layer again in full anyway.
+
+    A tower of which an earlier layer's output is taken needs the outputs of all.
+    """
+    if config.train.remat != "full" or config.lora.rank:
+        return ()
+    stacks = []
+    if "language" not in config.train.freeze:
+        stacks.append("text.layers.block.")
+    if "vision" not in config.train.freeze and model.select_layer == -1:
+        stacks.append("vision.layers.block.")
+    return tuple(stacks)
 
 
 def _in_host_memory(x: Any) -> Any:

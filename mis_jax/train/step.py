@@ -13,8 +13,9 @@ from mis_jax.config import Part
 from mis_jax.model.batch import Batch
 from mis_jax.model.internvl import InternVL
 from mis_jax.model.lora import DROPOUT_KEY
+from mis_jax.model.summing import LayerSums
 from mis_jax.train.loss import weighted_loss
-from mis_jax.train.rounding import apply_updates, stored_like
+from mis_jax.train.rounding import apply_updates, round_stochastically, seed_of, stored_like
 
 Parameters = dict[str, jax.Array]  # by dotted path
 TrainStep = Any  # a jitted (TrainState, Batch) -> (TrainState, metrics)
@@ -44,6 +45,7 @@ class StepOptions:
 
     loss_chunk: int = 1024  # positions of a row whose logits are held at once
     sum_dtype: Any = jnp.float32  # of gradients summed over micro-batches
+    sum_in_layers: tuple[str, ...] = ()  # beginnings of names whose sums the backward pass keeps
     spike: float | None = None  # times the usual norm beyond which a step is left out
     seed: int = 0  # of drop path and of the adapters' dropout
     places: TrainState | None = None  # sharding of every leaf; None leaves them to the compiler
@@ -73,8 +75,14 @@ def make_train_step(
     """
     places = options.places
 
-    def losses(trainable: Parameters, frozen: Parameters, batch: Batch, key: jax.Array):
-        model = build(trainable | frozen | {DROPOUT_KEY: key})
+    def losses(
+        trained: Parameters, sums: Parameters, rest: Parameters, batch: Batch, key: jax.Array, add
+    ):
+        model = build(trained | rest | {DROPOUT_KEY: key})
+        for part, stack in (("text", model.text.layers), ("vision", model.vision.layers)):
+            inside = f"{part}.layers.block."
+            own = {n.removeprefix(inside): x for n, x in sums.items() if n.startswith(inside)}
+            stack.sums = LayerSums(own, add) if own else None
         text = model.text
         return weighted_loss(
             model.hidden(batch, key),
@@ -86,13 +94,15 @@ def make_train_step(
             place_table=None if places is None else _table_place(places),
         )
 
-    gradient_of = jax.value_and_grad(losses, has_aux=True)
+    gradients_of = jax.value_and_grad(losses, (0, 1), has_aux=True)
 
     def placed(gradient: Parameters) -> Parameters:
         """Each device keeps the part of the gradient whose parameters it has."""
         if places is None:
             return gradient
-        return jax.lax.with_sharding_constraint(gradient, places.trainable)
+        return jax.lax.with_sharding_constraint(
+            gradient, {name: places.trainable[name] for name in gradient}
+        )
 
     def summed(state: TrainState, batch: Batch):
         """Gradient, loss and weight summed over micro-batches."""
@@ -100,18 +110,38 @@ def make_train_step(
         count = batch.input_ids.shape[0]
         if count == 1:  # no sum: nothing is held twice
             one = jax.tree.map(lambda field: field[0], batch)
-            (total, weight), gradient = gradient_of(state.trainable, state.frozen, one, key)
+            (total, weight), (gradient, _) = gradients_of(
+                state.trainable, {}, state.frozen, one, key, None
+            )
             return placed(gradient), total, weight
+        in_layers = {n for n in state.trainable if n.startswith(options.sum_in_layers)}
+        outside = {n: x for n, x in state.trainable.items() if n not in in_layers}
+        rest = state.frozen | {n: state.trainable[n] for n in in_layers}
 
         def accumulate(carry, numbered):
-            gradient, total, weight = carry
+            sums, total, weight = carry
             number, micro = numbered
-            (loss, loss_weight), g = gradient_of(
-                state.trainable, state.frozen, micro, jax.random.fold_in(key, number)
+            turn = state.step * count + number
+
+            def add(sum_, gradient, place: int, layer):
+                """One layer's gradient, in float32, into a sum that may be narrower."""
+                wide = sum_.astype(jnp.float32) + gradient
+                if sum_.dtype == jnp.float32:
+                    return wide
+                return round_stochastically(wide, seed_of(3, turn, place, layer))
+
+            (loss, loss_weight), (gradient, layers) = gradients_of(
+                outside,
+                {n: sums[n] for n in in_layers},
+                rest,
+                micro,
+                jax.random.fold_in(key, number),
+                add,
             )
-            sums = jax.tree.map(lambda a, b: a.astype(jnp.float32) + b, gradient, placed(g))
-            gradient = stored_like(sums, gradient, state.step * count + number, salt=2)
-            return (gradient, total + loss, weight + loss_weight), None
+            before = {n: sums[n] for n in outside}
+            wide = jax.tree.map(lambda a, b: a.astype(jnp.float32) + b, before, placed(gradient))
+            after = stored_like(wide, before, turn, salt=2) | placed(layers)
+            return (after, total + loss, weight + loss_weight), None
 
         zeros = placed(
             jax.tree.map(lambda p: jnp.zeros(p.shape, options.sum_dtype), state.trainable)

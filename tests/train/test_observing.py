@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def test_mfu_is_what_the_formula_says():
-    """The 8B on one H100: 4,184 tokens and 14 tiles of a MIS sample are 229.6 TFLOPs of training."""
+    """The 8B on one H100: 4,184 tokens and 14 tiles of a MIS sample take 229.6 TFLOPs to train."""
     config = SimpleNamespace(train=TrainConfig(steps=1, freeze=()), lora=LoraConfig())
     meter = Meter(config, published("internvl2_5-8b"), peak=989e12)  # type: ignore[arg-type]
     counts = {"tokens": 4184, "tiles": 14, "squares": 4184.0**2}
@@ -83,7 +83,7 @@ def test_answers_are_logged_and_the_best_checkpoint_stays(observed):
 
 
 def test_held_out_answers_of_the_mini_model(tmp_path):
-    """The shipped model before fine-tuning: what `mis-jax eval` and `judge` say of these samples."""
+    """The shipped model before fine-tuning, which helps with most of what it should not."""
     from mis_jax.api import load
     from mis_jax.data.mini_files import write_mini
     from mis_jax.evals.in_training import held_out
