@@ -90,6 +90,7 @@ def compare(settings: Settings, folder: Path) -> dict[str, Any]:
         for side in sides:
             words = [f"--{k.replace('_', '-')}={v}" for k, v in plain(settings).items()]
             command = [sys.executable, "-m", "benchmarks", "train_step", f"--side={side}"]
+            words.append("--peer" if settings.peer else "--no-peer")
             ran = run([*command, f"--folder={folder}", *words])
             report = json.loads((folder / f"{side}.json").read_text())
             found[side]["seconds"] += report.pop("seconds")

@@ -1,13 +1,14 @@
 """AdamW as InternVL's fine-tuning scripts run it, or Adafactor; warm-up and cosine decay."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mis_jax.config import DtypeConfig, OptimizerConfig
-from mis_jax.train.rounding import narrow_state
+from mis_jax.train.rounding import stored_like
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -26,41 +27,98 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 def make_optimizer(
     config: OptimizerConfig, dtype: DtypeConfig, steps: int
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then AdamW (or Adafactor) with decay on every trainable tensor.
 
     Gradients come in float32 and everything is computed in float32; AdamW's moments are stored in
-    `dtype.moments`. Parameters are dicts by dotted path.
+    `dtype.moments`. Parameters are dicts by dotted path. With `taken=False` an update is zero and
+    the state stays as it was, whatever the gradient.
     """
     schedule = learning_rate_schedule(config, steps)
     if config.name == "adafactor":  # Shazeer and Stern 2018, without relative step sizes
-        moments = optax.scale_by_factored_rms(decay_rate=0.8)
+        direction = [optax.scale_by_factored_rms(decay_rate=0.8), optax.clip_by_block_rms(1.0)]
     else:
-        moments = narrow_state(
-            optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
-            jnp.dtype(dtype.moments),
-            is_moment=lambda path: len(path) > 1,  # of (count, mu, nu) the trees
-        )
-    parts = [
-        optax.clip_by_global_norm(config.clip),
-        moments,
-        *([optax.clip_by_block_rms(1.0)] if config.name == "adafactor" else []),
+        direction = [_adam(config, jnp.dtype(dtype.moments))]
+    inner = optax.chain(
+        _clip(config.clip),
+        *direction,
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(schedule),
         _scale_parts(config),
-    ]
-    inner = optax.chain(*parts)
+    )
 
-    def init(params: optax.Params) -> optax.OptState:
-        return inner.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
+    def init(params: Any) -> optax.OptState:
+        return inner.init(_wide(params))
 
-    def update(updates, state, params=None):
-        return inner.update(updates, state, _wide(params))
+    def update(updates: Any, state: Any, params: Any = None, *, taken: Any = True):
+        # Zeros, as a product with a gradient that is not finite would not be zero.
+        gradient = jax.tree.map(lambda g: jnp.where(taken, g, 0), updates)
+        moved: Any = inner.update(gradient, state, _wide(params), taken=taken)
+        updates, after = moved
+        choose = lambda new, old: jnp.where(taken, new, old)  # noqa: E731
+        after = tuple(
+            new if isinstance(new, optax.ScaleByAdamState) else jax.tree.map(choose, new, old)
+            for new, old in zip(after, state, strict=True)
+        )
+        return jax.tree.map(lambda u: jnp.where(taken, u, 0), updates), after
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _wide(params: optax.Params | None) -> optax.Params | None:
+def _adam(config: OptimizerConfig, dtype: jnp.dtype) -> optax.GradientTransformationExtraArgs:
+    """Adam's direction, as optax' `scale_by_adam` has it, its moments updated in place.
+
+    optax' own leaves the old moments in use until the step that reads the new ones is done, and
+    XLA then copies both. It also has no narrow second moment.
+    """
+    b1, b2 = config.beta1, config.beta2
+
+    def init(params) -> optax.ScaleByAdamState:
+        zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)  # noqa: E731
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
+
+    def update(updates, state, params=None, *, taken=True):
+        del params
+        count = state.count + jnp.asarray(taken, jnp.int32)
+        decay1, decay2 = (jnp.where(taken, b, 1.0) for b in (b1, b2))
+        mu = jax.tree.map(
+            lambda m, g: decay1 * m.astype(jnp.float32) + (1 - b1) * g, state.mu, updates
+        )
+        nu = jax.tree.map(
+            lambda v, g: decay2 * v.astype(jnp.float32) + (1 - b2) * jnp.square(g),
+            state.nu,
+            updates,
+        )
+        mu, nu = stored_like(mu, state.mu, count, salt=1), stored_like(nu, state.nu, count, salt=4)
+        # What follows reads the new moments: the old ones' memory is theirs.
+        pairs = {name: jax.lax.optimization_barrier((mu[name], nu[name])) for name in mu}
+        mu, nu = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
+        correct1, correct2 = (1 - b ** count.astype(jnp.float32) for b in (b1, b2))
+
+        def towards(m, v):
+            root = jnp.sqrt(v.astype(jnp.float32) / correct2) + config.eps
+            return m.astype(jnp.float32) / correct1 / root
+
+        return jax.tree.map(towards, mu, nu), optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _clip(largest: float) -> optax.GradientTransformation:
+    """Scales gradients down to a global norm of `largest`.
+
+    As optax's own, by one factor: its quotients are computed once more for all and kept.
+    """
+
+    def clipped(updates, params=None):
+        del params
+        factor = jnp.minimum(largest / jnp.maximum(optax.tree.norm(updates), 1e-30), 1.0)
+        return jax.tree.map(lambda u: u * factor, updates)
+
+    return optax.stateless(clipped)
+
+
+def _wide(params: Any) -> Any:
     return jax.tree.map(lambda p: p.astype(jnp.float32), params)
 
 

@@ -39,6 +39,10 @@ from mis_jax.train.step import (
 from mis_jax.weights import parameters
 from mis_jax.weights.checkpoint import OpenCheckpoint, load
 
+#: In the order of its own choice XLA starts the optimizer on all parameters at once, to keep many
+#: cores busy, and holds what that needs of all of them: a model of 0.8 billion takes 2.3 GiB more.
+_CPU_COMPILER = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+
 
 @dataclass(frozen=True)
 class Program:
@@ -156,6 +160,7 @@ def make_program(config: RunConfig, model: InternVLConfig, mesh: Mesh, steps: in
         seed=config.seed,
         places=jax.tree.map(lambda x: x.sharding, state),
         device_moments=moments if config.optimizer.offload else None,
+        compiler=_CPU_COMPILER if mesh.devices.flat[0].platform == "cpu" else None,
     )
     step = make_train_step(
         lambda values: parameters.build(model, values, **how), transform, schedule, options

@@ -5,12 +5,10 @@ than half its spacing: rounded to nearest they would all be lost, and so would t
 second moment, a thousandth each. Rounded up with the chance of what is cut off they add up.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, UInt32
 
 Seed = UInt32[Array, ""]
@@ -67,28 +65,3 @@ def apply_updates(params: Any, updates: Any, step: Array) -> Any:
     """`params + updates`, summed in float32 and stored in the dtypes of `params`."""
     sums = jax.tree.map(lambda p, u: p.astype(jnp.float32) + u, params, updates)
     return stored_like(sums, params, step, salt=0)
-
-
-def narrow_state(
-    inner: optax.GradientTransformation,
-    dtype: jnp.dtype,
-    is_moment: Callable[[tuple], bool],
-) -> optax.GradientTransformation:
-    """`inner` with its moments stored in `dtype` between steps; it still computes in float32."""
-    if dtype == jnp.float32:
-        return inner
-
-    def init(params: Any) -> Any:
-        state = inner.init(params)
-        narrow = lambda path, x: x.astype(dtype) if is_moment(path) else x  # noqa: E731
-        return jax.tree_util.tree_map_with_path(narrow, state)
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        wide = jax.tree_util.tree_map_with_path(
-            lambda path, x: x.astype(jnp.float32) if is_moment(path) else x, state
-        )
-        updates, after = inner.update(updates, wide, params)
-        assert isinstance(after, optax.ScaleByAdamState)
-        return updates, stored_like(after, state, after.count, salt=1)
-
-    return optax.GradientTransformation(init, update)

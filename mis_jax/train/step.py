@@ -49,6 +49,7 @@ class StepOptions:
     spike: float | None = None  # times the usual norm beyond which a step is left out
     seed: int = 0  # of drop path and of the adapters' dropout
     places: TrainState | None = None  # sharding of every leaf; None leaves them to the compiler
+    compiler: dict[str, Any] | None = None  # options of XLA
     device_moments: Any = None  # sharding of moments at work that wait in host memory
 
 
@@ -74,6 +75,7 @@ def make_train_step(
     whose gradient is a spike, leaves the state as it was and says so in `finite` and `spike`.
     """
     places = options.places
+    guarded = optax.with_extra_args_support(transform)
 
     def losses(
         trained: Parameters, sums: Parameters, rest: Parameters, batch: Batch, key: jax.Array, add
@@ -152,7 +154,9 @@ def make_train_step(
         gradient, total, weight = summed(state, batch)
         weight = jnp.maximum(weight, 1e-8)  # a batch may hold no loss token at all
         loss = total / weight
-        gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, gradient)
+        # A product, which XLA computes where it is used: a quotient would be a second gradient.
+        share = 1 / weight
+        gradient = jax.tree.map(lambda g: g.astype(jnp.float32) * share, gradient)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         spike = jnp.zeros((), bool)
@@ -162,17 +166,16 @@ def make_train_step(
         moments = state.optimizer
         if options.device_moments is not None:
             moments = jax.device_put(moments, options.device_moments)
-        updates, optimizer = transform.update(gradient, moments, state.trainable)
-        trainable = apply_updates(state.trainable, updates, state.step)
-        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)  # noqa: E731
+        updates, optimizer = guarded.update(gradient, moments, state.trainable, taken=taken)
+        trainable, squares = _updated(state.trainable, updates, state.step)
         decay = jnp.where(state.step == 0, 0.0, _NORM_DECAY)
         usual_norm = decay * state.usual_norm + (1 - decay) * norm
         metrics = {
             "loss": loss,
             "learning_rate": schedule(state.step),
             "grad_norm": norm,
-            "param_norm": optax.tree.norm(_wide(trainable)),
-            "update_norm": optax.tree.norm(updates),
+            "param_norm": jnp.sqrt(squares[0]),
+            "update_norm": jnp.sqrt(squares[1]),
             "tokens": jnp.sum(batch.segment_ids > 0),
             "loss_tokens": jnp.sum(batch.loss_weights > 0),
             "tiles": jnp.sum(batch.tile_mask),
@@ -183,14 +186,19 @@ def make_train_step(
         }
         after = TrainState(
             step=state.step + taken.astype(jnp.int32),
-            trainable=keep(trainable, state.trainable),
+            trainable=trainable,
             frozen=state.frozen,
-            optimizer=keep(optimizer, moments),
-            usual_norm=keep(usual_norm, state.usual_norm),
+            optimizer=optimizer,
+            usual_norm=jnp.where(taken, usual_norm, state.usual_norm),
         )
         return after, metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=None if places is None else (places, None))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=None if places is None else (places, None),
+        compiler_options=options.compiler,
+    )
 
 
 def _table_place(places: TrainState) -> Any:
@@ -203,5 +211,20 @@ def _table_place(places: TrainState) -> Any:
     return None
 
 
-def _wide(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+def _updated(
+    trainable: Parameters, updates: Any, step: jax.Array
+) -> tuple[Parameters, list[jax.Array]]:
+    """New parameters, and the sums of squares of them and of their updates.
+
+    A parameter's update is measured before it is added, and the sum after: in any other order XLA
+    keeps a copy of the parameter, or the updates of all of them until the end.
+    """
+    before, after, totals = {}, {}, [jnp.zeros(()), jnp.zeros(())]
+    for name, value in trainable.items():
+        square = jnp.sum(jnp.square(updates[name]))
+        before[name], square = jax.lax.optimization_barrier((value, square))
+        totals[1] += square
+    for name, value in apply_updates(before, updates, step).items():
+        after[name] = jax.lax.optimization_barrier(value)
+        totals[0] += jnp.sum(jnp.square(after[name].astype(jnp.float32)))
+    return after, totals
