@@ -21,13 +21,16 @@ pytestmark = pytest.mark.slow
 #: What a step of two micro-batches sends, by kind: instructions in the program for CPU devices
 #: (a layer's stand once, in a loop). A change here is a change of what a pod's network carries.
 COLLECTIVES = {
-    "fsdp": {"all-gather": 47, "all-reduce": 7, "all-to-all": 2},
+    "fsdp":
+        {"all-gather": 49, "all-reduce": 8, "all-to-all": 2},
     "fsdp x tensor":
-        {"all-gather": 74, "all-reduce": 26, "all-to-all": 9, "collective-permute": 11},
+        {"all-gather": 76, "all-reduce": 30, "all-to-all": 9, "collective-permute": 11},
     "fsdp x context":
-        {"all-gather": 61, "all-reduce": 17, "all-to-all": 6, "collective-permute": 2},
-    "two slices": {"all-gather": 47, "all-reduce": 14, "all-to-all": 2},
-    "all": {"all-gather": 69, "all-reduce": 39, "all-to-all": 6, "collective-permute": 13},
+        {"all-gather": 63, "all-reduce": 18, "all-to-all": 6, "collective-permute": 2},
+    "two slices":
+        {"all-gather": 49, "all-reduce": 15, "all-to-all": 2},
+    "all":
+        {"all-gather": 71, "all-reduce": 42, "all-to-all": 6, "collective-permute": 13},
 }  # fmt: skip
 
 
@@ -59,6 +62,7 @@ def test_splash_attention_on_a_mesh_of_all_axes(runs):
     np.testing.assert_allclose(runs["splash"]["losses"], runs["one"]["losses"][:2], rtol=1e-5)
 
 
+@pytest.mark.skipif(not jax.__version__.startswith("0.10."), reason="counted with jax 0.10.2")
 @pytest.mark.parametrize("mesh", COLLECTIVES)
 def test_collectives_are_those_we_know(runs, mesh):
     assert runs[mesh]["collectives"] == COLLECTIVES[mesh]
