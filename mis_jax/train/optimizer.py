@@ -31,8 +31,8 @@ def make_optimizer(
     """Clipping by global norm, then AdamW (or Adafactor) with decay on every trainable tensor.
 
     Gradients come in float32 and everything is computed in float32; AdamW's moments are stored in
-    `dtype.moments`. Parameters are dicts by dotted path. With `taken=False` an update is zero and
-    the state stays as it was, whatever the gradient.
+    `dtype.moments`. Parameters are dicts by dotted path. With `taken=False` the state stays as it
+    was, whatever the gradient, and the update is not to be used.
     """
     schedule = learning_rate_schedule(config, steps)
     if config.name == "adafactor":  # Shazeer and Stern 2018, without relative step sizes
@@ -51,16 +51,14 @@ def make_optimizer(
         return inner.init(_wide(params))
 
     def update(updates: Any, state: Any, params: Any = None, *, taken: Any = True):
-        # Zeros, as a product with a gradient that is not finite would not be zero.
-        gradient = jax.tree.map(lambda g: jnp.where(taken, g, 0), updates)
-        moved: Any = inner.update(gradient, state, _wide(params), taken=taken)
+        moved: Any = inner.update(updates, state, _wide(params), taken=taken)
         updates, after = moved
         choose = lambda new, old: jnp.where(taken, new, old)  # noqa: E731
         after = tuple(
             new if isinstance(new, optax.ScaleByAdamState) else jax.tree.map(choose, new, old)
             for new, old in zip(after, state, strict=True)
         )
-        return jax.tree.map(lambda u: jnp.where(taken, u, 0), updates), after
+        return updates, after
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -80,15 +78,13 @@ def _adam(config: OptimizerConfig, dtype: jnp.dtype) -> optax.GradientTransforma
     def update(updates, state, params=None, *, taken=True):
         del params
         count = state.count + jnp.asarray(taken, jnp.int32)
-        decay1, decay2 = (jnp.where(taken, b, 1.0) for b in (b1, b2))
-        mu = jax.tree.map(
-            lambda m, g: decay1 * m.astype(jnp.float32) + (1 - b1) * g, state.mu, updates
-        )
-        nu = jax.tree.map(
-            lambda v, g: decay2 * v.astype(jnp.float32) + (1 - b2) * jnp.square(g),
-            state.nu,
-            updates,
-        )
+
+        def mean(old, new, decay: float):
+            wide = old.astype(jnp.float32)
+            return jnp.where(taken, decay * wide + (1 - decay) * new, wide)
+
+        mu = jax.tree.map(lambda m, g: mean(m, g, b1), state.mu, updates)
+        nu = jax.tree.map(lambda v, g: mean(v, jnp.square(g), b2), state.nu, updates)
         mu, nu = stored_like(mu, state.mu, count, salt=1), stored_like(nu, state.nu, count, salt=4)
         # What follows reads the new moments: the old ones' memory is theirs.
         pairs = {name: jax.lax.optimization_barrier((mu[name], nu[name])) for name in mu}

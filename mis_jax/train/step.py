@@ -167,7 +167,7 @@ def make_train_step(
         if options.device_moments is not None:
             moments = jax.device_put(moments, options.device_moments)
         updates, optimizer = guarded.update(gradient, moments, state.trainable, taken=taken)
-        trainable, squares = _updated(state.trainable, updates, state.step)
+        trainable, squares = _updated(state.trainable, updates, state.step, taken)
         decay = jnp.where(state.step == 0, 0.0, _NORM_DECAY)
         usual_norm = decay * state.usual_norm + (1 - decay) * norm
         metrics = {
@@ -212,7 +212,7 @@ def _table_place(places: TrainState) -> Any:
 
 
 def _updated(
-    trainable: Parameters, updates: Any, step: jax.Array
+    trainable: Parameters, updates: Any, step: jax.Array, taken: jax.Array
 ) -> tuple[Parameters, list[jax.Array]]:
     """New parameters, and the sums of squares of them and of their updates.
 
@@ -225,6 +225,7 @@ def _updated(
         before[name], square = jax.lax.optimization_barrier((value, square))
         totals[1] += square
     for name, value in apply_updates(before, updates, step).items():
-        after[name] = jax.lax.optimization_barrier(value)
+        kept = jnp.where(taken, value, before[name])
+        after[name] = jax.lax.optimization_barrier(kept)
         totals[0] += jnp.sum(jnp.square(after[name].astype(jnp.float32)))
     return after, totals
