@@ -35,9 +35,13 @@ def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-def _imported(path: Path) -> Iterator[str]:
-    """Dotted names of every module that the file imports, inside functions too."""
-    for node in ast.walk(_tree(path)):
+def _defines(node: ast.stmt) -> bool:
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+
+
+def _imported(tree: ast.Module) -> Iterator[str]:
+    """Dotted names of every module that the code imports, inside functions too."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -48,7 +52,7 @@ def _importers(package: str) -> set[str]:
     return {
         _name(path)
         for path in SOURCES
-        if any(module.split(".")[0] == package for module in _imported(path))
+        if any(module.split(".")[0] == package for module in _imported(_tree(path)))
     }
 
 
@@ -82,7 +86,7 @@ def test_the_model_knows_no_files_and_no_tokenizers() -> None:
         f"{_name(path)}: {module}"
         for path in SOURCES
         if path.is_relative_to(PACKAGE / "model")
-        for module in _imported(path)
+        for module in _imported(_tree(path))
         if module.split(".")[0] in outside
     }
     assert found == set()
@@ -141,20 +145,39 @@ def _plain(requirement: str) -> str:
     return re.split(r"[\[<>=!~; ]", requirement)[0].lower().replace("_", "-")
 
 
+def _project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
 def _declared() -> set[str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return {_plain(requirement) for requirement in project["dependencies"]}
+    return {_plain(requirement) for requirement in _project()["dependencies"]}
+
+
+def _optional() -> set[str]:
+    """Distributions of the extras that a user installs; `dev` is for this repository alone."""
+    extras = _project()["optional-dependencies"]
+    return {_plain(line) for name, lines in extras.items() if name != "dev" for line in lines}
+
+
+def _undeclared(modules: Iterator[str], declared: set[str]) -> set[str]:
+    return {
+        module
+        for module in modules
+        if (top := module.split(".")[0]) != "mis_jax"
+        and top not in sys.stdlib_module_names
+        and _plain(DISTRIBUTIONS.get(top, top)) not in declared
+    }
 
 
 def test_every_import_is_a_declared_dependency() -> None:
-    declared, missing = _declared(), set()
+    """An extra may be imported too, but only inside a function: without it the module loads."""
+    core, optional, missing = _declared(), _optional(), set()
     for path in SOURCES:
-        for module in _imported(path):
-            top = module.split(".")[0]
-            if top == "mis_jax" or top in sys.stdlib_module_names:
-                continue
-            if _plain(DISTRIBUTIONS.get(top, top)) not in declared:
-                missing.add(f"{_name(path)}: {module}")
+        tree = _tree(path)
+        top_level = ast.Module([node for node in tree.body if not _defines(node)], [])
+        wrong = _undeclared(_imported(top_level), core)
+        wrong |= _undeclared(_imported(tree), core | optional)
+        missing |= {f"{_name(path)}: {module}" for module in wrong}
     assert missing == set()
 
 

@@ -90,7 +90,7 @@ def test_places_of_samples_for_cudnn():
 def test_cudnn_gets_no_mask(monkeypatch, attend, segments):
     """Lowered for a GPU that is not here: the fused kernel forward and backward, and no bias.
 
-    What the kernel computes can be checked on a GPU alone (`python -m benchmarks attention`).
+    What the kernel computes can be checked on a GPU alone.
     """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
