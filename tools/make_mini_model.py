@@ -30,7 +30,6 @@ from mis_jax.model.batch import Batch
 from mis_jax.model.config import InternVLConfig, TextConfig, VisionConfig
 from mis_jax.model.execution import Execution
 from mis_jax.model.internvl import InternVL, merge, pixel_shuffle
-from mis_jax.model.text import Seen
 from mis_jax.train.loss import weighted_loss
 from mis_jax.weights import parameters
 from mis_jax.weights.checkpoint import Checkpoint
@@ -274,7 +273,7 @@ def train_language(
             embedded,
             positions=batch.positions,
             lengths=jnp.zeros(rows),
-            seen=Seen(batch.segment_ids),
+            segment_ids=batch.segment_ids,
             execution=UNROLLED,
         )
         total, weight = weighted_loss(hidden, network.text.table[...], batch)

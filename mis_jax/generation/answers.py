@@ -1,18 +1,24 @@
-"""Conversations and images in, answers out: the engine in batches, with the processor around it."""
+"""Conversations and images in, answers out: the engine, with the processor around it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+
+import jax
 
 from mis_jax.data.collate import Example
 from mis_jax.data.processor import ImageLike, Message, Processor
-from mis_jax.generation.engine import FinishReason, generate_tokens
+from mis_jax.generation import device
+from mis_jax.generation.engine import Engine
+from mis_jax.generation.requests import FinishReason, Piece, Request
 from mis_jax.generation.sampling import Sampling
 from mis_jax.model.internvl import InternVL
+from mis_jax.model.written_out import written_out
 
 # So many batches are sorted by length together; the tiles of two windows are in memory at once.
 WINDOW_BATCHES = 2
+#: A model of at most this width is read several prompts at a time: one prompt is too little work.
+SMALL_WIDTH, SMALL_GROUPS = 512, 8
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ def answer(
 
     A sampled answer depends on the seed and the conversation's `row_ids` entry (by default its
     index), not on `batch_size`: calls that ask parts of one set give each part its own ids.
-    `progress(done, total)` is called after every batch.
+    `progress(done, total)` is called after every answer.
     """
     images = [()] * len(conversations) if images is None else images
     if len(images) != len(conversations):
@@ -69,24 +75,62 @@ def answer(
             max_tiles_per_image=max_tiles_per_image,
         )
 
+    engine = batch_engine(model, processor, rows=min(batch_size, len(conversations)))
     completions: dict[int, Completion] = {}
+    asked: dict[int, int] = {}  # ticket -> index
+    prompts: dict[int, int] = {}
+
+    def work() -> None:
+        for ticket, piece in engine.step():
+            if piece.finish_reason is not None:
+                index = asked.pop(ticket)
+                completions[index] = _completion(processor, prompts.pop(index), piece)
+                if progress is not None:
+                    progress(len(completions), len(conversations))
+
     for window in _windows(example, len(conversations), batch_size * WINDOW_BATCHES):
-        by_length = sorted(window, key=lambda index: -len(window[index].input_ids))
-        for first in range(0, len(by_length), batch_size):
-            rows = by_length[first : first + batch_size]
-            made = _answer_batch(
-                model,
-                processor,
-                [window.pop(index) for index in rows],
-                max_new_tokens=max_new_tokens,
-                sampling=sampling,
-                row_ids=[row_ids[index] for index in rows],
-                min_rows=min(batch_size, len(conversations)),
+        for index in sorted(window, key=lambda index: -len(window[index].input_ids)):
+            made = window.pop(index)
+            prompts[index] = len(made.input_ids)
+            request = Request(
+                made,
+                max_new_tokens,
+                sampling or Sampling(),
+                stream=row_ids[index],
+                streamed=False,
             )
-            completions |= zip(rows, made, strict=True)
-            if progress is not None:
-                progress(len(completions), len(conversations))
+            asked[engine.add(request)] = index
+        while engine.waiting:  # the last of this window go on beside the first of the next
+            work()
+    while not engine.idle:
+        work()
     return [completions[index] for index in range(len(conversations))]
+
+
+def batch_engine(model: InternVL, processor: Processor, *, rows: int) -> Engine:
+    """An engine for many answers: all rows are filled before the next tokens are made."""
+    if jax.default_backend() == "cpu":
+        model = written_out(model)
+    small = model.config.text.hidden_size <= SMALL_WIDTH
+    return Engine(
+        model,
+        stop_ids=processor.tokenizer.stop_ids,
+        decode=processor.tokenizer.decode,
+        rows=device.power_of_two(max(rows, 1)),
+        groups=min(SMALL_GROUPS, device.power_of_two(max(rows, 2))) if small else 1,
+    )
+
+
+def _completion(processor: Processor, prompt_tokens: int, piece: Piece) -> Completion:
+    assert piece.finish_reason is not None
+    ids = [token.id for token in piece.tokens]
+    return Completion(
+        text=processor.decode(ids),
+        prompt_tokens=prompt_tokens,
+        completion_tokens=piece.generated,
+        finish_reason=piece.finish_reason,
+        token_ids=tuple(ids),
+    )
 
 
 def _windows(
@@ -108,34 +152,3 @@ def _windows(
             yield {index: future.result() for index, future in current.items()}
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _answer_batch(
-    model: InternVL,
-    processor: Processor,
-    examples: list[Example],
-    **how: Any,
-) -> list[Completion]:
-    batch = processor.collate(
-        [[example] for example in examples],
-        length=max(len(example.input_ids) for example in examples),
-        tiles_per_row=max(len(example.tiles) for example in examples),
-    )
-    made = generate_tokens(
-        model,
-        batch,
-        stop_ids=processor.tokenizer.stop_ids,
-        **how,
-    )
-    return [
-        Completion(
-            text=processor.decode(tokens),
-            prompt_tokens=prompt_tokens,
-            completion_tokens=len(tokens) + (reason == "stop"),
-            finish_reason=reason,
-            token_ids=tuple(tokens),
-        )
-        for tokens, reason, prompt_tokens in zip(
-            made.tokens, made.finish_reason, made.prompt_tokens, strict=True
-        )
-    ]

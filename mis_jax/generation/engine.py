@@ -1,378 +1,410 @@
-"""The engine: encode tiles, prefill the prompt into a cache, decode until every row has stopped.
+"""The engine: many answers at once, each in a row of one cache.
 
-    tiles --encode--> features --+
-                                 +--embed--> x --prefill--> cache, first token --decode--> tokens
-    ids -------------------------+
+A row that ends is given to the next prompt at once, so that a long answer holds nobody up. Prompts
+are read in chunks, and between two chunks the other rows may go on. What runs on the device is in
+`device.py`; here is who gets which row, and when.
 
-Every arrow is one jitted function, and each compiles for few shapes: rows and tiles come in powers
-of two, prompts and caches in the sizes of `slots_bucket`. The cache starts as long as the prompt
-and grows by such steps, so its size never depends on `max_new_tokens`.
-
-Rows are right-padded. A new token goes to the slot after the row's own last one, over the padding,
-and looks at no slot beyond its own; so a row's answer does not depend on the rows beside it.
-
-Dynamic NTK: a query uses the base of its row's length so far, and a key keeps the base it was
-written with, as in transformers.
-
-Shape suffixes: B batch, T length, S cache slots, D decoder width, V vocabulary.
+Rows are right-padded. A new token goes to the slot after the row's own last one and looks at no
+slot beyond its own; so a row's answer does not depend on the rows beside it.
 """
 
-import functools
+import itertools
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jax.sharding import NamedSharding, PartitionSpec
 
-from mis_jax.generation.sampling import Sampling, row_keys, sample
-from mis_jax.model.batch import Batch
-from mis_jax.model.config import InternVLConfig
-from mis_jax.model.execution import Execution
-from mis_jax.model.internvl import InternVL, merge
-from mis_jax.model.text import KVCache, Seen
+from mis_jax.generation import device
+from mis_jax.generation.device import DECODE_STEPS, slots_bucket
+from mis_jax.generation.pool import FeaturePool, Held
+from mis_jax.generation.requests import FinishReason, Piece, Request, Token
+from mis_jax.generation.words import Decode, Words
+from mis_jax.model.cache import KVCache
+from mis_jax.model.internvl import InternVL
+from mis_jax.model.layers import Stack
+from mis_jax.sharding import BATCH_AXES
 
-FinishReason = Literal["stop", "length"]
-
-DECODE_STEPS = 64  # tokens between two looks of the host at the rows
-TILES_AT_ONCE = 16  # through the vision tower
-FEW_LAYERS = 8  # so many are written out: no slicing of stacked parameters, still quick to compile
 MIN_ROWS = 2  # bf16 products of a single row are pathologically slow on CPUs
-MIN_SLOTS = 128
+CHUNKS = (128, 384, 1024)  # tokens of a prompt that are read together: few shapes
+POOL_TILES = 64
 
 
-@dataclass(frozen=True)
-class Generated:
-    """One entry a row; `tokens` are without the stop token."""
+@dataclass
+class Running:
+    """An answer in the making, in a row of its own."""
 
-    tokens: list[list[int]]
-    finish_reason: list[FinishReason]
-    prompt_tokens: list[int]
+    ticket: int
+    request: Request
+    images: list[Held]
+    features: np.ndarray  # places in the pool, in the order of the prompt's image tokens
+    words: Words
+    read: int = 0  # tokens of the prompt in the cache
+    tokens: list[Token] = field(default_factory=list)
+    told: int = 0  # tokens that pieces have brought
+
+    @property
+    def prompt(self) -> int:
+        return len(self.request.example.input_ids)
+
+    @property
+    def reading(self) -> bool:
+        return self.read < self.prompt
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache: all but the newest."""
+        return self.prompt + len(self.tokens) - 1
 
 
-def generate_tokens(
-    model: InternVL,
-    batch: Batch,
-    *,
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
-    sampling: Sampling | None = None,
-    row_ids: Sequence[int] | None = None,
-    min_rows: int = 1,
-) -> Generated:
-    """Continue every row of `batch` until a stop token or `max_new_tokens`.
+class Engine:
+    """Continuous batching in a fixed number of rows. Not for several threads, but for `check`.
 
-    `row_ids` name the rows' random streams (default 0, 1, ...). A batch of fewer than `min_rows`
-    is computed as if it had so many: a short last batch then needs no compilation of its own.
-
-    Raises ValueError for a row that
-    is empty, packed or not right-padded, whose image tokens do not match its tiles, or whose
-    prompt and new tokens exceed the model's context.
+    `decode` turns token ids into text. `groups` rows are read at once (a mesh needs as many as it
+    divides rows into). While prompts wait to be read, rows make `between` tokens between two
+    chunks: 0 fills all rows first, which gives the most tokens in all. A call of `step` makes up to
+    `steps` tokens of every row. The model's layers may be written out (`model.written_out`).
     """
-    sampling = sampling or Sampling()
-    lengths = check(batch, model.config, max_new_tokens)
-    rows, longest = len(lengths), int(lengths.max())
-    row_ids = range(rows) if row_ids is None else row_ids
-    if len(row_ids) != rows:
-        raise ValueError(f"{len(row_ids)} row_ids for {rows} rows; give one for each row")
-    padded_rows, length = rows_bucket(max(rows, min_rows)), slots_bucket(longest)
-    weights = nnx.split(model)
-    ids = np.zeros((padded_rows, length), np.int32)
-    ids[:rows, :longest] = np.where(batch.segment_ids, batch.input_ids, 0)[:, :longest]
-    state = DecodeState(
-        last=jnp.asarray(np.zeros(padded_rows, np.int32)),
-        lengths=jnp.asarray(np.pad(lengths, (0, padded_rows - rows), constant_values=1)),
-        finished=jnp.asarray(np.arange(padded_rows) >= rows),
-    )
-    choice = Choice(
-        draw=None if sampling.temperature == 0 else Draw.of(sampling, row_ids, padded_rows),
-        stop_ids=_padded_stop_ids(stop_ids),
-    )
-    x = _embed(*weights, ids, encode(model, batch))
-    logits, cache = _prefill(*weights, x, state.lengths)
-    state = _first(logits, state, choice)
-    pieces = [np.asarray(state.last)[:, None]]
-    made = 1
-    while made < max_new_tokens and not np.asarray(state.finished).all():
-        steps = min(DECODE_STEPS, max_new_tokens - made)
-        slots = slots_bucket(longest + made + steps)
-        if slots > cache.keys.shape[2]:
-            cache = _grow(cache, slots)
-        tokens, state, cache = _decode(
-            *weights, cache, state, choice, np.int32(made), np.int32(steps)
+
+    def __init__(
+        self,
+        model: InternVL,
+        *,
+        stop_ids: Sequence[int],
+        decode: Decode,
+        rows: int,
+        groups: int = 1,
+        between: int = 0,
+        steps: int = DECODE_STEPS,
+        max_length: int | None = None,
+        pool_tiles: int = POOL_TILES,
+    ):
+        self._model = model
+        self._weights = nnx.split(model)
+        self._place, shards = _placement(model)
+        self._groups = max(groups, shards)
+        rows = max(rows, MIN_ROWS)
+        self._rows: list[Running | None] = [None] * (-(-rows // self._groups) * self._groups)
+        self._max_rows = rows
+        self._between, self._steps = between, min(steps, DECODE_STEPS)
+        self._decode = decode
+        self._stops = frozenset(int(token) for token in stop_ids)
+        self._stop_ids = _padded(stop_ids)
+        self._max_length = max_length
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._tickets = itertools.count()
+        self._pool = FeaturePool(model, pool_tiles, model.compute_dtype)
+        self._cache = self._empty_cache(device.MIN_SLOTS)
+
+    # -----------------------------------------------------------------------------------------
+    # For whoever asks
+
+    def check(self, request: Request) -> None:
+        """ValueError for a request that can never be answered."""
+        example, config = request.example, self._model.config
+        if request.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {request.max_new_tokens}; give at least 1")
+        if not len(example.input_ids):
+            raise ValueError("the prompt is empty; give at least one token")
+        tokens = int((np.asarray(example.input_ids) == config.image_token_id).sum())
+        if tokens != len(example.tiles) * config.tokens_per_tile:
+            raise ValueError(
+                f"the prompt has {tokens} image tokens and {len(example.tiles)} tiles of "
+                f"{config.tokens_per_tile} tokens each; make it with the model's own processor"
+            )
+        limits = [] if self._max_length is None else [self._max_length]
+        if config.text.rope_dynamic_factor is None:
+            limits.append(config.text.max_position)
+        if limits and len(example.input_ids) + request.max_new_tokens > min(limits):
+            raise ValueError(
+                f"{len(example.input_ids)} prompt tokens and {request.max_new_tokens} new tokens "
+                f"exceed the context of {min(limits)} tokens; shorten the prompt, use fewer tiles "
+                "(max_tiles) or lower max_new_tokens"
+            )
+
+    def add(self, request: Request) -> int:
+        """Take a request; the number that its pieces will carry. Raises as `check` does."""
+        self.check(request)
+        ticket = next(self._tickets)
+        self._waiting.append((ticket, request))
+        return ticket
+
+    def cancel(self, ticket: int) -> None:
+        """Forget a request, whether it waits or runs; a finished one is no matter."""
+        self._waiting = deque(pair for pair in self._waiting if pair[0] != ticket)
+        for row, running in enumerate(self._rows):
+            if running is not None and running.ticket == ticket:
+                self._leave(row)
+
+    @property
+    def running(self) -> int:
+        return sum(running is not None for running in self._rows)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def idle(self) -> bool:
+        return not self.running and not self._waiting
+
+    def step(self) -> list[tuple[int, Piece]]:
+        """Some work on the device: admit, encode, read a chunk of prompts, make some tokens."""
+        self._admit()
+        pieces: list[tuple[int, Piece]] = []
+        filling = self._read_some(pieces)
+        steps = self._between if filling else self._steps
+        if steps and any(running and not running.reading for running in self._rows):
+            self._make_some(steps, pieces)
+        return pieces
+
+    # -----------------------------------------------------------------------------------------
+    # Rows
+
+    def _admit(self) -> None:
+        """Give free rows to those who wait, in their order, group by group in turn."""
+        free = [row for row, running in enumerate(self._rows) if running is None]
+        each = len(self._rows) // self._groups
+        free.sort(key=lambda row: (row % each, row))
+        while self._waiting and free and self.running < self._max_rows:
+            ticket, request = self._waiting[0]
+            example = request.example
+            bounds = np.cumsum(example.tiles_per_image)[:-1]
+            images = np.split(example.tiles, bounds) if len(example.tiles) else []
+            held = self._pool.take(images)
+            if held is None:
+                return
+            self._waiting.popleft()
+            self._rows[free.pop(0)] = Running(
+                ticket,
+                request,
+                held,
+                self._pool.places_of(held),
+                Words(self._decode, request.stop),
+            )
+
+    def _leave(self, row: int) -> None:
+        running = self._rows[row]
+        assert running is not None
+        self._pool.release(running.images)
+        self._rows[row] = None
+
+    def _fit(self, wanted: int) -> None:
+        """So many slots at least, and not far more than anybody needs."""
+        slots, present = slots_bucket(wanted), self._cache.slots
+        if present < slots or present > 2 * slots:
+            keys, values = self._cache.keys, self._cache.values
+            self._cache = KVCache(
+                jax.tree.map(lambda x: device.resized(x, slots), keys),
+                jax.tree.map(lambda x: device.resized(x, slots), values),
+            )
+
+    def _empty_cache(self, slots: int) -> KVCache:
+        stacked = isinstance(self._model.text.layers, Stack)
+        cache = KVCache.zeros(
+            self._model.config.text,
+            len(self._rows),
+            slots,
+            self._model.compute_dtype,
+            stacked=stacked,
         )
-        pieces.append(np.asarray(tokens)[:, :steps])
-        made += steps
-    return _collect(np.concatenate(pieces, axis=1)[:rows], stop_ids, max_new_tokens, lengths)
+        return jax.device_put(cache, self._place(stacked)) if self._place else cache
 
+    def _longest(self) -> int:
+        return max((max(r.prompt, r.length + 1) for r in self._rows if r is not None), default=1)
 
-def _collect(tokens, stop_ids, max_new_tokens, lengths) -> Generated:
-    result = Generated([], [], [int(n) for n in lengths])
-    for row in tokens:
-        stops = np.flatnonzero(np.isin(row, np.asarray(stop_ids, np.int64)))
-        end = int(stops[0]) if len(stops) else max_new_tokens
-        result.tokens.append([int(token) for token in row[:end]])
-        result.finish_reason.append("stop" if len(stops) else "length")
-    return result
+    # -----------------------------------------------------------------------------------------
+    # Prompts
 
+    def _read_some(self, pieces: list[tuple[int, Piece]]) -> bool:
+        """Encode some tiles or read one chunk in every group; False when nobody is reading."""
+        each = len(self._rows) // self._groups
+        chosen: list[int | None] = []
+        for group in range(self._groups):
+            rows = range(group * each, (group + 1) * each)
+            reading = [row for row in rows if (r := self._rows[row]) is not None and r.reading]
+            chosen.append(min(reading, key=self._ticket_of, default=None))
+        if not any(row is not None for row in chosen):
+            return False
+        pending = [self._rows[row] for row in chosen if row is not None]
+        while not all(image.encoded for running in pending if running for image in running.images):
+            encoded = self._pool.encode_some()
+            assert encoded, "an image of a running row is neither encoded nor waiting"
+            if self._between:
+                return True
+        self._read(chosen, pieces)
+        return True
 
-# ---------------------------------------------------------------------------------------------
-# Pure functions of a model
+    def _ticket_of(self, row: int) -> int:
+        running = self._rows[row]
+        assert running is not None
+        return running.ticket
 
-
-def prefill(
-    model: InternVL, x_BTD: Float[Array, "batch length width"], lengths: Int[Array, " batch"]
-) -> tuple[Float[Array, "batch vocab"], KVCache]:
-    """Logits after the last real token of every row, and a cache with `length` slots."""
-    batch, length, _ = x_BTD.shape
-    slots = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    real_BS = slots < lengths[:, None]
-    earlier_TS = slots[0][:, None] >= slots[0][None, :]
-    hidden_BTD, cache, _ = model.text(
-        x_BTD,
-        positions=slots,
-        lengths=lengths,
-        seen=Seen(mask=(earlier_TS & real_BS[:, None, :])[:, None]),
-        cache=KVCache.zeros(model.config.text, batch, length, x_BTD.dtype),
-        slots=slots,
-        execution=_execution(model),
-    )
-    last_BD = jnp.take_along_axis(hidden_BTD, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    assert cache is not None
-    return model.text.logits(last_BD), cache
-
-
-def decode_step(
-    model: InternVL,
-    tokens: Int[Array, " batch"],
-    lengths: Int[Array, " batch"],
-    cache: KVCache,
-) -> tuple[Float[Array, "batch vocab"], KVCache]:
-    """Logits after one more token of every row; `lengths` counts the tokens before it."""
-    x_B1D = model.text.embed(tokens[:, None], model.compute_dtype)
-    slots = lengths[:, None]
-    earlier_BS = jnp.arange(cache.keys.shape[2]) <= slots
-    hidden_B1D, written, _ = model.text(
-        x_B1D,
-        positions=slots,
-        lengths=lengths + 1,
-        seen=Seen(mask=earlier_BS[:, None, None]),
-        cache=cache,
-        slots=slots,
-        execution=_execution(model),
-    )
-    assert written is not None
-    return model.text.logits(hidden_B1D[:, 0]), written
-
-
-def _execution(model: InternVL) -> Execution:
-    few = model.config.text.num_layers <= FEW_LAYERS
-    return replace(model.execution, unroll=few or model.execution.unroll)
-
-
-def encode(model: InternVL, batch: Batch) -> Float[Array, "tiles tokens width"] | None:
-    """Features of the valid tiles alone, in row order, padded to a power of two of tiles."""
-    tiles = np.asarray(batch.tiles)[np.asarray(batch.tile_mask)]
-    if not len(tiles):
-        return None
-    config = model.config
-    weights = nnx.split(model)
-    shape = (_power_of_two(len(tiles)), config.tokens_per_tile, config.text.hidden_size)
-    features = _features(shape, model.compute_dtype)
-    for start in range(0, len(tiles), TILES_AT_ONCE):
-        part = tiles[start : start + TILES_AT_ONCE]
-        missing = _power_of_two(len(part)) - len(part)
-        part = np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        features = _place(features, _encode(*weights, part), np.int32(start))
-    return features
-
-
-# ---------------------------------------------------------------------------------------------
-# Jitted; the model comes in as (graph, weights), so that new weights need no new compilation
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class DecodeState:
-    """Where every row stands: its newest token is chosen but not yet in the cache."""
-
-    last: Int[Array, " batch"]
-    lengths: Int[Array, " batch"]  # tokens in the cache
-    finished: Bool[Array, " batch"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Draw:
-    """`Sampling` as arrays, and the names of the rows' random streams."""
-
-    temperature: Float[Array, ""]
-    top_p: Float[Array, ""]
-    top_k: Int[Array, ""]
-    seed: UInt32[Array, ""]
-    row_ids: UInt32[Array, " batch"]
-
-    @classmethod
-    def of(cls, sampling: Sampling, row_ids: Sequence[int], padded_rows: int) -> "Draw":
-        return cls(
-            temperature=jnp.asarray(np.float32(sampling.temperature)),
-            top_p=jnp.asarray(np.float32(sampling.top_p)),
-            top_k=jnp.asarray(np.int32(sampling.top_k)),
-            seed=jnp.asarray(np.uint32(sampling.seed)),
-            row_ids=jnp.asarray(
-                np.pad(np.asarray(row_ids, np.uint32), (0, padded_rows - len(row_ids)))
-            ),
+    def _read(self, chosen: list[int | None], pieces: list[tuple[int, Piece]]) -> None:
+        readers = [None if row is None else self._rows[row] for row in chosen]
+        longest = max(r.prompt - r.read for r in readers if r)
+        length = next((size for size in CHUNKS if size >= longest), CHUNKS[-1])
+        self._fit(max(self._longest(), length))
+        shape, each = (self._groups, length), len(self._rows) // self._groups
+        ids, features = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+        row, start, prompt = (np.zeros(self._groups, np.int32) for _ in range(3))
+        prompt += 1
+        for group, reader in enumerate(readers):
+            if reader is None:
+                continue
+            place = chosen[group]
+            assert place is not None
+            row[group], prompt[group] = place % each, reader.prompt
+            # The last chunk of a long prompt reads some tokens again rather than have a length of
+            # its own.
+            start[group] = first = max(min(reader.read, reader.prompt - length), 0)
+            part = reader.request.example.input_ids[first : first + length]
+            ids[group, : len(part)] = part
+            features[group, : len(part)] = self._features_of(reader, first, len(part))
+            reader.read = min(first + length, reader.prompt)
+        ending = [reader for reader in readers if reader and not reader.reading]
+        chunk = device.Chunk(
+            ids,
+            features,
+            row,
+            start,
+            np.array([reader is not None for reader in readers]),
+            prompt,
+            _settings(readers),
+        )  # type: ignore[arg-type]  # numpy arrays, which jit takes
+        chosen_tokens, self._cache = device.prefill(
+            *self._weights, self._cache, self._pool.features, chunk, _told(ending)
         )
+        for reader in ending:
+            self._pool.release(reader.images)
+            reader.images = []
+        if ending:
+            made = jax.tree.map(np.asarray, chosen_tokens)
+            for group, reader in enumerate(readers):
+                if reader in ending:
+                    at = chosen[group]
+                    assert at is not None
+                    self._take(at, [_token(reader.request, made, (group,))], pieces)
 
+    def _features_of(self, reader: Running, first: int, count: int) -> np.ndarray:
+        """Places in the pool of a stretch's image tokens; -1 for other tokens."""
+        ids = np.asarray(reader.request.example.input_ids)
+        is_image = ids == self._model.config.image_token_id
+        if not len(reader.features):
+            return np.full(count, -1, np.int32)
+        order = np.cumsum(is_image) - 1
+        places = np.where(is_image, reader.features[np.maximum(order, 0)], -1)
+        return places[first : first + count]
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Choice:
-    """How tokens are chosen (without `draw` greedily: no sort to compile) and which end a row."""
+    # -----------------------------------------------------------------------------------------
+    # Tokens
 
-    draw: Draw | None
-    stop_ids: Int[Array, " stops"]
-
-    def __call__(self, logits_BV: Float[Array, "batch vocab"], step) -> Int[Array, " batch"]:
-        draw = self.draw
-        if draw is None:
-            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        keys = row_keys(draw.seed, draw.row_ids, step)
-        return sample(logits_BV, keys, draw.temperature, draw.top_p, draw.top_k)
-
-    def stops(self, tokens: Int[Array, " batch"]) -> Bool[Array, " batch"]:
-        return (tokens[:, None] == self.stop_ids).any(axis=1)
-
-
-_jit = functools.partial(jax.jit, static_argnums=0)
-
-
-@_jit
-def _encode(graph, weights, tiles):
-    return nnx.merge(graph, weights).encode_images(tiles)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _features(shape, dtype):
-    return jnp.zeros(shape, dtype)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _place(features, part, start):
-    return jax.lax.dynamic_update_slice_in_dim(features, part.astype(features.dtype), start, 0)
-
-
-@_jit
-def _embed(graph, weights, ids, features):
-    model = nnx.merge(graph, weights)
-    x_BTD = model.text.embed(ids, model.compute_dtype)
-    if features is None:
-        return x_BTD
-    # features of all rows stand one after the other: to `merge` the batch is one long row
-    is_image = (ids == model.config.image_token_id).reshape(1, -1)
-    return merge(x_BTD.reshape(1, -1, x_BTD.shape[-1]), features, is_image).reshape(x_BTD.shape)
-
-
-@_jit
-def _prefill(graph, weights, x, lengths):
-    return prefill(nnx.merge(graph, weights), x, lengths)
-
-
-@jax.jit
-def _first(logits, state: DecodeState, choice: Choice):
-    token = choice(logits, 0)
-    return replace(state, last=token, finished=state.finished | choice.stops(token))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _grow(cache: KVCache, slots: int) -> KVCache:
-    more = [(0, 0), (0, 0), (0, slots - cache.keys.shape[2]), (0, 0), (0, 0)]
-    return jax.tree.map(lambda x: jnp.pad(x, more), cache)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(graph, weights, cache: KVCache, state: DecodeState, choice: Choice, made, steps):
-    """Up to `steps` (at most DECODE_STEPS) more tokens of every row; ends when all rows have."""
-    model = nnx.merge(graph, weights)
-
-    def more(carry):
-        step, _, state, _ = carry
-        return (step < steps) & ~state.finished.all()
-
-    def once(carry):
-        step, tokens, state, cache = carry
-        logits, cache = decode_step(model, state.last, state.lengths, cache)
-        token = choice(logits, made + step)
-        tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, step))
-        # a finished row writes its last slot again and again: it must not run out of slots
-        lengths = state.lengths + ~state.finished
-        finished = state.finished | choice.stops(token)
-        return step + 1, tokens, DecodeState(token, lengths, finished), cache
-
-    tokens = jnp.zeros((state.last.shape[0], DECODE_STEPS), jnp.int32)
-    start = (jnp.int32(0), tokens, state, cache)
-    _, tokens, state, cache = jax.lax.while_loop(more, once, start)
-    return tokens, state, cache
-
-
-# ---------------------------------------------------------------------------------------------
-# Checks and sizes, on the host
-
-
-def check(batch: Batch, config: InternVLConfig, max_new_tokens: int) -> np.ndarray:
-    """Real length of every row; ValueError for rows that cannot be continued."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; give at least 1")
-    segments = np.asarray(batch.segment_ids)
-    if not len(segments):
-        raise ValueError("the batch has no rows; give at least one")
-    lengths = (segments > 0).sum(axis=1).astype(np.int32)
-    expected = np.arange(segments.shape[1]) < lengths[:, None]
-    wrong = np.flatnonzero((segments != expected).any(axis=1) | (lengths == 0))
-    if len(wrong):
-        raise ValueError(
-            f"row {wrong[0]} is not one right-padded prompt (segment_ids are not 1 ... 1 0 ... 0); "
-            "generation takes neither packed nor empty rows"
+    def _make_some(self, steps: int, pieces: list[tuple[int, Piece]]) -> None:
+        writers = [r if r is not None and not r.reading else None for r in self._rows]
+        self._fit(max(self._longest(), max(r.length + 1 for r in writers if r) + steps))
+        rows = device.Rows(
+            last=_ints(r.tokens[-1].id if r else 0 for r in writers),
+            lengths=_ints(r.length if r else 0 for r in writers),
+            active=np.array([r is not None for r in writers]),
+            left=_ints(r.request.max_new_tokens - len(r.tokens) if r else 0 for r in writers),
+            settings=_settings(writers),
+        )  # type: ignore[arg-type]
+        made, self._cache = device.decode(
+            *self._weights,
+            self._cache,
+            rows,
+            self._stop_ids,
+            np.int32(steps),
+            np.bool_(len(self._waiting) > 0),
+            _told(writers),
         )
-    ids = np.asarray(batch.input_ids)
-    tokens = ((ids == config.image_token_id) & expected).sum(axis=1)
-    tiles = np.asarray(batch.tile_mask).reshape(len(ids), -1).sum(axis=1)
-    wrong = np.flatnonzero(tokens != tiles * config.tokens_per_tile)
-    if len(wrong):
-        row = wrong[0]
-        raise ValueError(
-            f"row {row} has {tokens[row]} image tokens and {tiles[row]} tiles of "
-            f"{config.tokens_per_tile} tokens each; make the batch with the model's own processor"
-        )
-    limit, row = config.text.max_position, int(lengths.argmax())
-    if config.text.rope_dynamic_factor is None and lengths[row] + max_new_tokens > limit:
-        raise ValueError(
-            f"row {row}: {lengths[row]} prompt tokens and {max_new_tokens} new tokens exceed the "
-            f"model's context of {limit} tokens; shorten the prompt, use fewer tiles "
-            f"(max_tiles) or lower max_new_tokens"
-        )
-    return lengths
+        made = jax.tree.map(np.asarray, made)
+        for row, writer in enumerate(writers):
+            if writer is not None:
+                count = int((made.token[row] >= 0).sum())
+                tokens = [_token(writer.request, made, (row, step)) for step in range(count)]
+                self._take(row, tokens, pieces)
+
+    def _take(self, row: int, tokens: list[Token], pieces: list[tuple[int, Piece]]) -> None:
+        """New tokens of a row: to its answer, and what of them can be told to `pieces`."""
+        running = self._rows[row]
+        assert running is not None
+        request, reason = running.request, None
+        stopped = bool(tokens) and tokens[-1].id in self._stops
+        running.tokens += tokens[:-1] if stopped else tokens
+        generated = len(running.tokens) + stopped
+        if stopped:
+            reason: FinishReason | None = "stop"
+        elif generated >= request.max_new_tokens:
+            reason = "length"
+        if reason is None and not request.streamed and not request.stop:
+            return
+        ids = [token.id for token in running.tokens]
+        text, met = running.words.grow(ids, last=reason is not None)
+        if met:
+            reason = "stop"
+        new = running.tokens[running.told : running.words.tokens]
+        running.told = max(running.told, running.words.tokens)
+        if reason is not None or text or new:
+            pieces.append((running.ticket, Piece(text, tuple(new), reason, generated)))
+        if reason is not None:
+            self._leave(row)
 
 
-def slots_bucket(tokens: int) -> int:
-    """The next of 128, 192, 256, 384, 512, ...: at most a third is padding."""
-    power = _power_of_two(max(tokens, MIN_SLOTS))
-    return power * 3 // 4 if power > MIN_SLOTS and tokens <= power * 3 // 4 else power
+def _placement(model: InternVL):
+    """Where a mesh puts the cache, and into how many parts it divides rows; (None, 1) without."""
+    sharding = model.text.embedding.get_value().sharding
+    if not isinstance(sharding, NamedSharding):
+        return None, 1
+    mesh = sharding.mesh
+    heads = "tensor" if model.config.text.num_kv_heads % mesh.shape["tensor"] == 0 else None
+
+    def place(stacked: bool) -> NamedSharding:
+        layers = (None,) if stacked else ()
+        return NamedSharding(mesh, PartitionSpec(*layers, BATCH_AXES, heads))
+
+    shards = 1
+    for axis in BATCH_AXES:
+        shards *= mesh.shape[axis]
+    return place, shards
 
 
-def rows_bucket(rows: int) -> int:
-    """The next power of two, at least MIN_ROWS."""
-    return max(_power_of_two(rows), MIN_ROWS)
+def _ints(values) -> np.ndarray:
+    return np.fromiter(values, np.int32)
 
 
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+def _settings(rows: Sequence[Running | None]) -> device.Settings:
+    def each(dtype, default, get) -> np.ndarray:
+        return np.array([get(r) if r else default for r in rows], dtype)
+
+    return device.Settings(
+        temperature=each(np.float32, 0, lambda r: r.request.sampling.temperature),
+        top_p=each(np.float32, 1, lambda r: r.request.sampling.top_p),
+        top_k=each(np.int32, 0, lambda r: r.request.sampling.top_k),
+        seed=each(np.uint32, 0, lambda r: r.request.sampling.seed),
+        stream=each(np.uint32, 0, lambda r: r.request.stream),
+        made=each(np.int32, 0, lambda r: len(r.tokens)),
+    )  # type: ignore[arg-type]
 
 
-def _padded_stop_ids(stop_ids: Sequence[int]) -> Array:
+def _told(rows: Sequence[Running | None]) -> np.bool_:
+    return np.bool_(any(r is not None and r.request.logprobs is not None for r in rows))
+
+
+def _token(request: Request, made: device.Chosen, at: tuple[int, ...]) -> Token:
+    token = int(made.token[at])
+    if request.logprobs is None:
+        return Token(token)
+    ids, logprobs = made.top_ids[at], made.top_logprobs[at]
+    top = [(int(i), float(p)) for i, p in zip(ids, logprobs, strict=True)][: request.logprobs]
+    return Token(token, float(made.logprob[at]), tuple(top))
+
+
+def _padded(stop_ids: Sequence[int]) -> jax.Array:
     """A few shapes only; -1 is no token."""
-    size = max(_power_of_two(max(len(stop_ids), 1)), 4)
+    size = max(device.power_of_two(max(len(stop_ids), 1)), 4)
     return jnp.asarray(np.array([*stop_ids, *[-1] * (size - len(stop_ids))], np.int32))

@@ -16,7 +16,8 @@ class Request:
 
     `stream` names its random numbers: with `sampling.seed` it fixes what is drawn, whatever else
     runs beside it. An answer ends before the first of the `stop` strings. `logprobs` is how many
-    alternatives are told beside every token (0: only the token's own), or None for nothing.
+    alternatives are told beside every token (0: only the token's own), or None for nothing. An
+    answer that is not `streamed` comes as one piece, unless stop strings have it looked at.
     """
 
     example: Example
@@ -25,6 +26,7 @@ class Request:
     stream: int = 0
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    streamed: bool = True
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,14 @@ class Sampling:
 
 
 def row_keys(
-    seed: UInt32[Array, ""], row_ids: UInt32[Array, " batch"], step: Int[Array, ""]
+    seeds: UInt32[Array, " batch"], streams: UInt32[Array, " batch"], steps: Int[Array, " batch"]
 ) -> Key[Array, " batch"]:
-    """Random keys of one step: they depend on seed, row id and step, never on the other rows."""
-    key = jax.random.key(seed)
-    return jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), step))(row_ids)
+    """Random keys of a token of every row: of its own seed, stream and step, and nothing else."""
+
+    def key(seed, stream, step):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), step)
+
+    return jax.vmap(key)(seeds, streams, steps)
 
 
 def sample(

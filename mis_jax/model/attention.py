@@ -34,23 +34,34 @@ def attention(
     value_BSKH: Float[Array, "batch keys kv_heads head_dim"],
     mask: Bool[Array, "batch 1 queries keys"] | None = None,
 ) -> Float[Array, "batch queries heads head_dim"]:
-    """Scaled dot-product attention with grouped key/value heads; logits and softmax are float32.
+    """Scaled dot-product attention with grouped key/value heads; logits and softmax are float32."""
+    key_BKSH, value_BKSH = key_BSKH.swapaxes(1, 2), value_BSKH.swapaxes(1, 2)
+    return grouped_attention(query_BTNH, key_BKSH, value_BKSH, mask)
+
+
+def grouped_attention(
+    query_BTNH: Float[Array, "batch queries heads head_dim"],
+    key_BKSH: Float[Array, "batch kv_heads keys head_dim"],
+    value_BKSH: Float[Array, "batch kv_heads keys head_dim"],
+    mask: Bool[Array, "batch 1 queries keys"] | None = None,
+) -> Float[Array, "batch queries heads head_dim"]:
+    """`attention` for keys and values that lie head by head.
 
     The query heads of a group are laid side by side as rows of one product, so that keys and
     values are never repeated: about twice as fast as `jax.nn.dot_product_attention` on a CPU.
     """
     batch, queries, heads, head_dim = query_BTNH.shape
-    keys, kv_heads = key_BSKH.shape[1:3]
+    kv_heads, keys = key_BKSH.shape[1:3]
     group = heads // kv_heads
     q = query_BTNH.reshape(batch, queries, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch * kv_heads, group * queries, head_dim)
-    k = key_BSKH.swapaxes(1, 2).reshape(batch * kv_heads, keys, head_dim)
-    v = value_BSKH.swapaxes(1, 2).reshape(batch * kv_heads, keys, head_dim)
+    k = key_BKSH.reshape(batch * kv_heads, keys, head_dim)
+    v = value_BKSH.reshape(batch * kv_heads, keys, head_dim)
     logits = jnp.einsum("bqh,bkh->bqk", q, k, preferred_element_type=jnp.float32)
     logits = logits.reshape(batch, heads, queries, keys) * head_dim**-0.5
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits).astype(value_BSKH.dtype)
+    weights = jax.nn.softmax(logits).astype(value_BKSH.dtype)
     weights = weights.reshape(batch * kv_heads, group * queries, keys)
     out = jnp.einsum("bqk,bkh->bqh", weights, v, preferred_element_type=jnp.float32)
     out = out.reshape(batch, kv_heads, group, queries, head_dim).transpose(0, 3, 1, 2, 4)

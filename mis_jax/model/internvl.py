@@ -15,7 +15,7 @@ from mis_jax.model.batch import Batch
 from mis_jax.model.config import InternVLConfig
 from mis_jax.model.execution import PLAIN, Execution
 from mis_jax.model.layers import LayerNorm, Linear
-from mis_jax.model.text import Seen, TextDecoder
+from mis_jax.model.text import TextDecoder
 from mis_jax.model.vision import VisionTower
 
 _PROJECTOR_EPS = 1e-5  # torch's LayerNorm default, unlike the tower's 1e-6
@@ -74,7 +74,7 @@ class InternVL(nnx.Module):
             self.embed(batch, key),
             positions=batch.positions,
             lengths=row_lengths(batch),
-            seen=Seen(batch.segment_ids),
+            segment_ids=batch.segment_ids,
             execution=self.execution,
         )
         return hidden

@@ -1,19 +1,18 @@
 """One decoder for InternLM2/Llama, Qwen2 (qkv bias) and Qwen3 (per-head qk-norm).
 
-Shape suffixes: B batch, T length, S cache length, N heads, K kv heads, H head dim, D width.
+Shape suffixes: B batch, T length, N heads, K kv heads, H head dim, D width.
 Source: OpenGVLab/InternVL `modeling_internlm2.py`; Qwen2 and Qwen3 as in transformers.
 """
 
-from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from mis_jax.model.attention import attention
+from mis_jax.model.cache import Growing
 from mis_jax.model.config import TextConfig
 from mis_jax.model.execution import PLAIN, Execution
 from mis_jax.model.layers import (
@@ -21,41 +20,11 @@ from mis_jax.model.layers import (
     Linear,
     RMSNorm,
     Stack,
+    from_left,
     recomputed,
     rotary_angles,
     rotate,
 )
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class KVCache:
-    """Keys and values of all layers; slot `s` of a row holds the token at place `s` of that row."""
-
-    keys: Float[Array, "layers batch slots kv_heads head_dim"]
-    values: Float[Array, "layers batch slots kv_heads head_dim"]
-
-    @classmethod
-    def zeros(cls, config: TextConfig, batch: int, slots: int, dtype: jnp.dtype) -> "KVCache":
-        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-    def write(self, layer, slots: Int[Array, "batch length"], k_BTKH, v_BTKH) -> "KVCache":
-        """Store the keys and values of one layer at `slots` of each row."""
-        rows = jnp.arange(slots.shape[0])[:, None]
-        place = self.keys.at[layer, rows, slots], self.values.at[layer, rows, slots]
-        return KVCache(
-            place[0].set(k_BTKH.astype(self.keys.dtype)),
-            place[1].set(v_BTKH.astype(self.values.dtype)),
-        )
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a token may look at: its segment's earlier tokens, or with a cache what a mask says."""
-
-    segment_ids: Int[Array, "batch length"] | None = None
-    mask: Bool[Array, "batch 1 length slots"] | None = None
 
 
 class TextAttention(nnx.Module):
@@ -75,7 +44,7 @@ class TextAttention(nnx.Module):
         self.k_norm = norm() if config.qk_norm else None
         self.head_dim = head
 
-    def __call__(self, qkv, rotary, seen: Seen, cache, layer, slots, execution: Execution):
+    def __call__(self, qkv, rotary, segment_ids, cache: Growing | None, layer, execution):
         """`qkv` are the results of the three maps `q`, `k` and `v`."""
         constrain = execution.constrain
         rows = qkv[0].shape[:2]
@@ -89,10 +58,9 @@ class TextAttention(nnx.Module):
             k_BTKH, v_BTKH = (
                 constrain(x, "rows", None, "kv_heads", None) for x in (k_BTKH, v_BTKH)
             )
-            out_BTNH = execution.attend(q_BTNH, k_BTKH, v_BTKH, seen.segment_ids)
+            out_BTNH = execution.attend(q_BTNH, k_BTKH, v_BTKH, segment_ids)
         else:
-            cache = cache.write(layer, slots, k_BTKH, v_BTKH)
-            out_BTNH = attention(q_BTNH, cache.keys[layer], cache.values[layer], seen.mask)
+            cache, out_BTNH = cache.attend(layer, q_BTNH, k_BTKH, v_BTKH)
         out_BTF = checkpoint_name(out_BTNH.reshape(*rows, -1), ATTENTION_OUTPUT)
         return self.out(out_BTF), cache
 
@@ -111,7 +79,9 @@ class TextBlock(nnx.Module):
         self.up = linear(width, mlp, axes=("embed", "mlp"))
         self.down = linear(mlp, width, axes=("mlp", "embed"))
 
-    def __call__(self, x_BTD, rotary, seen: Seen, cache, layer, slots, execution: Execution):
+    def __call__(
+        self, x_BTD, rotary, segment_ids, cache: Growing | None, layer, execution: Execution
+    ):
         attention, constrain = self.attention, execution.constrain
 
         def into_attention(x_BTD):
@@ -127,7 +97,7 @@ class TextBlock(nnx.Module):
             return self.down(jax.nn.silu(gate_BTF) * up_BTF)
 
         qkv = recomputed(into_attention)(x_BTD)
-        branch, cache = attention(qkv, rotary, seen, cache, layer, slots, execution)
+        branch, cache = attention(qkv, rotary, segment_ids, cache, layer, execution)
         x_BTD = constrain(x_BTD + branch, "rows", "length", None)
         branch = recomputed(out_of_mlp)(*recomputed(into_mlp)(x_BTD))
         return constrain(x_BTD + branch, "rows", "length", None), cache
@@ -202,18 +172,17 @@ class TextDecoder(nnx.Module):
         *,
         positions: Int[Array, "batch length"],
         lengths: Int[Array, " batch"],
-        seen: Seen,
-        cache: KVCache | None = None,
-        slots: Int[Array, "batch length"] | None = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+        cache: Growing | None = None,
         execution: Execution = PLAIN,
         all_layers: bool = False,
-    ) -> tuple[Float[Array, "batch length width"], KVCache | None, Array | None]:
+    ) -> tuple[Float[Array, "batch length width"], Growing | None, Array | None]:
         """Hidden states after the final norm, the cache with the new tokens, and layer outputs.
 
-        `lengths` is the real length of every row (dynamic NTK looks at it). With a cache, the new
-        tokens go to `slots` and attend to the whole cache under the mask of `seen`. `all_layers`
-        returns the embeddings and the output of every block before the final norm as a stacked
-        array.
+        `lengths` is the real length of every row (dynamic NTK looks at it). A token looks at the
+        earlier ones of its segment; with a cache, which then says who sees whom, at those in it
+        too. `all_layers` returns the embeddings and the output of every block before the final
+        norm as a stacked array.
         """
         config = self.config
         rotary = rotary_angles(
@@ -227,7 +196,7 @@ class TextDecoder(nnx.Module):
 
         def step(carry, block, layer):
             x, cache = carry
-            x, cache = block(x, rotary, seen, cache, layer, slots, execution)
+            x, cache = block(x, rotary, segment_ids, cache, layer, execution)
             return (x, cache), (x if all_layers else None)
 
         (h_BTD, cache), outputs = self.layers(
@@ -251,3 +220,8 @@ class TextDecoder(nnx.Module):
         table_VD = self.table[...].astype(h_BTD.dtype)
         logits = jnp.einsum("...d,vd->...v", h_BTD, table_VD, preferred_element_type=jnp.float32)
         return logits[..., : self.config.vocab_size]
+
+    def next_logits(self, h_BD: Float[Array, "batch width"]) -> Float[Array, "batch vocab"]:
+        """`logits` of a few tokens, as a product from the left: see `layers.from_left`."""
+        logits_BV = from_left(self.table[...].astype(h_BD.dtype), h_BD)
+        return logits_BV[:, : self.config.vocab_size]

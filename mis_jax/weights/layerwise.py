@@ -17,7 +17,6 @@ from flax import nnx
 from mis_jax.model.batch import Batch
 from mis_jax.model.config import InternVLConfig
 from mis_jax.model.internvl import InternVL, merge, pixel_shuffle, row_lengths
-from mis_jax.model.text import Seen
 from mis_jax.weights import parameters
 from mis_jax.weights.checkpoint import OpenCheckpoint
 from mis_jax.weights.stream import is_stacked
@@ -99,7 +98,7 @@ def _text_layer(model: InternVL, batch: Batch, x: jax.Array) -> jax.Array:
         x,
         positions=batch.positions,
         lengths=row_lengths(batch),
-        seen=Seen(batch.segment_ids),
+        segment_ids=batch.segment_ids,
         all_layers=True,
     )
     assert outputs is not None

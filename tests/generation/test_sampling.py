@@ -13,7 +13,11 @@ draw = jax.jit(sample)
 
 
 def keys(seed: int, rows: int = ROWS, step: int = 0) -> jax.Array:
-    return row_keys(np.uint32(seed), np.arange(rows, dtype=np.uint32), np.int32(step))
+    return row_keys(
+        np.full(rows, seed, np.uint32),
+        np.arange(rows, dtype=np.uint32),
+        np.full(rows, step, np.int32),
+    )
 
 
 def shares(logits, *, temperature=1.0, top_p=1.0, top_k=0, seed=0) -> np.ndarray:

@@ -13,7 +13,6 @@ import torch
 from mis_jax.model.batch import Batch
 from mis_jax.model.execution import Execution
 from mis_jax.model.internvl import row_lengths
-from mis_jax.model.text import Seen
 from mis_jax.weights.checkpoint import Checkpoint, read_checkpoint
 from mis_jax.weights.parameters import build
 
@@ -43,7 +42,7 @@ def our_outputs(config, arrays, batch: Batch) -> Outputs:
         model.embed(batch),
         positions=batch.positions,
         lengths=row_lengths(batch),
-        seen=Seen(batch.segment_ids),
+        segment_ids=batch.segment_ids,
         all_layers=True,
     )
     layers = jnp.concatenate([layers[:-1], last[None]])

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import reference as ref
 import torch
+from engine_runs import generate_tokens
 from test_forward import checkpoint_of, our_batch
 
-from mis_jax.generation.engine import generate_tokens
 from mis_jax.weights.parameters import build
 
 NEW_TOKENS = 64

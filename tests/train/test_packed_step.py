@@ -9,7 +9,6 @@ from test_step import KEPT, checkpoint, examples, initial, reference, step_of  #
 from mis_jax.data.collate import Example, collate
 from mis_jax.model.batch import Batch
 from mis_jax.model.internvl import InternVL, row_lengths
-from mis_jax.model.text import Seen
 from mis_jax.weights import parameters
 from mis_jax.weights.checkpoint import Checkpoint
 
@@ -62,7 +61,7 @@ def test_nothing_of_one_sample_reaches_another(checkpoint: Checkpoint):  # noqa:
             x,
             positions=batch.positions,
             lengths=row_lengths(batch),
-            seen=Seen(batch.segment_ids),
+            segment_ids=batch.segment_ids,
         )
         return hidden
 

@@ -1,0 +1,75 @@
+"""The decoder's layers one by one, each with arrays of its own, for generation.
+
+A stack that is scanned reads its parameters through a slice, which some compilers copy: a step of
+decoding would move every weight twice more. Here nothing is sliced, and kernels are stored as
+[out, in] (see `layers.from_left`).
+"""
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mis_jax.model.execution import Execution
+from mis_jax.model.internvl import InternVL
+from mis_jax.model.layers import Linear, Stack
+
+
+class WrittenOut(nnx.Module):
+    """What `Stack` is to a scan, to a loop in Python."""
+
+    def __init__(self, blocks: list[nnx.Module]):
+        self.blocks = nnx.List(blocks)
+
+    def __call__(self, carry, step, per_layer=None, *, execution: Execution, dtype):
+        for layer, block in enumerate(self.blocks):
+            carry, output = step(carry, block, layer)
+            assert output is None, "outputs of layers are for the stack that is scanned"
+        return carry, None
+
+
+def written_out(model: InternVL, *, consume: bool = False) -> InternVL:
+    """The same model with the decoder's layers written out; `model` itself stays as it is.
+
+    With `consume` the arrays of its stacked layers are deleted as they are read, so that no more
+    than one of them is there twice; `model` is of no use after that.
+    """
+    stack = model.text.layers
+    if not isinstance(stack, Stack):
+        return model
+    graph, stacked = nnx.split(stack.block)
+    leaves, tree = jax.tree.flatten(stacked)
+    layers: list[list[jax.Array]] = [[] for _ in range(stack.num_layers)]
+    for leaf in leaves:
+        for layer, kept in enumerate(layers):
+            kept.append(_layer(leaf, np.int32(layer)))
+        if consume:
+            jax.block_until_ready([kept[-1] for kept in layers])
+            leaf.delete()
+    blocks = [nnx.merge(graph, jax.tree.unflatten(tree, kept)) for kept in layers]
+    for block in blocks:
+        for _, module in nnx.iter_modules(block):
+            if isinstance(module, Linear) and isinstance(module.kernel, nnx.Param):
+                _turn_round(module.kernel)
+                module.stored_out_in = True
+        for _, parameter in nnx.iter_graph(block):
+            if isinstance(parameter, nnx.Param) and parameter.axes[:1] == ("layers",):
+                parameter.set_metadata(axes=parameter.axes[1:])
+    whole, state = nnx.split(model)
+    copy = nnx.merge(whole, state)
+    copy.text.layers = WrittenOut(blocks)
+    return copy
+
+
+@jax.jit
+def _layer(stacked, layer):
+    return stacked[layer]
+
+
+@jax.jit
+def _transposed(kernel):
+    return kernel.T
+
+
+def _turn_round(kernel: nnx.Param) -> None:
+    kernel.set_value(_transposed(kernel.get_value()))
+    kernel.set_metadata(axes=(kernel.axes[0], *kernel.axes[:0:-1]))
