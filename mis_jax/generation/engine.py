@@ -9,22 +9,24 @@ slot beyond its own; so a row's answer does not depend on the rows beside it.
 """
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mis_jax.generation import device
 from mis_jax.generation.device import DECODE_STEPS, slots_bucket
-from mis_jax.generation.pool import FeaturePool, Held
+from mis_jax.generation.pool import FeaturePool
 from mis_jax.generation.requests import FinishReason, Piece, Request, Token
+from mis_jax.generation.running import Running, filled, flags, ints, settings, token, told
 from mis_jax.generation.words import Decode, Words
 from mis_jax.model.cache import KVCache
+from mis_jax.model.config import TextConfig
 from mis_jax.model.internvl import InternVL
 from mis_jax.model.layers import Stack
 from mis_jax.sharding import BATCH_AXES
@@ -32,33 +34,6 @@ from mis_jax.sharding import BATCH_AXES
 MIN_ROWS = 2  # bf16 products of a single row are pathologically slow on CPUs
 CHUNKS = (128, 384, 1024)  # tokens of a prompt that are read together: few shapes
 POOL_TILES = 64
-
-
-@dataclass
-class Running:
-    """An answer in the making, in a row of its own."""
-
-    ticket: int
-    request: Request
-    images: list[Held]
-    features: np.ndarray  # places in the pool, in the order of the prompt's image tokens
-    words: Words
-    read: int = 0  # tokens of the prompt in the cache
-    tokens: list[Token] = field(default_factory=list)
-    told: int = 0  # tokens that pieces have brought
-
-    @property
-    def prompt(self) -> int:
-        return len(self.request.example.input_ids)
-
-    @property
-    def reading(self) -> bool:
-        return self.read < self.prompt
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache: all but the newest."""
-        return self.prompt + len(self.tokens) - 1
 
 
 class Engine:
@@ -85,8 +60,9 @@ class Engine:
     ):
         self._model = model
         self._weights = nnx.split(model)
-        self._place, shards = _placement(model)
-        self._groups = max(groups, shards)
+        self._mesh = _mesh_of(model)
+        shards = [self._mesh.shape[axis] for axis in BATCH_AXES] if self._mesh else []
+        self._groups = max(groups, math.prod(shards))
         rows = max(rows, MIN_ROWS)
         self._rows: list[Running | None] = [None] * (-(-rows // self._groups) * self._groups)
         self._max_rows = rows
@@ -212,7 +188,10 @@ class Engine:
             self._model.compute_dtype,
             stacked=stacked,
         )
-        return jax.device_put(cache, self._place(stacked)) if self._place else cache
+        if self._mesh is None:
+            return cache
+        place = cache_place(self._mesh, self._model.config.text, stacked=stacked)
+        return jax.device_put(cache, place)
 
     def _longest(self) -> int:
         return max((max(r.prompt, r.length + 1) for r in self._rows if r is not None), default=1)
@@ -250,9 +229,8 @@ class Engine:
         length = next((size for size in CHUNKS if size >= longest), CHUNKS[-1])
         self._fit(max(self._longest(), length))
         shape, each = (self._groups, length), len(self._rows) // self._groups
-        ids, features = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-        row, start, prompt = (np.zeros(self._groups, np.int32) for _ in range(3))
-        prompt += 1
+        ids, features = filled(0, shape), filled(-1, shape)
+        row, start, prompt = (filled(value, self._groups) for value in (0, 0, 1))
         for group, reader in enumerate(readers):
             if reader is None:
                 continue
@@ -272,12 +250,12 @@ class Engine:
             features,
             row,
             start,
-            np.array([reader is not None for reader in readers]),
+            flags(readers),
             prompt,
-            _settings(readers),
-        )  # type: ignore[arg-type]  # numpy arrays, which jit takes
+            settings(readers),
+        )
         chosen_tokens, self._cache = device.prefill(
-            *self._weights, self._cache, self._pool.features, chunk, _told(ending)
+            *self._weights, self._cache, self._pool.features, chunk, told(ending)
         )
         for reader in ending:
             self._pool.release(reader.images)
@@ -288,7 +266,7 @@ class Engine:
                 if reader in ending:
                     at = chosen[group]
                     assert at is not None
-                    self._take(at, [_token(reader.request, made, (group,))], pieces)
+                    self._take(at, [token(reader.request, made, (group,))], pieces)
 
     def _features_of(self, reader: Running, first: int, count: int) -> np.ndarray:
         """Places in the pool of a stretch's image tokens; -1 for other tokens."""
@@ -307,12 +285,12 @@ class Engine:
         writers = [r if r is not None and not r.reading else None for r in self._rows]
         self._fit(max(self._longest(), max(r.length + 1 for r in writers if r) + steps))
         rows = device.Rows(
-            last=_ints(r.tokens[-1].id if r else 0 for r in writers),
-            lengths=_ints(r.length if r else 0 for r in writers),
-            active=np.array([r is not None for r in writers]),
-            left=_ints(r.request.max_new_tokens - len(r.tokens) if r else 0 for r in writers),
-            settings=_settings(writers),
-        )  # type: ignore[arg-type]
+            last=ints(r.tokens[-1].id if r else 0 for r in writers),
+            lengths=ints(r.length if r else 0 for r in writers),
+            active=flags(writers),
+            left=ints(r.request.max_new_tokens - len(r.tokens) if r else 0 for r in writers),
+            settings=settings(writers),
+        )
         made, self._cache = device.decode(
             *self._weights,
             self._cache,
@@ -320,13 +298,13 @@ class Engine:
             self._stop_ids,
             np.int32(steps),
             np.bool_(len(self._waiting) > 0),
-            _told(writers),
+            told(writers),
         )
         made = jax.tree.map(np.asarray, made)
         for row, writer in enumerate(writers):
             if writer is not None:
                 count = int((made.token[row] >= 0).sum())
-                tokens = [_token(writer.request, made, (row, step)) for step in range(count)]
+                tokens = [token(writer.request, made, (row, step)) for step in range(count)]
                 self._take(row, tokens, pieces)
 
     def _take(self, row: int, tokens: list[Token], pieces: list[tuple[int, Piece]]) -> None:
@@ -355,53 +333,17 @@ class Engine:
             self._leave(row)
 
 
-def _placement(model: InternVL):
-    """Where a mesh puts the cache, and into how many parts it divides rows; (None, 1) without."""
+def cache_place(mesh: Mesh, text: TextConfig, *, stacked: bool) -> NamedSharding:
+    """Rows of the cache are divided over data and fsdp, heads over tensor where they divide."""
+    heads = "tensor" if text.num_kv_heads % mesh.shape["tensor"] == 0 else None
+    layers = (None,) if stacked else ()
+    return NamedSharding(mesh, PartitionSpec(*layers, BATCH_AXES, heads))
+
+
+def _mesh_of(model: InternVL) -> Mesh | None:
     sharding = model.text.embedding.get_value().sharding
-    if not isinstance(sharding, NamedSharding):
-        return None, 1
-    mesh = sharding.mesh
-    heads = "tensor" if model.config.text.num_kv_heads % mesh.shape["tensor"] == 0 else None
-
-    def place(stacked: bool) -> NamedSharding:
-        layers = (None,) if stacked else ()
-        return NamedSharding(mesh, PartitionSpec(*layers, BATCH_AXES, heads))
-
-    shards = 1
-    for axis in BATCH_AXES:
-        shards *= mesh.shape[axis]
-    return place, shards
-
-
-def _ints(values) -> np.ndarray:
-    return np.fromiter(values, np.int32)
-
-
-def _settings(rows: Sequence[Running | None]) -> device.Settings:
-    def each(dtype, default, get) -> np.ndarray:
-        return np.array([get(r) if r else default for r in rows], dtype)
-
-    return device.Settings(
-        temperature=each(np.float32, 0, lambda r: r.request.sampling.temperature),
-        top_p=each(np.float32, 1, lambda r: r.request.sampling.top_p),
-        top_k=each(np.int32, 0, lambda r: r.request.sampling.top_k),
-        seed=each(np.uint32, 0, lambda r: r.request.sampling.seed),
-        stream=each(np.uint32, 0, lambda r: r.request.stream),
-        made=each(np.int32, 0, lambda r: len(r.tokens)),
-    )  # type: ignore[arg-type]
-
-
-def _told(rows: Sequence[Running | None]) -> np.bool_:
-    return np.bool_(any(r is not None and r.request.logprobs is not None for r in rows))
-
-
-def _token(request: Request, made: device.Chosen, at: tuple[int, ...]) -> Token:
-    token = int(made.token[at])
-    if request.logprobs is None:
-        return Token(token)
-    ids, logprobs = made.top_ids[at], made.top_logprobs[at]
-    top = [(int(i), float(p)) for i, p in zip(ids, logprobs, strict=True)][: request.logprobs]
-    return Token(token, float(made.logprob[at]), tuple(top))
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) else None
 
 
 def _padded(stop_ids: Sequence[int]) -> jax.Array:

@@ -233,3 +233,16 @@ class Stack(nnx.Module):
 
 def _block_input(x: jax.Array) -> jax.Array:
     return checkpoint_name(x, BLOCK_INPUT)
+
+
+class WrittenOut(nnx.Module):
+    """What `Stack` is to a scan, to a loop in Python."""
+
+    def __init__(self, blocks: list[nnx.Module]):
+        self.blocks = nnx.List(blocks)
+
+    def __call__(self, carry, step, per_layer=None, *, execution: Execution, dtype):
+        for layer, block in enumerate(self.blocks):
+            carry, output = step(carry, block, layer)
+            assert output is None, "outputs of layers are for the stack that is scanned"
+        return carry, None

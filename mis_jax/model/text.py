@@ -144,7 +144,7 @@ class TextDecoder(nnx.Module):
         table = (vocab_rows or config.vocab_size, config.hidden_size)
         normal = jax.nn.initializers.normal(0.02)
         self.embedding = nnx.Param(normal(rngs.params(), table, dtype), axes=("vocab", "embed"))
-        self.layers = Stack(
+        self.layers = Stack(  # or `WrittenOut`, for generation
             lambda r: TextBlock(config, dtype=dtype, rngs=r), config.num_layers, rngs
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, axes=("embed",), dtype=dtype)

@@ -9,22 +9,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mis_jax.model.execution import Execution
 from mis_jax.model.internvl import InternVL
-from mis_jax.model.layers import Linear, Stack
-
-
-class WrittenOut(nnx.Module):
-    """What `Stack` is to a scan, to a loop in Python."""
-
-    def __init__(self, blocks: list[nnx.Module]):
-        self.blocks = nnx.List(blocks)
-
-    def __call__(self, carry, step, per_layer=None, *, execution: Execution, dtype):
-        for layer, block in enumerate(self.blocks):
-            carry, output = step(carry, block, layer)
-            assert output is None, "outputs of layers are for the stack that is scanned"
-        return carry, None
+from mis_jax.model.layers import Linear, Stack, WrittenOut
 
 
 def written_out(model: InternVL, *, consume: bool = False) -> InternVL:
@@ -56,7 +42,7 @@ def written_out(model: InternVL, *, consume: bool = False) -> InternVL:
                 parameter.set_metadata(axes=parameter.axes[1:])
     whole, state = nnx.split(model)
     copy = nnx.merge(whole, state)
-    copy.text.layers = WrittenOut(blocks)
+    copy.text.layers = WrittenOut(blocks)  # pyright: ignore[reportAttributeAccessIssue]
     return copy
 
 

@@ -8,9 +8,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mis_jax.config import RunConfig
-from mis_jax.generation.engine import decode_step, prefill, rows_bucket, slots_bucket
+from mis_jax.generation.device import (
+    Chunk,
+    Settings,
+    choose,
+    decode_step,
+    extend,
+    power_of_two,
+    slots_bucket,
+)
+from mis_jax.generation.engine import CHUNKS, POOL_TILES, cache_place
+from mis_jax.model.cache import KVCache
 from mis_jax.model.config import InternVLConfig
-from mis_jax.model.text import KVCache
 from mis_jax.plan.memory import Compiled, compile_for
 from mis_jax.plan.shape import QUESTION_TOKENS, sample_tiles
 from mis_jax.plan.topology import Topology
@@ -34,7 +43,7 @@ def generation_shape(config: RunConfig, model: InternVLConfig, mesh: Mesh) -> Ge
     tiles = sample_tiles(config.data, model)
     prompt = slots_bucket(tiles * model.tokens_per_tile + QUESTION_TOKENS)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = -(-rows_bucket(config.evaluation.samples) // shards) * shards
+    rows = -(-power_of_two(config.evaluation.samples) // shards) * shards
     slots = slots_bucket(prompt + config.evaluation.max_new_tokens)
     return GenerationShape(rows, prompt, slots, tiles)
 
@@ -42,16 +51,26 @@ def generation_shape(config: RunConfig, model: InternVLConfig, mesh: Mesh) -> Ge
 def compile_prefill(
     topology: Topology, config: RunConfig, model: InternVLConfig, mesh: Mesh, shape: GenerationShape
 ) -> Compiled:
-    """From embedded prompts to the first logits and a cache."""
+    """One chunk of a prompt in every group of rows: its first token, and the cache written."""
     dtype = jnp.dtype(config.dtype.compute)
+    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    length = min(CHUNKS[-1], shape.prompt)
     how = _how(config, model, mesh)
 
-    def run(values: Any, x: Any, lengths: Any):
-        return prefill(parameters.build(model, values, **how), x, lengths)
+    def run(values: Any, cache: KVCache, pool: Any, chunk: Chunk):
+        built = parameters.build(model, values, **how)
+        logits, cache = extend(built, cache, pool, chunk)
+        return choose(logits, chunk.settings, jnp.bool_(False)), cache
 
-    x = _rows(mesh, dtype, shape.rows, shape.prompt, model.text.hidden_size)
-    lengths = _rows(mesh, jnp.int32, shape.rows)
-    return compile_for(topology, jax.jit(run), _parameters(model, mesh, dtype), x, lengths)
+    tiles = max(POOL_TILES, groups * shape.tiles)
+    pool = _whole(mesh, dtype, tiles, model.tokens_per_tile, model.text.hidden_size)
+    number = _rows(mesh, jnp.int32, groups)
+    tokens = _rows(mesh, jnp.int32, groups, length)
+    valid = _rows(mesh, jnp.bool_, groups)
+    chunk = Chunk(tokens, tokens, number, number, valid, number, _settings(mesh, groups))
+    jitted = jax.jit(run, donate_argnums=1)
+    values, cache = _parameters(model, mesh, dtype), _cache(mesh, model, shape, dtype)
+    return compile_for(topology, jitted, values, cache, pool, chunk)
 
 
 def compile_decode(
@@ -59,19 +78,16 @@ def compile_decode(
 ) -> Compiled:
     """One more token of every row; the cache is written in place."""
     dtype = jnp.dtype(config.dtype.compute)
-    values = _parameters(model, mesh, dtype)
     how = _how(config, model, mesh)
 
-    def run(values: Any, cache: Any, tokens: Any, lengths: Any):
-        return decode_step(parameters.build(model, values, **how), tokens, lengths, cache)
+    def run(values: Any, cache: KVCache, tokens: Any, lengths: Any, active: Any):
+        built = parameters.build(model, values, **how)
+        return decode_step(built, tokens, lengths, active, cache)
 
-    cache = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_cache_place(mesh, x.shape)),
-        jax.eval_shape(lambda: KVCache.zeros(model.text, shape.rows, shape.slots, dtype)),
-    )
-    tokens = _rows(mesh, jnp.int32, shape.rows)
+    tokens, active = _rows(mesh, jnp.int32, shape.rows), _rows(mesh, jnp.bool_, shape.rows)
     jitted = jax.jit(run, donate_argnums=1)
-    return compile_for(topology, jitted, values, cache, tokens, tokens)
+    values, cache = _parameters(model, mesh, dtype), _cache(mesh, model, shape, dtype)
+    return compile_for(topology, jitted, values, cache, tokens, tokens, active)
 
 
 def cache_bytes(config: RunConfig, model: InternVLConfig, shape: GenerationShape) -> float:
@@ -104,7 +120,20 @@ def _rows(mesh: Mesh, dtype: Any, *shape: int) -> Any:
     )
 
 
-def _cache_place(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Layers, rows, slots, heads, width: rows are split, and heads where they divide."""
-    heads = "tensor" if shape[3] % mesh.shape["tensor"] == 0 else None
-    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, None, heads))
+def _whole(mesh: Mesh, dtype: Any, *shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def _settings(mesh: Mesh, rows: int) -> Settings:
+    number, real = _rows(mesh, jnp.int32, rows), _rows(mesh, jnp.float32, rows)
+    name = _rows(mesh, jnp.uint32, rows)
+    return Settings(real, real, number, name, name, number)
+
+
+def _cache(mesh: Mesh, model: InternVLConfig, shape: GenerationShape, dtype: Any) -> KVCache:
+    """Layers are scanned here: they compile once, and lie no differently than one by one."""
+    made = jax.eval_shape(
+        lambda: KVCache.zeros(model.text, shape.rows, shape.slots, dtype, stacked=True)
+    )
+    place = cache_place(mesh, model.text, stacked=True)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), made)

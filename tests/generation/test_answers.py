@@ -8,7 +8,8 @@ from tiny_world import picture
 
 from mis_jax.generation import answers
 from mis_jax.generation.answers import answer
-from mis_jax.generation.engine import generate_tokens
+from mis_jax.generation.engine import Engine
+from mis_jax.generation.requests import Piece, Token
 from mis_jax.generation.sampling import Sampling
 from mis_jax.weights.checkpoint import read_checkpoint
 from mis_jax.weights.parameters import build
@@ -51,17 +52,26 @@ def test_answers_stand_in_the_order_of_the_questions(tiny, asked):
 def test_text_and_counts(tiny, asked, monkeypatch):
     processor = tiny[1]
     conversations, images = asked
-    stop = processor.tokenizer.im_end_id
     words = processor.tokenizer.encode_text(" The bottle")
+    pieces = [
+        Piece(" The bottle", tuple(map(Token, words)), reason, len(words) + (reason == "stop"))
+        for reason in ("stop", "length")
+    ]
 
-    def scripted(model, batch, **how):
-        assert stop in how["stop_ids"]
-        made = generate_tokens(model, batch, **(how | dict(max_new_tokens=1)))
-        rows = len(made.tokens)
-        made.tokens[:], made.finish_reason[:] = [words] * rows, ["stop", "length"][:rows]
-        return made
+    class Scripted(Engine):
+        def step(self):
+            self._waiting.clear()
+            return list(enumerate(pieces))
 
-    monkeypatch.setattr(answers, "generate_tokens", scripted)
+    real = answers.batch_engine
+
+    def scripted(*how, **rows):
+        engine = real(*how, **rows)
+        assert processor.tokenizer.im_end_id in engine._stops
+        engine.__class__ = Scripted
+        return engine
+
+    monkeypatch.setattr(answers, "batch_engine", scripted)
     prompt = len(processor.example(conversations[0], images[0]).input_ids)
     both = answer(*tiny, [conversations[0]] * 2, [images[0]] * 2)
     assert [c.text for c in both] == ["The bottle"] * 2
@@ -97,7 +107,7 @@ def test_progress_counts_answers(tiny, asked):
         *tiny, *asked, max_new_tokens=1, batch_size=3,
         progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
-    assert seen == [(3, 7), (6, 7), (7, 7)]
+    assert seen == [(done, 7) for done in range(1, 8)]
 
 
 def test_few_tiles_are_in_memory(monkeypatch):

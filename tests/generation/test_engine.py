@@ -2,16 +2,17 @@
 
 import contextlib
 import dataclasses
-import functools
 
 import jax
 import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine_runs import generate_tokens, letters, requests_of, run_all
 from flax import nnx
 from small_model import (
     IMAGE_TOKEN,
+    SIZE,
     VOCAB,
     full_logits,
     random_batch,
@@ -21,64 +22,92 @@ from small_model import (
     tiny_config,
 )
 
-from mis_jax.generation import engine
-from mis_jax.generation.engine import generate_tokens, slots_bucket
+from mis_jax.generation import device, pool
+from mis_jax.generation.device import DECODE_STEPS, slots_bucket
+from mis_jax.generation.engine import Engine
+from mis_jax.generation.requests import Request
 from mis_jax.generation.sampling import Sampling
 from mis_jax.model import text
-from mis_jax.model.batch import Batch
+from mis_jax.model.cache import KVCache
 from mis_jax.model.layers import rotary_angles
+from mis_jax.model.written_out import written_out
 
 HOT = Sampling(temperature=1.0)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def one_more(graph, weights, *inputs):
-    return engine.decode_step(nnx.merge(graph, weights), *inputs)
+@pytest.fixture(params=["scanned", "written out"])
+def either(request, model):
+    """The model with its layers stacked, and with its layers one by one."""
+    return model if request.param == "scanned" else written_out(model)
 
 
-def step_by_step(model, batch, new) -> np.ndarray:
-    """Logits after the prompt and after each of the new tokens: [row, step, vocab]."""
-    weights, lengths = nnx.split(model), batch.segment_ids.sum(1).astype(np.int32)
-    x = engine._embed(*weights, batch.input_ids, engine.encode(model, batch))
-    logits, cache = engine._prefill(*weights, x, lengths)
-    cache = engine._grow(cache, batch.input_ids.shape[1] + new.shape[1])
-    steps = [logits]
-    for step in range(new.shape[1]):
-        logits, cache = one_more(*weights, new[:, step], lengths + step, cache)
-        steps.append(logits)
-    return np.stack(steps, axis=1)
-
-
-def test_prefill_and_decode_equal_the_full_forward(model, rng):
-    batch = random_batch(rng, [5, 9, 3, 14], [2, 0, 1, 1])
-    new = rng.integers(IMAGE_TOKEN + 1, VOCAB, (4, 6)).astype(np.int32)
-    steps, full = step_by_step(model, batch, new), full_logits(model, batch, new)
-    np.testing.assert_allclose(steps, full, atol=2e-4)
-
-
-def test_tokens_are_the_best_of_the_full_forward(model, rng):
-    batch = random_batch(rng, [5, 30, 3, 11], [2, 0, 1, 3])
-    made = generate_tokens(model, batch, max_new_tokens=80, stop_ids=())
-    assert made.prompt_tokens == list(batch.segment_ids.sum(1))
-    assert made.finish_reason == ["length"] * 4
-    full = full_logits(model, batch, made.tokens)
+def best_of_the_full_forward(model, batch, tokens, forward=None) -> int:
+    """Compares where the choice is sure; how many tokens were compared."""
     compared = 0
-    for row, logits in zip(made.tokens, full, strict=True):
-        tokens, logits = np.array(row), logits[:-1]
+    full = full_logits(model, batch, tokens, forward)
+    for row, logits in zip(tokens, full, strict=True):
+        made, logits = np.array(row), logits[:-1]
         best = np.sort(logits, axis=-1)
         sure = best[:, -1] - best[:, -2] > 1e-3
         # an image token that the model writes is a word like any other; the full pass has no
         # picture for it
-        sure &= np.cumsum(tokens == IMAGE_TOKEN) == 0
+        sure &= np.cumsum(made == IMAGE_TOKEN) == 0
         compared += sure.sum()
-        np.testing.assert_array_equal(tokens[sure], logits.argmax(-1)[sure])
-    assert compared > 80
+        np.testing.assert_array_equal(made[sure], logits.argmax(-1)[sure])
+    return compared
+
+
+def test_tokens_are_the_best_of_the_full_forward(model, either, rng):
+    batch = random_batch(rng, [5, 30, 3, 11], [2, 0, 1, 3])
+    made = generate_tokens(either, batch, max_new_tokens=80)
+    assert made.finish_reason == ["length"] * 4
+    assert best_of_the_full_forward(model, batch, made.tokens) > 80
+
+
+@pytest.mark.parametrize("how", [dict(rows=2), dict(groups=2), dict(rows=4, groups=4, between=3)])
+def test_rows_are_given_on(model, either, rng, how):
+    """More prompts than rows, short and long, some read in several chunks."""
+    texts = [5, 30, 3, 150, 9, 140, 20]
+    batch = random_batch(rng, texts, [2, 0, 1, 3, 0, 2, 1])
+    made = generate_tokens(either, batch, max_new_tokens=24, **how)
+    assert best_of_the_full_forward(model, batch, made.tokens) > 80
+
+
+def test_long_prompts_are_read_in_chunks(model, rng, monkeypatch):
+    """The last chunk overlaps the one before; every length ends at the same logits."""
+    monkeypatch.setattr("mis_jax.generation.engine.CHUNKS", (16, 32))
+    for length in (31, 32, 33, 64, 65, 100, 180):
+        batch = random_batch(rng, [length], [3])
+        made = generate_tokens(model, batch, max_new_tokens=8)
+        assert best_of_the_full_forward(model, batch, made.tokens) >= 1
+
+
+def test_an_empty_row_is_given_on_at_once(model, rng):
+    """A long answer does not hold the short ones: decoding steps are few."""
+    batch = random_batch(rng, [4] * 9)
+    requests = [
+        dataclasses.replace(request, max_new_tokens=60 if row == 0 else 8)
+        for row, request in enumerate(requests_of(batch))
+    ]
+    engine = Engine(model, stop_ids=(), decode=letters, rows=2)
+    steps, real = [], device.decode
+
+    def counted(*words):
+        made, cache = real(*words)
+        steps.append(int((np.asarray(made.token) >= 0).any(axis=0).sum()))
+        return made, cache
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "decode", counted)
+        answers = run_all(engine, requests)
+    assert [pieces[-1].generated for pieces in answers] == [60] + [8] * 8
+    assert sum(steps) <= 64  # one row makes 60 tokens while the other makes 8 x 7 more
 
 
 def test_every_row_ends_at_its_own_stop_token(model, rng):
     """Also over several decode calls, the first token and the last one."""
     batch = random_batch(rng, [4, 9, 6, 5], [0, 1, 0, 2])
-    limit = 2 * engine.DECODE_STEPS + 10
+    limit = 2 * DECODE_STEPS + 50
     free = generate_tokens(model, batch, max_new_tokens=limit, stop_ids=(), sampling=HOT)
     chosen = {free.tokens[0][0], free.tokens[1][40], free.tokens[2][100]}
     made = generate_tokens(
@@ -99,7 +128,7 @@ def test_a_stop_token_in_the_last_place_is_a_stop(model, rng):
     assert (made.tokens, made.finish_reason) == ([[]], ["stop"])
 
 
-@pytest.mark.parametrize("limit", [1, 2, engine.DECODE_STEPS + 1, engine.DECODE_STEPS + 2])
+@pytest.mark.parametrize("limit", [1, 2, DECODE_STEPS + 1, DECODE_STEPS + 2])
 def test_max_new_tokens(model, rng, limit):
     made = generate_tokens(model, random_batch(rng, [3, 8]), max_new_tokens=limit, stop_ids=())
     assert [len(tokens) for tokens in made.tokens] == [limit, limit]
@@ -107,8 +136,8 @@ def test_max_new_tokens(model, rng, limit):
 
 def test_decoding_ends_when_all_rows_have(model, rng, monkeypatch):
     calls = []
-    real = engine._decode
-    monkeypatch.setattr(engine, "_decode", lambda *a: calls.append(a) or real(*a))
+    real = device.decode
+    monkeypatch.setattr(device, "decode", lambda *a: calls.append(a) or real(*a))
     batch = random_batch(rng, [6, 4])
     generate_tokens(model, batch, max_new_tokens=400, stop_ids=range(VOCAB))
     assert not calls
@@ -122,29 +151,16 @@ def test_decoding_ends_when_all_rows_have(model, rng, monkeypatch):
 def test_a_row_does_not_depend_on_the_rows_beside_it(model, rng, sampling):
     batch = random_batch(rng, [5, 40, 3, 130], [2, 0, 1, 0])
 
-    def make(rows, **how):
-        how |= dict(max_new_tokens=24, stop_ids=(), sampling=sampling, row_ids=rows)
-        return generate_tokens(model, rows_of(batch, rows), **how).tokens
+    def make(chosen, **how):
+        how |= dict(max_new_tokens=24, sampling=sampling, row_ids=chosen)
+        return generate_tokens(model, rows_of(batch, chosen), **how).tokens
 
     together = make([0, 1, 2, 3])
     assert make([3, 2, 0]) == [together[3], together[2], together[0]]
     for row in range(4):
         assert make([row]) == [together[row]]
-    assert make([1], min_rows=3) == [together[1]]
-
-
-def test_padding_does_not_matter(model, rng):
-    batch = random_batch(rng, [5, 12], [1, 2])
-    fills = dict(input_ids=IMAGE_TOKEN, positions=0, segment_ids=0, loss_weights=0)
-    wide = dataclasses.replace(
-        batch,
-        **{
-            name: np.pad(getattr(batch, name), ((0, 0), (0, 99)), constant_values=fill)
-            for name, fill in fills.items()
-        },
-    )
-    made = [generate_tokens(model, b, max_new_tokens=9, stop_ids=()) for b in (wide, batch)]
-    assert made[0] == made[1]
+    assert make([1], rows=8) == [together[1]]
+    assert make([0, 1, 2, 3], rows=2, groups=2) == together
 
 
 def test_sampling_is_reproducible_and_follows_the_seed(model, rng):
@@ -223,14 +239,69 @@ def test_buckets_are_few_and_waste_little():
     assert len(set(sizes.values())) <= 12
 
 
-def test_many_tiles_go_through_the_tower_in_parts(model, rng, monkeypatch):
-    batch = random_batch(rng, [5, 4, 9], [5, 0, 2])
-    expected = np.asarray(model.encode_images(batch.tiles[batch.tile_mask]))
-    for at_once in (2, 4, 16):
-        monkeypatch.setattr(engine, "TILES_AT_ONCE", at_once)
-        features = engine.encode(model, batch)
-        assert features.shape[0] == 8
-        np.testing.assert_allclose(features[:7], expected, atol=1e-4)
+def images(rng, count):
+    return [rng.integers(0, 256, (1, SIZE, SIZE, 3), dtype=np.uint8) for _ in range(count)]
+
+
+def test_tiles_go_through_the_tower_in_parts(model, rng):
+    many = pool.FeaturePool(model, 64, jnp.float32)
+    wanted = rng.integers(0, 256, (2 * pool.TILES_AT_ONCE + 3, SIZE, SIZE, 3), dtype=np.uint8)
+    (held,) = many.take([wanted])
+    rounds = 0
+    while many.encode_some():
+        rounds += 1
+    assert rounds == 3 and held.encoded
+    expected = np.asarray(model.encode_images(wanted)).reshape(-1, 32)
+    places = many.places_of([held])
+    np.testing.assert_allclose(
+        np.asarray(many.features).reshape(-1, 32)[places], expected, atol=1e-4
+    )
+
+
+def test_a_picture_is_encoded_once(model, rng, monkeypatch):
+    """Also in another prompt, also later; the one unused for longest makes room."""
+    encoded, real = [], device.encode
+    monkeypatch.setattr(
+        device, "encode", lambda *a: encoded.append(int((a[4] < a[2].shape[0]).sum())) or real(*a)
+    )
+    small = pool.FeaturePool(model, 4, jnp.float32)
+    a, b, c, d = images(rng, 4)
+
+    def ask(*wanted):
+        held = small.take(list(wanted))
+        while small.encode_some():
+            pass
+        return held
+
+    first = ask(a, b, a)
+    assert sum(encoded) == 2
+    second = ask(b, c, d)
+    assert sum(encoded) == 4
+    assert small.take(images(rng, 1)) is None  # everything is in use
+    small.release(first)
+    small.release(second)
+    small.release(ask(b))
+    assert sum(encoded) == 4
+    small.release(ask(*images(rng, 3)))  # b was used last and stays
+    small.release(ask(b))
+    assert sum(encoded) == 7
+    small.release(ask(a))
+    assert sum(encoded) == 8
+    ask(*images(rng, 9))  # more than the pool: it grows
+    assert small.size == 16 and sum(encoded) == 17
+
+
+def test_prompts_that_share_pictures(model, rng):
+    """Two images of a prompt, in other orders and beside others, as in the full pass."""
+    batch = random_batch(rng, [5, 9, 8], [2, 2, 2])
+    tiles = batch.tiles.reshape(3, 2, SIZE, SIZE, 3).copy()
+    tiles[1], tiles[2, 0] = tiles[0, ::-1], tiles[0, 1]
+    batch = dataclasses.replace(batch, tiles=tiles.reshape(-1, SIZE, SIZE, 3))
+    engine = Engine(model, stop_ids=(), decode=letters, rows=2, pool_tiles=2)
+    made = run_all(engine, requests_of(batch, [[1, 1]] * 3, max_new_tokens=12))
+    tokens = [[token.id for piece in pieces for token in piece.tokens] for pieces in made]
+    assert best_of_the_full_forward(model, batch, tokens) > 12
+    assert len({tuple(row) for row in tokens}) == 3
 
 
 # dynamic NTK
@@ -244,8 +315,7 @@ def test_dynamic_ntk_beyond_the_limit(seed, rng, monkeypatch):
     """
     model = random_model(tiny_config(rope_dynamic_factor=2.0, max_position=24), seed)
     batch, count = random_batch(rng, [10, 40, 20, 23]), 16
-    new = rng.integers(IMAGE_TOKEN + 1, VOCAB, (4, count)).astype(np.int32)
-    steps = step_by_step(model, batch, new)
+    made = generate_tokens(model, batch, max_new_tokens=count)
 
     def per_token(positions, lengths, **sizes):
         own = jnp.maximum(positions + 1, (lengths - count)[:, None])
@@ -254,60 +324,140 @@ def test_dynamic_ntk_beyond_the_limit(seed, rng, monkeypatch):
 
     monkeypatch.setattr(text, "rotary_angles", per_token)
     traced_anew = jax.jit(lambda *inputs: run(*inputs), static_argnums=0)
-    full = full_logits(model, batch, new, traced_anew)
-    np.testing.assert_allclose(steps, full, atol=5e-4)
+    assert best_of_the_full_forward(model, batch, made.tokens, traced_anew) > 32
 
 
 # what is refused
 
 
-def refused(model, batch, words, **changes):
-    options = dict(max_new_tokens=4, stop_ids=()) | changes
+def refused(model, request: Request, words: str, **limits):
     with pytest.raises(ValueError, match=words):
-        generate_tokens(model, batch, **options)
+        Engine(model, stop_ids=(), decode=letters, rows=2, **limits).add(request)
 
 
-def test_a_context_that_overflows_is_refused(rng):
-    config, dynamic = (tiny_config(max_position=32, rope_dynamic_factor=f) for f in (None, 2.0))
-    batch = random_batch(rng, [4, 28])
-    assert list(engine.check(batch, config, 4)) == [4, 28]
-    assert list(engine.check(batch, dynamic, 99)) == [4, 28]
-    words = "row 1: 28 prompt tokens and 5 new tokens .* 32 tokens; .* lower max_new_tokens"
-    with pytest.raises(ValueError, match=words):
-        engine.check(batch, config, 5)
+def test_a_context_that_overflows_is_refused(seed, rng):
+    request = requests_of(random_batch(rng, [28]), max_new_tokens=5)[0]
+    words = "28 prompt tokens and 5 new tokens exceed the context of 32 tokens; .* lower max_new"
+    refused(random_model(tiny_config(max_position=32), seed), request, words)
+    dynamic = random_model(tiny_config(max_position=32, rope_dynamic_factor=2.0), seed)
+    refused(dynamic, request, words, max_length=32)
+    longest = dataclasses.replace(request, max_new_tokens=4)
+    for limits in (dict(max_length=32), {}):
+        assert Engine(dynamic, stop_ids=(), decode=letters, rows=2, **limits).add(longest) == 0
 
 
-def test_batches_that_cannot_be_continued_are_refused(model, rng):
-    batch = random_batch(rng, [6, 4], [1, 2])
-    refused(model, batch, "max_new_tokens is 0", max_new_tokens=0)
-    refused(model, batch, "1 row_ids for 2 rows", row_ids=[3])
-    refused(model, rows_of(batch, []), "no rows")
+def test_requests_that_cannot_be_answered_are_refused(model, rng):
+    request = requests_of(random_batch(rng, [6], [1]))[0]
 
-    def changed(**fields) -> Batch:
-        return dataclasses.replace(batch, **fields)
+    def changed(**fields) -> Request:
+        example = dataclasses.replace(request.example, **fields)
+        return dataclasses.replace(request, example=example)
 
-    packed, left, empty = (batch.segment_ids.copy() for _ in range(3))
-    packed[0, 5:], left[1, 0], empty[1] = 2, 0, 0
-    refused(model, changed(segment_ids=packed), "row 0 is not one right-padded prompt")
-    refused(model, changed(segment_ids=left), "row 1 is not one right-padded prompt")
-    refused(model, changed(segment_ids=empty), "row 1 is not one right-padded prompt")
-    no_tiles = changed(tile_mask=np.zeros_like(batch.tile_mask))
-    refused(model, no_tiles, "row 0 has 4 image tokens and 0 tiles")
+    refused(model, dataclasses.replace(request, max_new_tokens=0), "max_new_tokens is 0")
+    refused(model, changed(input_ids=np.zeros(0, np.int32)), "the prompt is empty")
+    no_tiles = changed(tiles=np.zeros((0, SIZE, SIZE, 3), np.uint8), tiles_per_image=())
+    refused(model, no_tiles, "4 image tokens and 0 tiles")
 
 
-def test_bfloat16_activations_give_a_bfloat16_cache(model):
-    def traced(graph, weights):
-        model = nnx.merge(graph, weights)
-        model.compute_dtype = jnp.dtype(jnp.bfloat16)
-        x = model.text.embed(jnp.ones((2, 5), int), model.compute_dtype)
-        return engine.prefill(model, x, jnp.array([5, 4]))
-
-    logits, cache = jax.eval_shape(functools.partial(traced, *nnx.split(model)))
-    assert cache.keys.dtype == cache.values.dtype == jnp.bfloat16
-    assert logits.dtype == jnp.float32
+def test_bfloat16_activations_give_a_bfloat16_cache(model, rng):
+    graph, weights = nnx.split(model)
+    narrow = nnx.merge(graph, weights)
+    narrow.compute_dtype = jnp.dtype(jnp.bfloat16)
+    engine = Engine(narrow, stop_ids=(), decode=letters, rows=2)
+    assert isinstance(engine._cache, KVCache)
+    assert {x.dtype for x in jax.tree.leaves(engine._cache)} == {jnp.dtype(jnp.bfloat16)}
+    run_all(engine, requests_of(random_batch(rng, [6], [1]), max_new_tokens=3))
+    assert {x.dtype for x in jax.tree.leaves(engine._cache)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_the_model_is_left_as_it_was(model, rng):
     before = jax.tree.map(np.asarray, nnx.state(model))
-    generate_tokens(model, random_batch(rng, [6], [1]), max_new_tokens=5, stop_ids=())
+    generate_tokens(written_out(model), random_batch(rng, [6], [1]), max_new_tokens=5)
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, nnx.state(model)))
+
+
+def test_a_consumed_model_gives_its_memory_back(seed):
+    model = random_model(tiny_config(), seed)
+    stacked = [
+        p.get_value() for _, p in nnx.iter_graph(model.text.layers) if isinstance(p, nnx.Param)
+    ]
+    written_out(model, consume=True)
+    assert stacked and all(array.is_deleted() for array in stacked)
+
+
+# what is told
+
+
+def told(model, batch, *, stop_ids=(), **how):
+    engine = Engine(model, stop_ids=stop_ids, decode=letters, rows=4, steps=3)
+    return run_all(engine, requests_of(batch, **how))
+
+
+def test_pieces_make_up_the_answer(model, rng):
+    batch = random_batch(rng, [6, 9], [1, 0])
+    pieces = told(model, batch, max_new_tokens=20)
+    assert all(len(row) > 5 for row in pieces)
+    for row in pieces:
+        ids = [token.id for piece in row for token in piece.tokens]
+        assert "".join(piece.text for piece in row) == letters(ids)
+        assert [piece.finish_reason for piece in row[:-1]] == [None] * (len(row) - 1)
+        assert row[-1].finish_reason == "length" and row[-1].generated == len(ids) == 20
+    whole = told(model, batch, max_new_tokens=20, streamed=False)
+    assert [len(row) for row in whole] == [1, 1]
+    assert [row[0].text for row in whole] == ["".join(p.text for p in row) for row in pieces]
+
+
+def test_an_answer_ends_before_a_stop_string(model, rng):
+    batch = random_batch(rng, [6])
+    (free,) = told(model, batch, max_new_tokens=20, sampling=HOT)
+    text = "".join(piece.text for piece in free)
+    stop = text[7:10]
+    (made,) = told(model, batch, max_new_tokens=20, sampling=HOT, stop=("never", stop))
+    cut = text[: text.find(stop)]
+    assert "".join(piece.text for piece in made) == cut
+    assert made[-1].finish_reason == "stop"
+    assert sum(len(piece.tokens) for piece in made) == len(cut)
+    assert len(cut) + 3 <= made[-1].generated <= 20
+
+
+def test_log_probabilities(model, rng):
+    """Those of the full pass, whatever the temperature; alternatives with the best first."""
+    batch = random_batch(rng, [6, 9, 4], [1, 0, 0])
+    hot = Sampling(temperature=1.7, seed=3)
+    pieces = told(model, batch, max_new_tokens=10, sampling=hot, logprobs=5)
+    made = [[token for piece in row for token in piece.tokens] for row in pieces]
+    full = full_logits(model, batch, [[token.id for token in row] for row in made])
+    for row, logits in zip(made, full, strict=True):
+        expected = np.asarray(jax.nn.log_softmax(logits[:-1]))
+        for step, token in enumerate(row):
+            if IMAGE_TOKEN in [t.id for t in row[:step]]:
+                break
+            assert token.logprob == pytest.approx(expected[step, token.id], abs=2e-3)
+            assert len(token.top) == 5
+            best = np.sort(expected[step])[::-1][:5]
+            np.testing.assert_allclose([p for _, p in token.top], best, atol=2e-3)
+    (plain,) = told(model, rows_of(batch, [0]), max_new_tokens=4)
+    assert all(
+        token.logprob is None and token.top == () for piece in plain for token in piece.tokens
+    )
+
+
+def test_a_cancelled_request_frees_its_row(model, rng):
+    requests = requests_of(random_batch(rng, [6, 5, 9], [1, 0, 2]), max_new_tokens=200)
+    engine = Engine(model, stop_ids=(), decode=letters, rows=2, steps=4)
+    first, second, third = (engine.add(request) for request in requests)
+    engine.step()
+    engine.step()
+    assert (engine.running, engine.waiting) == (2, 1)
+    engine.cancel(first)
+    assert engine.running == 1
+    engine.step()
+    assert (engine.running, engine.waiting) == (2, 0)
+    engine.cancel(second)
+    alone = generate_tokens(model, rows_of(random_batch(rng, [4]), [0]), max_new_tokens=1)
+    assert alone.generated == [1]
+    pieces = []
+    while not engine.idle:
+        pieces += engine.step()
+    assert {ticket for ticket, _ in pieces} == {third}
+    assert pieces[-1][1].generated == 200
