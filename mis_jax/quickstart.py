@@ -141,7 +141,7 @@ def fine_tuning_config(out: Path, name: str, labels: Path, seed: int) -> RunConf
         # A short memory of squared gradients and a slow start: with the usual ones the last of
         # only 340 steps still swing, and how often a harmless question is refused with them.
         optimizer=OptimizerConfig(
-            learning_rate=1.5e-3, warmup_ratio=0.1, beta2=0.95, weight_decay=0.05
+            learning_rate=1e-3, warmup_ratio=0.1, beta2=0.95, weight_decay=0.05
         ),
         dtype=DtypeConfig(params="float32", compute="float32"),
     )
