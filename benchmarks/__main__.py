@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-NAMES = ("convert", "data_pipeline", "train_step")
+NAMES = ("convert", "data_pipeline", "generate", "train_step")
 
 
 def main() -> None:

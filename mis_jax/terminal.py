@@ -1,5 +1,6 @@
 """Progress on the terminal."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -30,6 +31,17 @@ class Bars:
 
         def show(done: int, total: int) -> None:
             self._progress.update(task, completed=done, total=total)
+
+        return show
+
+    def answers(self, name: str) -> Callable[[int, int, int], None]:
+        """A bar fed with (answers, in all, tokens made) that shows how fast tokens come."""
+        task: TaskID = self._progress.add_task(name, total=None, note="")
+        began = time.monotonic()
+
+        def show(done: int, total: int, tokens: int) -> None:
+            rate = tokens / max(time.monotonic() - began, 1e-9)
+            self._progress.update(task, completed=done, total=total, note=f"{rate:.1f} tokens/s")
 
         return show
 

@@ -18,7 +18,9 @@ def generate(
     max_new_tokens: int = 1024,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     seed: int = 0,
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     max_tiles: int | None = None,
     dtype: Dtype | None = None,
     batch: Path | None = None,
@@ -37,14 +39,16 @@ def generate(
         max_new_tokens: Longest answer.
         temperature: 0 is greedy.
         top_p: Sample from the most probable tokens of this total probability.
+        top_k: Sample from so many of the most probable tokens; 0 is all.
         seed: Of the sampling.
+        stop: A text before which an answer ends; repeat the option for several.
         max_tiles: Tiles of a conversation, divided over its images; the checkpoint's without it.
         dtype: Number format; float32 on a CPU and the file's own elsewhere without it.
         batch: JSON lines with id, prompt and images (a list of paths) instead of --prompt.
         out: Answers to --batch, one JSON line each.
         json: Print text, prompt_tokens, completion_tokens and finish_reason as JSON.
     """
-    from mis_jax.generation.files import Request, answer_file, ask_once, printed
+    from mis_jax.generation.files import Settings, answer_file, ask_once, printed
     from mis_jax.generation.sampling import Sampling
 
     if (prompt is None) == (batch is None):
@@ -52,20 +56,21 @@ def generate(
     if batch is not None and (out is None or image):
         raise ValueError("--batch needs --out FILE.jsonl, and takes images from the file's rows")
     network, processor = load_quietly(model, dtype)
-    request = Request(
-        Sampling(temperature=temperature, top_p=top_p, seed=seed),
+    settings = Settings(
+        Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
         system=system,
         max_new_tokens=max_new_tokens,
         max_tiles=max_tiles,
+        stop=stop,
     )
     if batch is not None and out is not None:
         from mis_jax.terminal import steps_bar
 
         with steps_bar(err_console) as bar:
-            answer_file(network, processor, batch, out, request, bar.task("answers"))
+            answer_file(network, processor, batch, out, settings, bar.answers("answers"))
         return
     assert prompt is not None
-    completion = ask_once(network, processor, prompt, image, request)
+    completion = ask_once(network, processor, prompt, image, settings)
     if json:
         print_json(printed(completion))
     else:

@@ -13,6 +13,7 @@ import tyro
 from rich.logging import RichHandler
 from tyro.conf import FlagCreatePairsOff
 
+from mis_jax.cli.chat import chat
 from mis_jax.cli.checkpoints import convert, inspect, verify
 from mis_jax.cli.common import described, err_console, fail
 from mis_jax.cli.data import data_build, data_show
@@ -31,6 +32,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "plan": plan,
     "generate": generate,
+    "chat": chat,
     "eval": eval_,
     "judge": judge,
     "report": report,

@@ -45,13 +45,16 @@ def answer(
     max_tiles_per_image: int | None = None,
     batch_size: int = 32,
     row_ids: Sequence[int] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    stop: Sequence[str] = (),
+    each: Callable[[int, Completion], None] | None = None,
+    progress: Callable[[int, int, int], None] | None = None,
 ) -> list[Completion]:
     """One completion a conversation, in their order; greedy unless `sampling` says otherwise.
 
     A sampled answer depends on the seed and the conversation's `row_ids` entry (by default its
     index), not on `batch_size`: calls that ask parts of one set give each part its own ids.
-    `progress(done, total)` is called after every answer.
+    `each(index, completion)` is called for every answer as soon as it and all before it are there;
+    `progress(done, total, tokens)` after every one.
     """
     images = [()] * len(conversations) if images is None else images
     if len(images) != len(conversations):
@@ -79,14 +82,23 @@ def answer(
     completions: dict[int, Completion] = {}
     asked: dict[int, int] = {}  # ticket -> index
     prompts: dict[int, int] = {}
+    pieces: dict[int, list[Piece]] = {}
+    told, tokens = 0, 0
 
     def work() -> None:
+        nonlocal told, tokens
         for ticket, piece in engine.step():
-            if piece.finish_reason is not None:
-                index = asked.pop(ticket)
-                completions[index] = _completion(processor, prompts.pop(index), piece)
-                if progress is not None:
-                    progress(len(completions), len(conversations))
+            pieces.setdefault(ticket, []).append(piece)
+            if piece.finish_reason is None:
+                continue
+            index = asked.pop(ticket)
+            completions[index] = _completion(prompts.pop(index), pieces.pop(ticket))
+            tokens += piece.generated
+            while each is not None and told in completions:
+                each(told, completions[told])
+                told += 1
+            if progress is not None:
+                progress(len(completions), len(conversations), tokens)
 
     for window in _windows(example, len(conversations), batch_size * WINDOW_BATCHES):
         for index in sorted(window, key=lambda index: -len(window[index].input_ids)):
@@ -97,6 +109,7 @@ def answer(
                 max_new_tokens,
                 sampling or Sampling(),
                 stream=row_ids[index],
+                stop=tuple(stop),
                 streamed=False,
             )
             asked[engine.add(request)] = index
@@ -121,15 +134,15 @@ def batch_engine(model: InternVL, processor: Processor, *, rows: int) -> Engine:
     )
 
 
-def _completion(processor: Processor, prompt_tokens: int, piece: Piece) -> Completion:
-    assert piece.finish_reason is not None
-    ids = [token.id for token in piece.tokens]
+def _completion(prompt_tokens: int, pieces: list[Piece]) -> Completion:
+    last = pieces[-1]
+    assert last.finish_reason is not None
     return Completion(
-        text=processor.decode(ids),
+        text="".join(piece.text for piece in pieces),
         prompt_tokens=prompt_tokens,
-        completion_tokens=piece.generated,
-        finish_reason=piece.finish_reason,
-        token_ids=tuple(ids),
+        completion_tokens=last.generated,
+        finish_reason=last.finish_reason,
+        token_ids=tuple(token.id for piece in pieces for token in piece.tokens),
     )
 
 

@@ -11,8 +11,6 @@ from mis_jax.generation.answers import Completion, answer
 from mis_jax.generation.sampling import Sampling
 from mis_jax.model.internvl import InternVL
 
-_BATCH = 32
-
 
 def with_image_markers(prompt: str, images: int) -> str:
     """The prompt, its images named before it as InternVL's demo does where it has no <image>."""
@@ -25,13 +23,14 @@ def with_image_markers(prompt: str, images: int) -> str:
 
 
 @dataclass(frozen=True)
-class Request:
+class Settings:
     """How prompts are answered; the same for every prompt of a file."""
 
     sampling: Sampling = field(default_factory=Sampling)
     system: str = "default"
     max_new_tokens: int = 1024
     max_tiles: int | None = None  # per conversation; None is the checkpoint's own
+    stop: tuple[str, ...] = ()
 
 
 def ask_once(
@@ -39,10 +38,10 @@ def ask_once(
     processor: Processor,
     prompt: str,
     images: Sequence[Path],
-    request: Request,
+    settings: Settings,
 ) -> Completion:
     """One answer."""
-    return _ask(model, processor, [Question("0", 0, prompt, list(images))], request)[0]
+    return _ask(model, processor, [Question("0", 0, prompt, list(images))], settings)[0]
 
 
 def answer_file(
@@ -50,26 +49,30 @@ def answer_file(
     processor: Processor,
     questions: Path,
     answers: Path,
-    request: Request,
-    progress: Callable[[int, int], None] | None = None,
+    settings: Settings,
+    progress: Callable[[int, int, int], None] | None = None,
 ) -> None:
-    """Answer JSON lines of `id`, `prompt` and `images`; rows already in `answers` are kept."""
+    """Answer JSON lines of `id`, `prompt` and `images`; rows already in `answers` are kept.
+
+    Answers are written in the order of the questions, each as soon as it may.
+    """
     asked = _read_questions(questions)
     done = _read_done(answers)
     waiting = [question for question in asked if question.id not in done]
     finished = len(asked) - len(waiting)
     answers.parent.mkdir(parents=True, exist_ok=True)
     with answers.open("a", encoding="utf-8") as file:
-        for start in range(0, len(waiting), _BATCH):
-            part = waiting[start : start + _BATCH]
-            found = _ask(model, processor, part, request)
-            for question, completion in zip(part, found, strict=True):
-                line = {"id": question.id, **printed(completion)}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+        def write(index: int, completion: Completion) -> None:
+            line = {"id": waiting[index].id, **printed(completion)}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
-            finished += len(part)
+
+        def show(answered: int, total: int, tokens: int) -> None:
             if progress:
-                progress(finished, len(asked))
+                progress(finished + answered, len(asked), tokens)
+
+        _ask(model, processor, waiting, settings, each=write, progress=show)
 
 
 def printed(completion: Completion) -> dict[str, Any]:
@@ -93,7 +96,11 @@ class Question:
 
 
 def _ask(
-    model: InternVL, processor: Processor, questions: Sequence[Question], request: Request
+    model: InternVL,
+    processor: Processor,
+    questions: Sequence[Question],
+    settings: Settings,
+    **told: Any,
 ) -> list[Completion]:
     conversations = [
         [{"role": "user", "content": with_image_markers(q.prompt, len(q.images))}]
@@ -104,11 +111,13 @@ def _ask(
         processor,
         conversations,
         [question.images for question in questions],
-        sampling=request.sampling,
-        system=request.system,
-        max_new_tokens=request.max_new_tokens,
-        max_tiles=request.max_tiles,
+        sampling=settings.sampling,
+        system=settings.system,
+        max_new_tokens=settings.max_new_tokens,
+        max_tiles=settings.max_tiles,
         row_ids=[question.place for question in questions],
+        stop=settings.stop,
+        **told,
     )
 
 

@@ -54,7 +54,7 @@ def test_text_and_counts(tiny, asked, monkeypatch):
     conversations, images = asked
     words = processor.tokenizer.encode_text(" The bottle")
     pieces = [
-        Piece(" The bottle", tuple(map(Token, words)), reason, len(words) + (reason == "stop"))
+        Piece("The bottle", tuple(map(Token, words)), reason, len(words) + (reason == "stop"))
         for reason in ("stop", "length")
     ]
 
@@ -105,9 +105,25 @@ def test_progress_counts_answers(tiny, asked):
     seen = []
     answer(
         *tiny, *asked, max_new_tokens=1, batch_size=3,
-        progress=lambda done, total: seen.append((done, total)),
+        progress=lambda done, total, tokens: seen.append((done, total, tokens)),
     )  # fmt: skip
-    assert seen == [(done, 7) for done in range(1, 8)]
+    assert seen == [(done, 7, done) for done in range(1, 8)]
+
+
+def test_answers_are_told_in_order(tiny, asked):
+    told = []
+    how = dict(max_new_tokens=9, batch_size=2, sampling=HOT)
+    whole = answer(*tiny, *asked, **how, each=lambda *found: told.append(found))
+    assert told == list(enumerate(whole))
+
+
+def test_an_answer_ends_before_a_stop_string(tiny, asked):
+    conversations, images = ([part[2]] for part in asked)
+    (free,) = answer(*tiny, conversations, images, max_new_tokens=20, sampling=HOT)
+    stop = free.text[len(free.text) // 2 :][:4]
+    (cut,) = answer(*tiny, conversations, images, max_new_tokens=20, sampling=HOT, stop=[stop])
+    assert cut.text == free.text[: free.text.find(stop)].rstrip()
+    assert cut.finish_reason == "stop" and cut.completion_tokens <= free.completion_tokens
 
 
 def test_few_tiles_are_in_memory(monkeypatch):

@@ -1,0 +1,93 @@
+"""The verb chat."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional, arg
+
+from mis_jax.cli.common import Dtype, console, err_console, load_quietly
+
+_HELP = "/image FILE adds a picture to the next question, /clear begins anew, /quit ends"
+
+
+def chat(
+    model: Annotated[Positional[Path], arg(metavar="MODEL")],
+    *,
+    image: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+    system: str = "default",
+    max_new_tokens: int = 1024,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    max_tiles: int | None = None,
+    dtype: Dtype | None = None,
+) -> None:
+    r"""Talk with a model in the terminal; answers appear as they are made.
+
+    Example: mis-jax chat runs/mirage/final --image a.png
+
+    Within: /image FILE adds a picture to the next question, /clear begins anew, /quit ends;
+    Ctrl-C stops an answer.
+
+    Args:
+        model: Checkpoint folder in any of the three formats.
+        image: An image file for the first question; repeat the option for several.
+        system: default (the checkpoint's own), none, or a text.
+        max_new_tokens: Longest answer.
+        temperature: 0 is greedy.
+        top_p: Sample from the most probable tokens of this total probability.
+        top_k: Sample from so many of the most probable tokens; 0 is all.
+        seed: Of the sampling.
+        max_tiles: Tiles of a conversation, divided over its images; the checkpoint's without it.
+        dtype: Number format; float32 on a CPU and the file's own elsewhere without it.
+    """
+    from mis_jax.data.images import open_image
+    from mis_jax.generation.chatting import Chat
+    from mis_jax.generation.files import Settings
+    from mis_jax.generation.sampling import Sampling
+    from mis_jax.model.written_out import written_out
+
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    network, processor = load_quietly(model, dtype)
+    settings = Settings(sampling, system, max_new_tokens, max_tiles)
+    talk = Chat(written_out(network, consume=True), processor, settings)
+    err_console.print(_HELP, style="dim")
+    waiting = list(image)
+    while True:
+        try:
+            line = console.input("[bold]> [/]").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        word, _, rest = line.partition(" ")
+        if not line:
+            continue
+        if word == "/quit":
+            return
+        if word == "/clear":
+            talk.clear()
+            waiting = []
+        elif word == "/image":
+            path = Path(rest.strip()).expanduser()
+            try:
+                open_image(path)
+            except (ValueError, OSError) as error:
+                err_console.print(str(error), style="red", markup=False)
+                continue
+            waiting.append(path)
+        elif word.startswith("/"):
+            err_console.print(f"{word} is no command; {_HELP}", style="red", markup=False)
+        else:
+            try:
+                talk.ask(line, waiting, _show)
+                waiting = []
+            except ValueError as error:
+                err_console.print(str(error), style="red", markup=False)
+            except KeyboardInterrupt:
+                err_console.print("\nstopped", style="dim")
+            console.print()
+
+
+def _show(text: str) -> None:
+    console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
