@@ -36,6 +36,20 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class Llama3Scaling:
+    """Rotary scaling of Llama 3.1 and 3.2: slow rotations are slowed further, fast ones are kept.
+
+    A rotation that goes round fewer than `low_freq_factor` times in `original_max_position` tokens
+    is slowed by `factor`, one that goes round more than `high_freq_factor` times not at all.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """One decoder for InternLM2/Llama, Qwen2 (qkv bias) and Qwen3 (per-head qk-norm)."""
 
@@ -49,6 +63,7 @@ class TextConfig:
     head_dim: int
     rope_theta: float = 1e6
     rope_dynamic_factor: float | None = None  # dynamic NTK; None is plain rotary embedding
+    rope_scaling: Llama3Scaling | None = None  # in its place
     max_position: int = 32768  # dynamic NTK starts beyond this length
     norm_eps: float = 1e-6
     tie_embeddings: bool = False

@@ -5,6 +5,7 @@ Every parameter carries `axes`, the logical names of its dimensions (a stacked p
 leading "layers"); `mis_jax.sharding` maps them to mesh axes. Nothing here knows a mesh.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from mis_jax.model.config import Llama3Scaling
 from mis_jax.model.execution import Axes, Execution
 from mis_jax.model.summing import LayerSums, scan_and_sum
 
@@ -142,6 +144,7 @@ def rotary_angles(
     theta: float,
     dynamic_factor: float | None,
     max_position: int,
+    scaling: Llama3Scaling | None = None,
 ) -> tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]:
     """Cosine and sine of the rotary angles, float32.
 
@@ -151,6 +154,8 @@ def rotary_angles(
     exponent_H = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     if dynamic_factor is None:
         inverse_BH = (1.0 / theta**exponent_H)[None]
+        if scaling is not None:
+            inverse_BH = _slowed(inverse_BH, scaling)
     else:
         excess_B = jnp.maximum(lengths.astype(jnp.float32) / max_position, 1.0)
         stretch_B = dynamic_factor * excess_B - (dynamic_factor - 1)
@@ -158,6 +163,14 @@ def rotary_angles(
         inverse_BH = 1.0 / base_B[:, None] ** exponent_H
     angles_BTH = positions[..., None].astype(jnp.float32) * inverse_BH[:, None]
     return jnp.cos(angles_BTH), jnp.sin(angles_BTH)
+
+
+def _slowed(inverse_BH: Float[Array, "rows half"], scaling: Llama3Scaling):
+    """Angles a token under Llama 3.1's scaling; between its two bounds they are blended."""
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    rounds_BH = scaling.original_max_position * inverse_BH / (2 * math.pi)
+    kept_BH = jnp.clip((rounds_BH - low) / (high - low), 0.0, 1.0)
+    return inverse_BH * (kept_BH + (1 - kept_BH) / scaling.factor)
 
 
 def rotate(

@@ -192,6 +192,7 @@ class TextDecoder(nnx.Module):
             theta=config.rope_theta,
             dynamic_factor=config.rope_dynamic_factor,
             max_position=config.max_position,
+            scaling=config.rope_scaling,
         )
 
         def step(carry, block, layer):

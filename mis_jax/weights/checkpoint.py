@@ -145,14 +145,28 @@ def load(
     """
     kept = dtype or opened.dtype
     shapes = parameters.shapes(opened.config, vocab_rows=vocab_rows)
-    stored_rows = opened.config.text.vocab_size
-    sizes = {name: NUMPY_DTYPES[kept].itemsize * math.prod(s) for name, s in shapes.items()}
+    rows = opened.config.text.vocab_size
+    arrays = read_parameters(opened.weights, shapes, kept, rows, progress, shardings, then)
+    return Checkpoint(opened.config, arrays, kept, opened.folder, opened.published)
+
+
+def read_parameters(
+    source: Source,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    stored_rows: int,
+    progress: Progress | None = None,
+    shardings: Mapping[str, Sharding] | None = None,
+    then: Callable[[str, Any], Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Parameters by dotted path, as `load`; the tables of `source` have `stored_rows` rows."""
+    sizes = {name: NUMPY_DTYPES[dtype].itemsize * math.prod(s) for name, s in shapes.items()}
     arrays: dict[str, Any] = {}
     done = 0
     with ThreadPoolExecutor(WORKERS) as pool:
         for name, shape in shapes.items():
             rows = stored_rows if name in parameters.TABLES else None
-            part = _Parts(opened.weights, name, shape, kept, pool, rows)
+            part = _Parts(source, name, shape, dtype, pool, rows)
             if shardings is None:
                 arrays[name] = part(tuple(slice(None) for _ in shape))
             else:
@@ -162,7 +176,7 @@ def load(
             done += sizes[name]
             if progress:
                 progress(done, sum(sizes.values()))
-    return Checkpoint(opened.config, arrays, kept, opened.folder, opened.published)
+    return arrays
 
 
 class _Parts:
@@ -225,7 +239,7 @@ def find_problems(folder: Path) -> list[str]:
         if kind == "native":
             return native_problems(folder, parameters.shapes(config))
         shards = Shards(folder, kind)
-        if config.text.tie_embeddings and head_key(kind, config) in shards.shapes:
+        if config.text.tie_embeddings and head_key(kind, config.text) in shards.shapes:
             config = _untied(config)  # either way of reading it is sound
         found = problems(shards, kind, config, parameters.shapes(config))
         return found + _lora_problems(shards, kind, config, raw)
@@ -239,7 +253,7 @@ def _tied_as_stored(config: InternVLConfig, layout: Layout, shards: Shards) -> I
     Published checkpoints have heads of their own under a config.json that calls them tied, and
     exports of tied models in the original layout hold the embedding twice.
     """
-    head = head_key(layout, config)
+    head = head_key(layout, config.text)
     if not config.text.tie_embeddings or head not in shards.shapes:
         return config
     untied = _untied(config)

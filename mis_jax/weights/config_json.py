@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mis_jax.folders import NOTICE
-from mis_jax.model.config import InternVLConfig, TextConfig, TextKind, VisionConfig
+from mis_jax.model.config import InternVLConfig, Llama3Scaling, TextConfig, TextKind, VisionConfig
 from mis_jax.weights.fields import Fields, read_json
 
 Format = Literal["native", "hf", "internvl"]
@@ -88,8 +88,10 @@ def _from_native(fields: Fields) -> InternVLConfig:
         )
     content = dict(fields.section("config").values)
     try:
-        vision, text = VisionConfig(**content.pop("vision")), TextConfig(**content.pop("text"))
-        return InternVLConfig(vision=vision, text=text, **content)
+        vision, text = VisionConfig(**content.pop("vision")), dict(content.pop("text"))
+        if text.get("rope_scaling") is not None:
+            text["rope_scaling"] = Llama3Scaling(**text["rope_scaling"])
+        return InternVLConfig(vision=vision, text=TextConfig(**text), **content)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(
             f"{fields.path}: field 'config' is not readable ({error}); "
@@ -110,7 +112,7 @@ def _from_internvl(folder: Path, fields: Fields) -> InternVLConfig:
     fields.one_of("force_image_size", [tower.image_size], tower.image_size)
     return InternVLConfig(
         vision=tower,
-        text=_text(text, tied=text.flag("tie_word_embeddings", False)),
+        text=text_config(text, tied=text.flag("tie_word_embeddings", False)),
         image_token_id=image_token_id(folder, fields),
         downsample_ratio=_downsample_ratio(fields, tower),
         pixel_shuffle=fields.one_of("ps_version", ["v1", "v2"], "v1"),
@@ -137,7 +139,7 @@ def _from_hf(folder: Path, fields: Fields) -> InternVLConfig:
         qkv_bias=vision.flag("attention_bias", False),
         qk_norm=vision.flag("use_qk_norm", False),
     )
-    text = _text(fields.section("text_config"), tied=fields.flag("tie_word_embeddings", True))
+    text = text_config(fields.section("text_config"), tied=fields.flag("tie_word_embeddings", True))
     images, extra = _image_settings(folder), fields.section(EXTRA, {})
     kind = text.kind
     if kind == "llama":  # what transformers has InternLM2 as
@@ -202,7 +204,8 @@ def _select_layer(fields: Fields, name: str, tower: VisionConfig) -> int:
     return layer
 
 
-def _text(fields: Fields, *, tied: bool) -> TextConfig:
+def text_config(fields: Fields, *, tied: bool) -> TextConfig:
+    """Shape of a language model; `tied` says whether its embedding serves as its head."""
     kind = _text_kind(fields)
     fields.one_of("hidden_act", ["silu"], "silu")
     fields.one_of("use_sliding_window", [False], False)
@@ -210,7 +213,6 @@ def _text(fields: Fields, *, tied: bool) -> TextConfig:
         fields.refuse("layer_types", "'full_attention' in every layer")
     heads = fields.count("num_attention_heads")
     width = fields.count("hidden_size")
-    theta, factor = _rotary(fields)
     return TextConfig(
         kind=kind,
         vocab_size=fields.count("vocab_size"),
@@ -221,8 +223,7 @@ def _text(fields: Fields, *, tied: bool) -> TextConfig:
         mlp_size=fields.count("intermediate_size"),
         # 128 is Qwen3Config's default; its heads need not divide the width
         head_dim=fields.count("head_dim", 128 if kind == "qwen3" else width // heads),
-        rope_theta=theta,
-        rope_dynamic_factor=factor,
+        **_rotary(fields),
         max_position=fields.count("max_position_embeddings", 32768),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         tie_embeddings=tied,
@@ -248,19 +249,32 @@ def _text_kind(fields: Fields) -> TextKind:
     return found
 
 
-def _rotary(fields: Fields) -> tuple[float, float | None]:
-    """Base, and the factor of dynamic NTK or None.
+def _rotary(fields: Fields) -> dict[str, Any]:
+    """The base, and what scales it: dynamic NTK, Llama 3.1's scaling, or nothing.
 
     Older files have `rope_theta` and `rope_scaling`; transformers 5 has both in `rope_parameters`.
     """
     rope = fields.section("rope_parameters", {})
     scaling = fields.section("rope_scaling", {}) if fields.get("rope_scaling", None) else rope
     name = "rope_type" if "rope_type" in scaling.values else "type"
-    kind = scaling.one_of(name, ["default", "dynamic"], "default")
+    kind = scaling.one_of(name, ["default", "dynamic", "llama3"], "default")
     rope.one_of("partial_rotary_factor", [1.0], 1.0)
     owner = rope if rope.get("rope_theta", None) else fields
-    theta = owner.number("rope_theta", 10000.0)
-    return theta, scaling.number("factor") if kind == "dynamic" else None
+    result: dict[str, Any] = {"rope_theta": owner.number("rope_theta", 10000.0)}
+    if kind == "dynamic":
+        result["rope_dynamic_factor"] = scaling.number("factor")
+    elif kind == "llama3":
+        result["rope_scaling"] = _llama3(scaling)
+    return result
+
+
+def _llama3(scaling: Fields) -> Llama3Scaling:
+    low = scaling.number("low_freq_factor")
+    high = scaling.number("high_freq_factor")
+    if high <= low:
+        scaling.refuse("high_freq_factor", f"a number above low_freq_factor, {low}")
+    length = scaling.count("original_max_position_embeddings")
+    return Llama3Scaling(scaling.number("factor"), low, high, length)
 
 
 def image_token_id(folder: Path, fields: Fields) -> int:

@@ -144,6 +144,9 @@ def _text_json(text: TextConfig, layout: Layout) -> dict[str, Any]:
     scaling = None
     if text.rope_dynamic_factor is not None:
         scaling = {"type": "dynamic", "rope_type": "dynamic", "factor": text.rope_dynamic_factor}
+    elif text.rope_scaling is not None:
+        scaling = dataclasses.asdict(text.rope_scaling) | {"rope_type": "llama3"}
+        scaling["original_max_position_embeddings"] = scaling.pop("original_max_position")
     result = {
         "model_type": kind,
         "architectures": [ARCHITECTURES[kind]],

@@ -6,12 +6,12 @@ Sources: OpenGVLab/InternVL `modeling_*.py`; transformers `modeling_internvl.py`
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from mis_jax.model.config import InternVLConfig
+from mis_jax.model.config import InternVLConfig, TextConfig
 
 Layout = Literal["internvl", "hf"]
 Shape = tuple[int, ...]
@@ -94,7 +94,7 @@ GROUPED_QKV = Codec(
 
 def rules(layout: Layout, config: InternVLConfig) -> list[Rule]:
     """Every tensor of a checkpoint in `layout`, for this model."""
-    return [*_vision(layout, config), *_projector(layout), *_text(layout, config)]
+    return [*_vision(layout, config), *_projector(layout), *_text(layout, config.text)]
 
 
 def _with_bias(theirs: str, ours: str) -> list[Rule]:
@@ -166,8 +166,15 @@ def _projector(layout: Layout) -> list[Rule]:
     ]
 
 
-def _text(layout: Layout, config: InternVLConfig) -> list[Rule]:
-    text = config.text
+def decoder_rules(text: TextConfig) -> list[Rule]:
+    """Every tensor of a language model alone, under the keys of its own class."""
+    root = "language_model."
+    return [
+        replace(rule, theirs=rule.theirs.removeprefix(root)) for rule in _text("internvl", text)
+    ]
+
+
+def _text(layout: Layout, text: TextConfig) -> list[Rule]:
     block = "text.layers.block"
     root = "language_model.model" if layout == "internvl" else "language_model"
     layer = f"{root}.layers.{{i}}"
@@ -217,15 +224,15 @@ def _text(layout: Layout, config: InternVLConfig) -> list[Rule]:
     result += _norm(f"{root}.norm", "text.norm", bias=False)
     result.append(Rule(embedding, ("text.embedding",), COPY))
     if not text.tie_embeddings:
-        result.append(Rule(head_key(layout, config), ("text.head",), COPY))
+        result.append(Rule(head_key(layout, text), ("text.head",), COPY))
     return result
 
 
-def head_key(layout: Layout, config: InternVLConfig) -> str:
+def head_key(layout: Layout, text: TextConfig) -> str:
     """Their key of the language model's head, which a tied model may have or not."""
     if layout == "hf":
         return "lm_head.weight"
-    internlm2 = config.text.kind == "internlm2"
+    internlm2 = text.kind == "internlm2"
     return f"language_model.{'output' if internlm2 else 'lm_head'}.weight"
 
 

@@ -1,7 +1,7 @@
 """Published checkpoint folders: which tensors their safetensors files hold, and reading them."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -172,8 +172,15 @@ def problems(
     for rule in rules(layout, config):
         theirs = rule.codec.their_shape(our_shapes_of_layer(rule, shapes), config)
         expected |= {key: tuple(theirs) for key, _ in tensors(rule, shapes)}
+    return differences(shards, expected, lambda name: disk_key(layout, name))
+
+
+def differences(
+    shards: Shards, expected: Mapping[str, Shape], on_disk: Callable[[str], str]
+) -> list[str]:
+    """Every tensor that is not as expected, one line each; `on_disk` gives a missing one's key."""
     found = [
-        f"missing tensor '{disk_key(layout, name)}' {shape}"
+        f"missing tensor '{on_disk(name)}' {shape}"
         for name, shape in expected.items()
         if name not in shards.shapes
     ]

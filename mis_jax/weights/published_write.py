@@ -90,7 +90,7 @@ def _plan(
     if layout == "internvl" and config.text.tie_embeddings:
         # Upstream's code never ties and would start from a random head, were there none.
         embedding = next(t for t in plan if t.rule.ours == ("text.embedding",))
-        head = disk_key(layout, head_key(layout, config))
+        head = disk_key(layout, head_key(layout, config.text))
         plan.append(_Tensor(head, None, embedding.rule, embedding.shape, embedding.size))
     return plan
 
