@@ -1,0 +1,46 @@
+"""Pieces of an answer, from the engine's thread to the event loop, while a client listens."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+from starlette.types import Receive
+
+from mis_jax.generation.requests import Piece, Request
+from mis_jax.generation.service import Ticket
+
+
+class ClientGone(Exception):
+    """The client closed its connection."""
+
+
+async def pieces(ticket: Ticket, request: Request, receive: Receive) -> AsyncGenerator[Piece]:
+    """Starts the request and gives its pieces; raises what the service tells, or ClientGone.
+
+    Close it (`contextlib.aclosing`): that cancels a request whose answer is not wanted any more.
+    """
+    loop = asyncio.get_running_loop()
+    heard: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+    watch = asyncio.create_task(_watch(receive, heard))
+    try:
+        ticket.start(request, lambda what: _hand_over(loop, heard, what))
+        while True:
+            what = await heard.get()
+            if isinstance(what, Exception):
+                raise what
+            yield what
+            if what.finish_reason:
+                return
+    finally:
+        watch.cancel()
+        ticket.cancel()
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, heard: asyncio.Queue, what: object) -> None:
+    loop.call_soon_threadsafe(heard.put_nowait, what)
+
+
+async def _watch(receive: Receive, heard: asyncio.Queue) -> None:
+    """The body has been read: what comes now is the end of the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    heard.put_nowait(ClientGone())

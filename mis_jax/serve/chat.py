@@ -1,0 +1,161 @@
+"""POST /v1/chat/completions: takes a place, reads, prepares, answers whole or in a stream."""
+
+import asyncio
+import logging
+import secrets
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from mis_jax.data.processor import Processor
+from mis_jax.generation.requests import Piece
+from mis_jax.generation.service import Service, Ticket
+from mis_jax.serve.answers import ClientGone, pieces
+from mis_jax.serve.completions import Writer
+from mis_jax.serve.errors import ApiError, as_api_error
+from mis_jax.serve.metrics import CLIENT_GONE, Metrics
+from mis_jax.serve.prompts import Asked, Prompts
+from mis_jax.serve.settings import Settings
+from mis_jax.serve.streaming import EventStream
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Course:
+    """How one request goes; what the log and the metrics tell of it."""
+
+    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
+    began: float = field(default_factory=time.monotonic)
+    stream: EventStream | None = None
+    prompt_tokens: int = 0
+    generated: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+
+class ChatCompletions:
+    """The endpoint, as an ASGI application."""
+
+    def __init__(
+        self, service: Service, processor: Processor, settings: Settings, metrics: Metrics
+    ):
+        self._service = service
+        self._tokenizer = processor.tokenizer
+        self._settings = settings
+        self._metrics = metrics
+        self._prompts = Prompts(processor, settings)
+        self._pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="prompts")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        course = _Course()
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"].append((b"x-request-id", course.id.encode()))
+            await send(message)
+
+        status = 200
+        try:
+            async with asyncio.timeout(self._settings.timeout):
+                await self._answer(course, scope, receive, named)
+        except (ClientGone, ClientDisconnect):
+            status = CLIENT_GONE
+        except Exception as error:
+            refusal = as_api_error(error, self._settings.timeout)
+            status = refusal.status
+            if course.stream is None:
+                await refusal.response()(scope, receive, named)
+            else:
+                await course.stream.fail(refusal)
+        self._metrics.ended(status, course.seconds)
+        log.info(
+            "%s %d: %d + %d tokens, %.2f s",
+            course.id, status, course.prompt_tokens, course.generated, course.seconds,
+        )  # fmt: skip
+
+    async def _answer(self, course: _Course, scope: Scope, receive: Receive, send: Send) -> None:
+        ticket = self._service.reserve()
+        try:
+            body = await _read(Request(scope, receive), self._settings.max_body)
+            asked = await asyncio.get_running_loop().run_in_executor(
+                self._pool, self._prepared, body
+            )
+            del body
+            course.prompt_tokens = asked.prompt_tokens
+            self._metrics.prompt(asked.prompt_tokens)
+            await self._generate(course, asked, ticket, scope, receive, send)
+        finally:
+            ticket.cancel()
+
+    def _prepared(self, body: bytes) -> Asked:
+        asked = self._prompts(body)
+        self._service.check(asked.request)
+        return asked
+
+    async def _generate(
+        self, course: _Course, asked: Asked, ticket: Ticket,
+        scope: Scope, receive: Receive, send: Send,
+    ) -> None:  # fmt: skip
+        writer = Writer(
+            course.id, self._settings.model, self._tokenizer, asked.prompt_tokens,
+            logprobs=asked.request.logprobs is not None,
+        )  # fmt: skip
+        async with aclosing(pieces(ticket, asked.request, receive)) as answer:
+            counted = self._counted(course, answer)
+            if not asked.stream:
+                completion = await writer.whole(counted)
+                await JSONResponse(completion.model_dump())(scope, receive, send)
+                return
+            async for piece in counted:
+                if course.stream is None:  # errors before the first piece have a status of theirs
+                    course.stream = EventStream(send)
+                    await course.stream.open()
+                    await course.stream.event(writer.opening().model_dump_json())
+                if piece.text or piece.tokens or piece.finish_reason:
+                    await course.stream.event(writer.chunk(piece).model_dump_json())
+        assert course.stream is not None
+        if asked.include_usage:
+            await course.stream.event(writer.usage(course.generated).model_dump_json())
+        await course.stream.end()
+
+    async def _counted(self, course: _Course, answer):
+        first = True
+        async for piece in answer:
+            assert isinstance(piece, Piece)
+            if first:
+                self._metrics.first_piece(course.seconds)
+                first = False
+            self._metrics.generated(piece.generated - course.generated)
+            course.generated = piece.generated
+            yield piece
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    """The body; ApiError 413 as soon as it is known to be too long, 415 for another type."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        # A web page elsewhere cannot send this type here without asking, which is never granted.
+        raise ApiError(415, f"the content type is {kind!r}; send application/json")
+    too_long = ApiError(
+        413,
+        f"the body is longer than this server's limit of {limit} bytes; send fewer or smaller "
+        "images",
+        code="request_too_large",
+    )
+    told = request.headers.get("content-length", "0")
+    if told.isdecimal() and int(told) > limit:
+        raise too_long
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise too_long
+    return bytes(body)

@@ -1,0 +1,109 @@
+"""The process: a socket, uvicorn, and an end that lets what is running finish."""
+
+import ipaddress
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+
+from mis_jax.generation.service import Service
+
+log = logging.getLogger(__name__)
+_LAST_BYTES_SECONDS = 5  # for answers that are made, but not yet sent
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket of this address, not yet listening; ValueError where it is not to be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise ValueError(f"--host {host} --port {port} cannot be served on ({error})") from None
+    return bound
+
+
+def is_local(bound: socket.socket) -> bool:
+    """Whether only this machine can reach it."""
+    return ipaddress.ip_address(bound.getsockname()[0]).is_loopback
+
+
+def address_of(bound: socket.socket) -> str:
+    """Its URL."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run(
+    app: Starlette,
+    service: Service,
+    bound: socket.socket,
+    *,
+    drain: float,
+    started: Callable[[], None],
+) -> None:
+    """Serve until SIGTERM or SIGINT; then refuse with 503 and finish what runs and waits.
+
+    After `drain` seconds, or a second signal, what is left is broken off. Closes the service.
+    """
+    config = uvicorn.Config(
+        app,
+        http="h11",  # always the same parser, whatever else is installed
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
+    )
+    server = _Server(config, service, drain, started)
+    try:
+        server.run(sockets=[bound])
+    finally:
+        service.close()
+
+
+class _Server(uvicorn.Server):
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        drain: float,
+        started_: Callable[[], None],
+    ):
+        super().__init__(config)
+        self._service = service
+        self._drain = drain
+        self._started = started_
+        self._draining = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._started()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # uvicorn's own would close the door at once, and raise the signal again at the end.
+        if self._draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._draining = True
+        threading.Thread(target=self._end, name="drain", daemon=True).start()
+
+    def _end(self) -> None:
+        log.info("shutting down; answers under way are finished first")
+        if not self._service.drain(self._drain):
+            log.warning(
+                "%d answers are broken off after %g s",
+                self._service.running + self._service.waiting, self._drain,
+            )  # fmt: skip
+        self._service.close()
+        self.should_exit = True
