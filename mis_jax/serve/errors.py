@@ -5,7 +5,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from mis_jax.generation.service import Busy, Unavailable
+from mis_jax.generation.service import Busy, EngineFailure, Unavailable
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 1  # what a refused client is asked to wait
@@ -60,5 +60,7 @@ def as_api_error(error: Exception, timeout: float) -> ApiError:
             return ApiError(504, message, code="timeout")
         case ValueError():
             return bad_request(str(error))
+        case EngineFailure():  # logged once, by the service
+            return ApiError(500, "the model failed; the server's log says why", code="model_failed")
     log.error("a request failed", exc_info=error)
     return ApiError(500, "the server failed to answer; its log says why", code="internal_error")

@@ -10,7 +10,7 @@ from serve_world import until
 
 from mis_jax.generation.requests import Piece, Request
 from mis_jax.generation.sampling import Sampling
-from mis_jax.generation.service import Busy, Service, Unavailable
+from mis_jax.generation.service import Busy, EngineFailure, Service, Unavailable
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_a_failure_of_the_engine_reaches_everybody(open_service, ask):
     place = world.service.reserve()
     world.service.submit(ask(FAIL), heard[3].hear)
     for hearer in heard:
-        with pytest.raises(RuntimeError, match="a secret of the device"):
+        with pytest.raises(EngineFailure, match="a secret of the device"):
             hearer.answer()
     assert world.service.broken
     assert (world.service.running, world.service.waiting) == (0, 0)
