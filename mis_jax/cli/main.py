@@ -20,6 +20,7 @@ from mis_jax.cli.data import data_build, data_show
 from mis_jax.cli.evaluation import eval_, judge, report
 from mis_jax.cli.generation import generate
 from mis_jax.cli.planning import plan
+from mis_jax.cli.serving import serve
 from mis_jax.cli.training import quickstart, train
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -33,6 +34,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "eval": eval_,
     "judge": judge,
     "report": report,

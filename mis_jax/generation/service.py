@@ -29,6 +29,10 @@ class Unavailable(RuntimeError):
     """No request is taken: the service is shutting down, or its engine has failed."""
 
 
+class EngineFailure(RuntimeError):
+    """The engine raised; `__cause__` is what."""
+
+
 class Engine(Protocol):
     """What the service needs of the engine; all but `check` from one thread alone."""
 
@@ -205,7 +209,9 @@ class Service:
                 with self._changed:
                     self._failed = True
                     self._refusal = "the engine has failed; restart the server"
-                self._end_all(error)
+                failure = EngineFailure(f"the engine failed ({type(error).__name__}: {error})")
+                failure.__cause__ = error
+                self._end_all(failure)
                 return
 
     def _cancel_in_engine(self, stale: list[Ticket]) -> None:

@@ -8,7 +8,6 @@ import time
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -17,6 +16,7 @@ from pydantic import (
     ValidationError,
 )
 from pydantic_core import from_json
+from pydantic_core.core_schema import no_info_after_validator_function
 
 from mis_jax.generation.requests import MAX_TOP_LOGPROBS, FinishReason
 from mis_jax.serve.errors import bad_request
@@ -29,17 +29,25 @@ class _Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-def _only(*accepted: Any) -> AfterValidator:
-    def check(value: Any) -> Any:
-        if value not in accepted:
+class _Only:
+    """Marks a field of OpenAI's that must be left out, or as if it were."""
+
+    def __init__(self, *accepted: Any):
+        self._accepted = accepted
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"enum": list(self._accepted)}
+
+    def _check(self, value: Any) -> Any:
+        if value not in self._accepted:
             raise ValueError("is not supported by this server; leave it out")
         return value
 
-    return AfterValidator(check)
 
-
-# A field of OpenAI's that must be left out, empty, or as if left out.
-_Unsupported = Annotated[Any, _only(None, [], {})]
+_Unsupported = Annotated[Any, _Only(None, [], {})]
 
 
 class TextPart(_Asked):
@@ -125,12 +133,12 @@ class ChatRequest(_Asked):
     )
 
     # Accepted where they ask for nothing.
-    frequency_penalty: Annotated[float | None, _only(None, 0)] = None
-    presence_penalty: Annotated[float | None, _only(None, 0)] = None
-    response_format: Annotated[Any, _only(None, {"type": "text"})] = None
-    modalities: Annotated[Any, _only(None, ["text"])] = None
-    tool_choice: Annotated[Any, _only(None, "none", "auto")] = None
-    function_call: Annotated[Any, _only(None, "none", "auto")] = None
+    frequency_penalty: Annotated[float | None, _Only(None, 0)] = None
+    presence_penalty: Annotated[float | None, _Only(None, 0)] = None
+    response_format: Annotated[Any, _Only(None, {"type": "text"})] = None
+    modalities: Annotated[Any, _Only(None, ["text"])] = None
+    tool_choice: Annotated[Any, _Only(None, "none", "auto")] = None
+    function_call: Annotated[Any, _Only(None, "none", "auto")] = None
     tools: _Unsupported = None
     functions: _Unsupported = None
     logit_bias: _Unsupported = None
@@ -251,11 +259,15 @@ class ChatCompletion(_Answer):
     usage: Usage
 
 
+def _absent(value: Any) -> bool:
+    return value is None
+
+
 class Delta(BaseModel):
     """What an answer grew by."""
 
-    role: Literal["assistant"] | None = None
-    content: str | None = None
+    role: Literal["assistant"] | None = Field(None, exclude_if=_absent)
+    content: str | None = Field(None, exclude_if=_absent)
 
 
 class ChunkChoice(BaseModel):

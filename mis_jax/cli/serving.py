@@ -1,0 +1,105 @@
+"""The verb serve."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from mis_jax.cli.common import Dtype, console, err_console, load_quietly
+
+
+def serve(
+    model: Annotated[Positional[Path], arg(metavar="MODEL")],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    api_key_env: str | None = None,
+    max_concurrent: int = 16,
+    max_queue: int = 64,
+    dtype: Dtype | None = None,
+    timeout: float = 600.0,
+    drain: float = 120.0,
+    allow_image_folder: Path | None = None,
+    max_body_mib: int = 32,
+    max_megapixels: int = 100,
+) -> None:
+    """Answer over HTTP as OpenAI's chat completions do, with a chat page at /.
+
+    Example: mis-jax serve runs/mirage/final --port 8000 --api-key-env MIS_JAX_KEY
+
+    Args:
+        model: Checkpoint folder in any of the three formats.
+        host: Address to listen on; 0.0.0.0 is every one of this machine's.
+        port: Port to listen on; 0 takes a free one.
+        name: What clients call the model; the folder's name without it.
+        api_key_env: Environment variable with the key that clients must send.
+        max_concurrent: Requests answered at the same time.
+        max_queue: Requests that wait beside them; more are refused with 429.
+        dtype: Number format; float32 on a CPU and the file's own elsewhere without it.
+        timeout: Seconds that a request may take, waiting included.
+        drain: Seconds in which answers under way are finished after SIGTERM.
+        allow_image_folder: Files below it may be named in requests; no file without it.
+        max_body_mib: Largest body of a request.
+        max_megapixels: Most pixels of all images of a request together.
+    """
+    try:
+        from mis_jax.serve import program
+        from mis_jax.serve.server import address_of, bind, is_local
+    except ImportError as error:
+        raise ValueError(
+            f"{error}; serving needs the extra 'serve': pip install 'mis-jax[serve]'"
+        ) from None
+    for option, number in (
+        ("--max-concurrent", max_concurrent), ("--timeout", timeout),
+        ("--max-body-mib", max_body_mib), ("--max-megapixels", max_megapixels),
+    ):  # fmt: skip
+        if not 0 < number < float("inf"):
+            raise ValueError(f"{option} is {number}; give a number above 0")
+    if max_queue < 0:
+        raise ValueError(f"--max-queue is {max_queue}; give at least 0")
+    if not 0 <= drain < float("inf"):
+        raise ValueError(f"--drain is {drain}; give at least 0 seconds")
+    if allow_image_folder is not None and not allow_image_folder.is_dir():
+        raise ValueError(f"--allow-image-folder {allow_image_folder}: no such folder")
+    key = _key(api_key_env)
+    bound = bind(host, port)  # before minutes of loading
+    if key is None and not is_local(bound):
+        err_console.print(
+            f"warning: anybody who reaches {address_of(bound)} can use it; see --api-key-env",
+            style="yellow", markup=False,
+        )  # fmt: skip
+    network, processor = load_quietly(model, dtype)
+    settings = program.Settings(
+        model=name or model.resolve().name,
+        context=processor.config.text.max_position,
+        api_key=key,
+        image_folder=allow_image_folder,
+        timeout=timeout,
+        max_body=max_body_mib << 20,
+        max_pixels=max_megapixels * 1_000_000,
+    )
+    program.serve(
+        network,
+        processor,
+        settings,
+        bound,
+        max_concurrent=max_concurrent,
+        max_queue=max_queue,
+        drain=drain,
+        started=lambda: console.print(
+            f"{settings.model} is served at {address_of(bound)} (chat page) and "
+            f"{address_of(bound)}/v1 (API)",
+            markup=False, highlight=False, soft_wrap=True,
+        ),
+    )  # fmt: skip
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ValueError(f"--api-key-env {variable}: this environment variable is empty; set it")
+    return key

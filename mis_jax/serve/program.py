@@ -1,0 +1,39 @@
+"""A loaded model, served until it is told to stop."""
+
+import socket
+from collections.abc import Callable
+
+from mis_jax.data.processor import Processor
+from mis_jax.generation.engine import Engine
+from mis_jax.generation.service import Service
+from mis_jax.model.internvl import InternVL
+from mis_jax.serve.app import create_app
+from mis_jax.serve.server import run
+from mis_jax.serve.settings import Settings
+
+BETWEEN = 1  # tokens that running answers grow by between two chunks of a new prompt
+
+
+def serve(
+    model: InternVL,
+    processor: Processor,
+    settings: Settings,
+    bound: socket.socket,
+    *,
+    max_concurrent: int,
+    max_queue: int,
+    drain: float,
+    started: Callable[[], None],
+) -> None:
+    """Answers requests at a bound socket; returns after SIGTERM or SIGINT."""
+    engine = Engine(
+        model,
+        stop_ids=processor.tokenizer.stop_ids,
+        decode=processor.tokenizer.decode,
+        rows=max_concurrent,
+        between=BETWEEN,
+        max_length=settings.context,
+    )
+    service = Service(engine, max_concurrent=max_concurrent, max_queue=max_queue)
+    app = create_app(service, processor, settings)
+    run(app, service, bound, drain=drain, started=started)
