@@ -181,6 +181,19 @@ def test_every_import_is_a_declared_dependency() -> None:
     assert missing == set()
 
 
+def test_only_the_command_knows_the_server() -> None:
+    """Without the extra `serve` everything else works; inside a function, the command may ask."""
+    importers = {
+        _name(path)
+        for path in SOURCES
+        if not path.is_relative_to(PACKAGE / "serve")
+        and any(module.startswith("mis_jax.serve") for module in _imported(_tree(path)))
+    }
+    assert importers == {"mis_jax/cli/serving.py"}
+    top_level = [node for node in _tree(PACKAGE / "cli/serving.py").body if not _defines(node)]
+    assert not any(m.startswith("mis_jax.serve") for m in _imported(ast.Module(top_level, [])))
+
+
 def test_constraints_hold_every_dependency_and_no_address() -> None:
     lines = [
         line

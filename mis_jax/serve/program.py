@@ -3,15 +3,19 @@
 import socket
 from collections.abc import Callable
 
+import jax
+
 from mis_jax.data.processor import Processor
 from mis_jax.generation.engine import Engine
 from mis_jax.generation.service import Service
 from mis_jax.model.internvl import InternVL
+from mis_jax.model.written_out import written_out
 from mis_jax.serve.app import create_app
 from mis_jax.serve.server import run
 from mis_jax.serve.settings import Settings
 
-BETWEEN = 1  # tokens that running answers grow by between two chunks of a new prompt
+STEPS = 8  # tokens of every answer between two looks at what has arrived
+BETWEEN = 1  # tokens of every answer between two chunks of a new prompt
 
 
 def serve(
@@ -26,14 +30,22 @@ def serve(
     started: Callable[[], None],
 ) -> None:
     """Answers requests at a bound socket; returns after SIGTERM or SIGINT."""
-    engine = Engine(
-        model,
-        stop_ids=processor.tokenizer.stop_ids,
-        decode=processor.tokenizer.decode,
-        rows=max_concurrent,
-        between=BETWEEN,
-        max_length=settings.context,
-    )
+    engine = engine_for(model, processor, rows=max_concurrent, max_length=settings.context)
     service = Service(engine, max_concurrent=max_concurrent, max_queue=max_queue)
     app = create_app(service, processor, settings)
     run(app, service, bound, drain=drain, started=started)
+
+
+def engine_for(model: InternVL, processor: Processor, *, rows: int, max_length: int) -> Engine:
+    """An engine that turns to new prompts soon, for answers that somebody is waiting for."""
+    if jax.default_backend() == "cpu":
+        model = written_out(model)
+    return Engine(
+        model,
+        stop_ids=processor.tokenizer.stop_ids,
+        decode=processor.tokenizer.decode,
+        rows=rows,
+        between=BETWEEN,
+        steps=STEPS,
+        max_length=max_length,
+    )

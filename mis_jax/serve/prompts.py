@@ -58,6 +58,7 @@ class Prompts:
             sampling=self._sampling(asked),
             stop=_stop(asked),
             logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+            streamed=bool(asked.stream),
         )
         options = asked.stream_options
         return Asked(request, bool(asked.stream), bool(options and options.include_usage))

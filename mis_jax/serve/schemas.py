@@ -266,8 +266,8 @@ def _absent(value: Any) -> bool:
 class Delta(BaseModel):
     """What an answer grew by."""
 
-    role: Literal["assistant"] | None = Field(None, exclude_if=_absent)
-    content: str | None = Field(None, exclude_if=_absent)
+    role: Literal["assistant"] | None = Field(default=None, exclude_if=_absent)
+    content: str | None = Field(default=None, exclude_if=_absent)
 
 
 class ChunkChoice(BaseModel):

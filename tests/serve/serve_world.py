@@ -13,6 +13,7 @@ from typing import Any
 import httpx2
 import numpy as np
 import openai
+import uvicorn
 from PIL import Image
 from scripted_engine import CONTEXT, ScriptedEngine
 
@@ -29,7 +30,7 @@ class World:
     """The server's address and its parts."""
 
     url: str
-    engine: ScriptedEngine
+    engine: Any
     service: Service
     http: httpx2.Client
     folder: Path | None = None  # the one with images that may be opened
@@ -86,10 +87,18 @@ def until(holds: Callable[[], bool], seconds: float = 5.0) -> None:
 def running(
     processor: Any, *, rows: int = 4, queue: int = 64, pause: float = 0.0, **settings: Any
 ) -> Iterator[World]:
-    """A server on a free port, in a thread of this process."""
-    import uvicorn
-
+    """A server with a scripted engine, on a free port, in a thread of this process."""
     engine = ScriptedEngine(processor, rows, pause)
+    with serving(engine, processor, rows=rows, queue=queue, **settings) as world:
+        yield world
+        engine.gate.set()
+
+
+@contextlib.contextmanager
+def serving(
+    engine: Any, processor: Any, *, rows: int, queue: int = 64, **settings: Any
+) -> Iterator[World]:
+    """A server with this engine."""
     service = Service(engine, max_concurrent=rows, max_queue=queue)
     app = create_app(service, processor, Settings(MODEL, CONTEXT, **settings))
     bound = bind("127.0.0.1", 0)
@@ -102,9 +111,8 @@ def running(
     thread.start()
     until(lambda: server.started)
     url = address_of(bound)
-    with httpx2.Client(base_url=url, timeout=20) as client:
+    with httpx2.Client(base_url=url, timeout=60) as client:
         yield World(url, engine, service, client, settings.get("image_folder"))
-    engine.gate.set()
     service.close()
     server.should_exit = True
     thread.join(10)
