@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -350,3 +352,43 @@ def test_an_interrupted_run_exits_75_and_goes_on(run, yaml_of, monkeypatch, tmp_
     assert stopped.error == "stopped at step 2, saved; run the same command again to go on"
     assert run("train", yaml_of()).code == 0
     assert [x["step"] for x in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+
+
+# serve
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max-concurrent", 0], "--max-concurrent is 0; give a number above 0"),
+        (["--max-queue", -1], "--max-queue is -1; give at least 0"),
+        (["--timeout", "nan"], "--timeout is nan; give a number above 0"),
+        (["--drain", "inf"], "--drain is inf; give at least 0 seconds"),
+        (["--api-key-env", "NO_SUCH_KEY"], "--api-key-env NO_SUCH_KEY: this environment variable"),
+        (["--allow-image-folder", "nowhere"], "--allow-image-folder nowhere: no such folder"),
+        (["--port", 70000], "--host 127.0.0.1 --port 70000 cannot be served on"),
+        (["--host", "no.such.host.invalid"], "--host no.such.host.invalid --port 8000 cannot be"),
+        (["--port", 0], "nowhere: no such folder"),
+    ],
+)
+def test_serve_with_bad_input(run, words, message):
+    refused = run("serve", "nowhere", *words)
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.error.startswith(message)
+
+
+def test_serve_on_a_port_that_is_taken(run):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = run("serve", "nowhere", "--port", port)
+    assert refused.code == 2
+    assert f"--port {port} cannot be served on" in refused.error
+
+
+def test_serve_without_its_extra(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "starlette.applications", None)
+    for name in [name for name in sys.modules if name.startswith("mis_jax.serve")]:
+        monkeypatch.delitem(sys.modules, name)
+    refused = run("serve", "nowhere")
+    assert refused.code == 2
+    assert "serving needs the extra 'serve': pip install 'mis-jax[serve]'" in refused.error

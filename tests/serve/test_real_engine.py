@@ -15,7 +15,7 @@ import openai
 import pytest
 from PIL import Image
 from scripted_engine import CONTEXT
-from serve_world import World, body, data_uri, image, serving
+from serve_world import MODEL, World, body, data_uri, image, serving
 from tiny_world import compiled_env
 
 import mis_jax
@@ -121,16 +121,8 @@ def test_logprobs_are_those_of_the_answer(world, expected):
 
 def test_the_command(tiny_checkpoint: Path, compiled_folder: Path):
     program = "from mis_jax.cli import main; main()"
-    words = [
-        "serve",
-        str(tiny_checkpoint),
-        "--port",
-        "0",
-        "--name",
-        "scripted",
-        "--api-key-env",
-        "K",
-    ]
+    options = f"--port 0 --name {MODEL} --api-key-env K --max-concurrent 2".split()
+    words = ["serve", str(tiny_checkpoint), *options]
     with subprocess.Popen(
         [sys.executable, "-c", program, *words],
         stdout=subprocess.PIPE,
