@@ -366,7 +366,7 @@ def test_an_interrupted_run_exits_75_and_goes_on(run, yaml_of, monkeypatch, tmp_
         (["--drain", "inf"], "--drain is inf; give at least 0 seconds"),
         (["--api-key-env", "NO_SUCH_KEY"], "--api-key-env NO_SUCH_KEY: this environment variable"),
         (["--allow-image-folder", "nowhere"], "--allow-image-folder nowhere: no such folder"),
-        (["--port", 70000], "--host 127.0.0.1 --port 70000 cannot be served on"),
+        (["--port", 70000], "--port is 70000; give a number from 0 (any free one) to 65535"),
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid --port 8000 cannot be"),
         (["--port", 0], "nowhere: no such folder"),
     ],

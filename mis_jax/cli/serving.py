@@ -64,36 +64,36 @@ def serve(
     if allow_image_folder is not None and not allow_image_folder.is_dir():
         raise ValueError(f"--allow-image-folder {allow_image_folder}: no such folder")
     key = _key(api_key_env)
-    bound = bind(host, port)  # before minutes of loading
-    if key is None and not is_local(bound):
-        err_console.print(
-            f"warning: anybody who reaches {address_of(bound)} can use it; see --api-key-env",
-            style="yellow", markup=False,
+    with bind(host, port) as bound:  # before minutes of loading
+        url = address_of(bound)
+        if key is None and not is_local(bound):
+            err_console.print(
+                f"warning: anybody who reaches {url} can use it; see --api-key-env",
+                style="yellow", markup=False,
+            )  # fmt: skip
+        network, processor = load_quietly(model, dtype)
+        settings = program.Settings(
+            model=name or model.resolve().name,
+            context=processor.config.text.max_position,
+            api_key=key,
+            image_folder=allow_image_folder,
+            timeout=timeout,
+            max_body=max_body_mib << 20,
+            max_pixels=max_megapixels * 1_000_000,
+        )
+        program.serve(
+            network,
+            processor,
+            settings,
+            bound,
+            max_concurrent=max_concurrent,
+            max_queue=max_queue,
+            drain=drain,
+            started=lambda: console.print(
+                f"{settings.model} is served at {url} (chat page) and {url}/v1 (API)",
+                markup=False, highlight=False, soft_wrap=True,
+            ),
         )  # fmt: skip
-    network, processor = load_quietly(model, dtype)
-    settings = program.Settings(
-        model=name or model.resolve().name,
-        context=processor.config.text.max_position,
-        api_key=key,
-        image_folder=allow_image_folder,
-        timeout=timeout,
-        max_body=max_body_mib << 20,
-        max_pixels=max_megapixels * 1_000_000,
-    )
-    program.serve(
-        network,
-        processor,
-        settings,
-        bound,
-        max_concurrent=max_concurrent,
-        max_queue=max_queue,
-        drain=drain,
-        started=lambda: console.print(
-            f"{settings.model} is served at {address_of(bound)} (chat page) and "
-            f"{address_of(bound)}/v1 (API)",
-            markup=False, highlight=False, soft_wrap=True,
-        ),
-    )  # fmt: skip
 
 
 def _key(variable: str | None) -> str | None:

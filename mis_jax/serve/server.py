@@ -18,6 +18,9 @@ _LAST_BYTES_SECONDS = 5  # for answers that are made, but not yet sent
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket of this address, not yet listening; ValueError where it is not to be had."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port is {port}; give a number from 0 (any free one) to 65535")
+    bound = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -25,7 +28,9 @@ def bind(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
+        if bound is not None:
+            bound.close()
         raise ValueError(f"--host {host} --port {port} cannot be served on ({error})") from None
     return bound
 
