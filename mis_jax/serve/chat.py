@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ class _Course:
 
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     began: float = field(default_factory=time.monotonic)
+    responded: bool = False  # the status has been sent
     stream: EventStream | None = None
     prompt_tokens: int = 0
     generated: int = 0
@@ -59,6 +61,7 @@ class ChatCompletions:
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
+                course.responded = True
                 message["headers"].append((b"x-request-id", course.id.encode()))
             await send(message)
 
@@ -71,9 +74,9 @@ class ChatCompletions:
         except Exception as error:
             refusal = as_api_error(error, self._settings.timeout)
             status = refusal.status
-            if course.stream is None:
+            if not course.responded:
                 await refusal.response()(scope, receive, named)
-            else:
+            elif course.stream is not None:
                 await course.stream.fail(refusal)
         self._metrics.ended(status, course.seconds)
         log.info(
@@ -109,7 +112,7 @@ class ChatCompletions:
             logprobs=asked.request.logprobs is not None,
         )  # fmt: skip
         async with aclosing(pieces(ticket, asked.request, receive)) as answer:
-            counted = self._counted(course, answer)
+            counted = self._counted(course, answer, timed=asked.stream)
             if not asked.stream:
                 completion = await writer.whole(counted)
                 await JSONResponse(completion.model_dump())(scope, receive, send)
@@ -126,13 +129,12 @@ class ChatCompletions:
             await course.stream.event(writer.usage(course.generated).model_dump_json())
         await course.stream.end()
 
-    async def _counted(self, course: _Course, answer):
-        first = True
+    async def _counted(
+        self, course: _Course, answer: AsyncIterator[Piece], *, timed: bool
+    ) -> AsyncIterator[Piece]:
         async for piece in answer:
-            assert isinstance(piece, Piece)
-            if first:
+            if timed and not course.generated:
                 self._metrics.first_piece(course.seconds)
-                first = False
             self._metrics.generated(piece.generated - course.generated)
             course.generated = piece.generated
             yield piece

@@ -49,7 +49,7 @@ class Metrics:
             buckets=_SECONDS, registry=registry,
         )  # fmt: skip
         self._first = Histogram(
-            "mis_jax_first_token_seconds", "From arrival to the first piece of an answer.",
+            "mis_jax_first_token_seconds", "From arrival to the first piece of a streamed answer.",
             buckets=_SECONDS, registry=registry,
         )  # fmt: skip
 

@@ -1,12 +1,15 @@
 """A loaded model, served until it is told to stop."""
 
+import queue
 import socket
 from collections.abc import Callable
 
 import jax
+from PIL import Image
 
 from mis_jax.data.processor import Processor
 from mis_jax.generation.engine import Engine
+from mis_jax.generation.requests import Piece, Request
 from mis_jax.generation.service import Service
 from mis_jax.model.internvl import InternVL
 from mis_jax.model.written_out import written_out
@@ -29,9 +32,13 @@ def serve(
     drain: float,
     started: Callable[[], None],
 ) -> None:
-    """Answers requests at a bound socket; returns after SIGTERM or SIGINT."""
+    """Answers requests at a bound socket; returns after SIGTERM or SIGINT.
+
+    What the engine raises on its very first prompts, such as for want of memory, is raised here.
+    """
     engine = engine_for(model, processor, rows=max_concurrent, max_length=settings.context)
     service = Service(engine, max_concurrent=max_concurrent, max_queue=max_queue)
+    warm_up(service, processor)
     app = create_app(service, processor, settings)
     run(app, service, bound, drain=drain, started=started)
 
@@ -49,3 +56,16 @@ def engine_for(model: InternVL, processor: Processor, *, rows: int, max_length: 
         steps=STEPS,
         max_length=max_length,
     )
+
+
+def warm_up(service: Service, processor: Processor) -> None:
+    """Answer a prompt without and one with a picture: clients do not wait for the compiler."""
+    size = processor.config.vision.image_size
+    for pictures in ([], [Image.new("RGB", (size, size))]):
+        parts = [*({"type": "image"} for _ in pictures), {"type": "text", "text": "Hello"}]
+        example = processor.example([{"role": "user", "content": parts}], pictures)
+        heard: queue.SimpleQueue[Piece | Exception] = queue.SimpleQueue()
+        service.submit(Request(example, max_new_tokens=2 * STEPS), heard.put)
+        while not (isinstance(what := heard.get(), Piece) and what.finish_reason):
+            if isinstance(what, Exception):
+                raise what

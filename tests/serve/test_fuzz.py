@@ -27,7 +27,7 @@ def test_a_fuzz_of_every_operation(tiny_processor, tmp_path: Path):
     with running(tiny_processor, queue=200) as world:
         words = [
             "run", f"{world.url}/openapi.json", "--phases", "coverage,fuzzing",
-            "--exclude-checks", EXCLUDED, "-n", "100", "--continue-on-failure", "--no-shrink",
+            "--exclude-checks", EXCLUDED, "-n", "50", "--continue-on-failure", "--no-shrink",
             "--generation-database", "none", "--report", "json",
             "--report-json-path", str(tmp_path / "report.json"),
         ]  # fmt: skip

@@ -108,9 +108,7 @@ def test_the_openai_client_tries_again_after_429(tiny_processor):
 
 
 def test_a_body_that_never_comes_holds_its_place_for_the_timeout_alone(tiny_processor):
-    with running(tiny_processor, rows=1, queue=0, timeout=0.3) as world:
-        raw = raw_request(world, b"")
-        raw.close()
+    with running(tiny_processor, rows=1, queue=0, timeout=1) as world:
         with socket.create_connection(("127.0.0.1", int(world.url.rpartition(":")[2]))) as slow:
             slow.sendall(
                 f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

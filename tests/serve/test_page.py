@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from PIL import Image
+from playwright.sync_api import expect, sync_playwright
 from scripted_engine import FAIL
 from serve_world import World, running, until
 
@@ -29,8 +30,6 @@ def world(tiny_processor) -> Iterator[World]:
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
     assert CHROMIUM, "no Chromium on this machine: apt-get install chromium"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
@@ -95,7 +94,7 @@ def test_an_answer_comes_in_pieces(page, world):
 
 def test_two_pictures_and_the_turns_before(page, pictures):
     page.get_by_label("Add pictures").set_input_files(pictures[:2])
-    assert page.get_by_role("img", name="Picture").count() == 2
+    expect(page.get_by_role("img", name="Picture")).to_have_count(2)
     ask(page, "What are they for?")
     ended(page)
     # Two tiles and a thumbnail each, and the images named in their order.
@@ -112,9 +111,10 @@ def test_two_pictures_and_the_turns_before(page, pictures):
 
 def test_a_third_picture_and_a_removed_one(page, pictures, tmp_path):
     page.get_by_label("Add pictures").set_input_files(pictures)
-    assert "third.png is left out" in page.locator(".error").inner_text()
+    expect(page.locator(".error")).to_contain_text("third.png is left out")
+    expect(page.get_by_role("img", name="Picture")).to_have_count(2)
     page.get_by_role("button", name="Remove picture 2").click()
-    assert page.get_by_role("img", name="Picture").count() == 1
+    expect(page.get_by_role("img", name="Picture")).to_have_count(1)
     ask(page, "What is it?")
     page.wait_for_selector("article.assistant .note")
     assert (

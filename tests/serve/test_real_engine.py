@@ -121,7 +121,7 @@ def test_logprobs_are_those_of_the_answer(world, expected):
 
 def test_the_command(tiny_checkpoint: Path, compiled_folder: Path):
     program = "from mis_jax.cli import main; main()"
-    options = f"--port 0 --name {MODEL} --api-key-env K --max-concurrent 2".split()
+    options = f"--port 0 --name {MODEL} --api-key-env K --max-concurrent 4".split()
     words = ["serve", str(tiny_checkpoint), *options]
     with subprocess.Popen(
         [sys.executable, "-c", program, *words],

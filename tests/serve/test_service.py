@@ -11,6 +11,7 @@ from serve_world import until
 from mis_jax.generation.requests import Piece, Request
 from mis_jax.generation.sampling import Sampling
 from mis_jax.generation.service import Busy, EngineFailure, Service, Unavailable
+from mis_jax.serve.program import warm_up
 
 
 @pytest.fixture
@@ -204,3 +205,17 @@ def test_a_hearer_that_fails_loses_its_place_alone(open_service, ask):
     assert fine.answer() == "0 tiles: hello"
     assert world.engine.cancelled == [1]
     assert world.service.running == 0
+
+
+def test_warming_up_raises_what_the_engine_raises(open_service, tiny_processor, monkeypatch):
+    world = open_service()
+    warm_up(world.service, tiny_processor)
+    assert world.engine.next == 2
+    assert (world.service.running, world.service.waiting) == (0, 0)
+
+    def full():
+        raise MemoryError("the device is full")
+
+    monkeypatch.setattr(world.engine, "step", full)
+    with pytest.raises(EngineFailure, match="the device is full"):
+        warm_up(world.service, tiny_processor)

@@ -29,7 +29,7 @@ class Mixing(ScriptedEngine):
 
 @pytest.mark.parametrize(("engine", "code"), [(ScriptedEngine, 0), (Mixing, 1)])
 def test_load(tiny_processor, engine, code):
-    words = ["--clients=12", "--seconds=1", "--prompts=24", "--max-tokens=40", "--json"]
+    words = ["--clients=12", "--seconds=0.7", "--prompts=24", "--max-tokens=40", "--json"]
     with serving(engine(tiny_processor, 4), tiny_processor, rows=4, queue=3) as world:
         ran = subprocess.run(
             [sys.executable, ROOT / "tools" / "load_test.py", world.url, *words],
