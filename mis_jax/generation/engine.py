@@ -63,9 +63,9 @@ class Engine:
         self._mesh = _mesh_of(model)
         shards = [self._mesh.shape[axis] for axis in BATCH_AXES] if self._mesh else []
         self._groups = max(groups, math.prod(shards))
+        self._max_rows = rows
         rows = max(rows, MIN_ROWS)
         self._rows: list[Running | None] = [None] * (-(-rows // self._groups) * self._groups)
-        self._max_rows = rows
         self._between, self._steps = between, min(steps, DECODE_STEPS)
         self._decode = decode
         self._stops = frozenset(int(token) for token in stop_ids)

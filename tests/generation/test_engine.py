@@ -82,6 +82,18 @@ def test_long_prompts_are_read_in_chunks(model, rng, monkeypatch):
         assert best_of_the_full_forward(model, batch, made.tokens) >= 1
 
 
+def test_no_more_run_than_there_are_rows(model, rng):
+    """Also where the device computes more."""
+    engine = Engine(model, stop_ids=(), decode=letters, rows=1, steps=2)
+    for request in requests_of(random_batch(rng, [4] * 3), max_new_tokens=8):
+        engine.add(request)
+    most = 0
+    while not engine.idle:
+        engine.step()
+        most = max(most, engine.running)
+    assert most == 1
+
+
 def test_an_empty_row_is_given_on_at_once(model, rng):
     """A long answer does not hold the short ones: decoding steps are few."""
     batch = random_batch(rng, [4] * 9)
