@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, arg
 
-from mis_jax.cli.common import Dtype, console, err_console, load_quietly
+from mis_jax.cli.common import Dtype, MeshSizes, console, err_console, load_quietly
 
 _HELP = "/image FILE adds a picture to the next question, /clear begins anew, /quit ends"
 
@@ -23,6 +23,7 @@ def chat(
     seed: int = 0,
     max_tiles: int | None = None,
     dtype: Dtype | None = None,
+    mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
 ) -> None:
     r"""Talk with a model in the terminal; answers appear as they are made.
 
@@ -42,17 +43,17 @@ def chat(
         seed: Of the sampling.
         max_tiles: Tiles of a conversation, divided over its images; the checkpoint's without it.
         dtype: Number format; float32 on a CPU and the file's own elsewhere without it.
+        mesh: Devices that share the model.
     """
     from mis_jax.data.images import open_image
     from mis_jax.generation.chatting import Chat
     from mis_jax.generation.files import Settings
     from mis_jax.generation.sampling import Sampling
-    from mis_jax.model.written_out import written_out
 
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    network, processor = load_quietly(model, dtype)
+    network, processor = load_quietly(model, dtype, mesh)
     settings = Settings(sampling, system, max_new_tokens, max_tiles)
-    talk = Chat(written_out(network, consume=True), processor, settings)
+    talk = Chat(network, processor, settings)
     err_console.print(_HELP, style="dim")
     waiting = list(image)
     while True:

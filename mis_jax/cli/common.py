@@ -2,6 +2,7 @@
 
 import errno
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -45,14 +46,36 @@ def print_json(content: Any) -> None:
     print(json.dumps(content, ensure_ascii=False))
 
 
-def load_quietly(path: Path, dtype: str | None):
-    """Model and processor; float32 on a CPU, whose bf16 products of one row are very slow."""
+@dataclass(frozen=True)
+class MeshSizes:
+    """Devices that share the model; a run's configuration has the same axes."""
+
+    data: int = 1
+    """Copies of the model, each with its own rows."""
+    fsdp: int = 1
+    """Shards of every parameter, each with its own rows; -1 takes the devices that are left."""
+    tensor: int = 1
+    """Shards of heads and feed-forward columns; -1 takes the devices that are left."""
+
+
+def load_quietly(path: Path, dtype: str | None, sizes: MeshSizes):
+    """Model and processor, for answers: layers written out, on a mesh where sizes ask for one.
+
+    float32 on a CPU, whose bf16 products of one row are very slow.
+    """
     import jax
 
     from mis_jax.api import load
+    from mis_jax.config import MeshConfig
+    from mis_jax.model.written_out import written_out
+    from mis_jax.sharding import make_mesh
     from mis_jax.terminal import bytes_bar
 
+    mesh = None
+    if sizes != MeshSizes():
+        mesh = make_mesh(MeshConfig(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor))
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
     with bytes_bar(err_console) as bar:
-        return load(path, dtype=dtype, progress=bar.task("reading tensors"))
+        model, processor = load(path, dtype=dtype, mesh=mesh, progress=bar.task("reading tensors"))
+    return written_out(model, consume=True), processor

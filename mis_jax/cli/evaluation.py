@@ -5,7 +5,15 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from mis_jax.cli.common import Dtype, Failed, console, err_console, load_quietly, print_json
+from mis_jax.cli.common import (
+    Dtype,
+    Failed,
+    MeshSizes,
+    console,
+    err_console,
+    load_quietly,
+    print_json,
+)
 
 
 def eval_(
@@ -16,6 +24,7 @@ def eval_(
     out: Path,
     batch_size: int = 32,
     dtype: Dtype | None = None,
+    mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
 ) -> None:
     """Ask a model the questions of benchmarks. Finished answers are kept when called again.
 
@@ -28,6 +37,7 @@ def eval_(
         out: Folder of the evaluation run.
         batch_size: Questions answered at once.
         dtype: Number format; float32 on a CPU and the file's own elsewhere without it.
+        mesh: Devices that share the model.
     """
     from mis_jax.evals.answering import answers_of
     from mis_jax.evals.benchmarks import get_benchmark, size_note
@@ -42,7 +52,7 @@ def eval_(
     sets = [benchmark.load(data_root) for benchmark in chosen]
     fingerprint = folder_fingerprint(model)
     open_run(out, model=model.name, fingerprint=fingerprint, data_root=data_root)
-    network, processor = load_quietly(model, dtype)
+    network, processor = load_quietly(model, dtype, mesh)
     failed = 0
     with steps_bar(err_console) as bar:
         for benchmark, samples in zip(chosen, sets, strict=True):

@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, arg
 
-from mis_jax.cli.common import Dtype, console, err_console, load_quietly, print_json
+from mis_jax.cli.common import Dtype, MeshSizes, console, err_console, load_quietly, print_json
 
 
 def generate(
@@ -23,6 +23,7 @@ def generate(
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     max_tiles: int | None = None,
     dtype: Dtype | None = None,
+    mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
     batch: Path | None = None,
     out: Path | None = None,
     json: bool = False,
@@ -44,6 +45,7 @@ def generate(
         stop: A text before which an answer ends; repeat the option for several.
         max_tiles: Tiles of a conversation, divided over its images; the checkpoint's without it.
         dtype: Number format; float32 on a CPU and the file's own elsewhere without it.
+        mesh: Devices that share the model.
         batch: JSON lines with id, prompt and images (a list of paths) instead of --prompt.
         out: Answers to --batch, one JSON line each.
         json: Print text, prompt_tokens, completion_tokens and finish_reason as JSON.
@@ -55,7 +57,7 @@ def generate(
         raise ValueError("give either --prompt TEXT or --batch FILE.jsonl")
     if batch is not None and (out is None or image):
         raise ValueError("--batch needs --out FILE.jsonl, and takes images from the file's rows")
-    network, processor = load_quietly(model, dtype)
+    network, processor = load_quietly(model, dtype, mesh)
     settings = Settings(
         Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
         system=system,

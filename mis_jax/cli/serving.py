@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from mis_jax.cli.common import Dtype, console, err_console, load_quietly
+from mis_jax.cli.common import Dtype, MeshSizes, console, err_console, load_quietly
 
 
 def serve(
@@ -19,6 +19,7 @@ def serve(
     max_concurrent: int = 16,
     max_queue: int = 64,
     dtype: Dtype | None = None,
+    mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
     timeout: float = 600.0,
     drain: float = 120.0,
     allow_image_folder: Path | None = None,
@@ -38,6 +39,7 @@ def serve(
         max_concurrent: Requests answered at the same time.
         max_queue: Requests that wait beside them; more are refused with 429.
         dtype: Number format; float32 on a CPU and the file's own elsewhere without it.
+        mesh: Devices that share the model.
         timeout: Seconds that a request may take, waiting included.
         drain: Seconds in which answers under way are finished after SIGTERM.
         allow_image_folder: Files below it may be named in requests; no file without it.
@@ -71,7 +73,7 @@ def serve(
                 f"warning: anybody who reaches {url} can use it; see --api-key-env",
                 style="yellow", markup=False,
             )  # fmt: skip
-        network, processor = load_quietly(model, dtype)
+        network, processor = load_quietly(model, dtype, mesh)
         settings = program.Settings(
             model=name or model.resolve().name,
             context=processor.config.text.max_position,

@@ -23,14 +23,17 @@ def tiny_config(**text_changes) -> InternVLConfig:
 
 
 def random_model(config: InternVLConfig, seed: int) -> InternVL:
-    """Embeddings and head large enough that no two tokens are nearly equally likely."""
+    """Embeddings and head large enough that no two tokens are nearly equally likely.
+
+    The model never says the image token: the full forward pass would want a picture for it.
+    """
     graph, _ = nnx.split(nnx.eval_shape(lambda: InternVL(config, rngs=nnx.Rngs(0))))
     weights = jax.jit(lambda key: nnx.state(InternVL(config, rngs=nnx.Rngs(key))))(
         jax.random.key(seed)
     )
     model = nnx.merge(graph, weights)
     model.text.embedding[...] = model.text.embedding[...] * 50
-    model.text.head[...] = model.text.head[...] * 50
+    model.text.head[...] = (model.text.head[...] * 50).at[IMAGE_TOKEN].set(0)
     return model
 
 
