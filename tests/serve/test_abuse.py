@@ -1,6 +1,7 @@
 """What a server meets on an open port: it refuses with a clear 4xx and goes on answering."""
 
 import base64
+import contextlib
 import io
 import json
 import socket
@@ -307,14 +308,16 @@ def test_unknown_paths_and_methods(world):
 def test_what_is_not_http(world):
     port = int(world.url.rpartition(":")[2])
     for content in (b"\0" * 1000, b"GET / HTTP/9.9\r\n\r\n", b"x" * 200_000):
-        with socket.create_connection(("127.0.0.1", port)) as raw:
+        # The server may hang up at any moment; that it goes on is what matters.
+        with (
+            socket.create_connection(("127.0.0.1", port)) as raw,
+            contextlib.suppress(OSError),
+        ):
             raw.sendall(content)
             raw.shutdown(socket.SHUT_WR)
-            try:
-                while raw.recv(1000):
-                    pass
-            except ConnectionResetError:
+            while raw.recv(1000):
                 pass
+    assert world.http.get("/health").status_code == 200
 
 
 # The key
