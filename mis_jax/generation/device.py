@@ -6,7 +6,7 @@
     cache, newest token of every row --decode--> tokens
 
 Each is one jitted function that compiles for few shapes: the number of rows and of tiles in the
-pool are fixed, chunks come in three lengths and caches in the sizes of `slots_bucket`. The model
+pool are fixed, chunks come in six lengths and caches in the sizes of `slots_bucket`. The model
 comes in as (graph, weights), so that new weights need no new compilation.
 
 Dynamic NTK: a query uses the base of its row's length so far, and a key keeps the base it was

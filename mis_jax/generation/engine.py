@@ -32,7 +32,7 @@ from mis_jax.model.layers import Stack
 from mis_jax.sharding import BATCH_AXES
 
 MIN_ROWS = 2  # bf16 products of a single row are pathologically slow on CPUs
-CHUNKS = (128, 384, 1024)  # tokens of a prompt that are read together: few shapes
+CHUNKS = (128, 256, 384, 512, 768, 1024)  # tokens of a prompt that are read together: few shapes
 POOL_TILES = 64
 
 

@@ -13,7 +13,7 @@ from mis_jax.generation import device
 from mis_jax.model.internvl import InternVL
 
 TILES_AT_ONCE = 16  # through the vision tower
-_TILE_COUNTS = (1, 4, TILES_AT_ONCE)  # so many tiles are encoded together: few shapes
+_TILE_COUNTS = (1, 2, 4, 8, TILES_AT_ONCE)  # so many are encoded together: few shapes
 
 
 @dataclass
