@@ -18,6 +18,7 @@ from mis_jax.model.family import published
 from mis_jax.plan import Plan, model_config, plan
 from mis_jax.plan.advice import advice
 from mis_jax.plan.collectives import Collective, Sum, collectives, sums
+from mis_jax.plan.generation import GenerationShape
 from mis_jax.plan.memory import Memory, compile_for
 from mis_jax.plan.roofline import roofline
 from mis_jax.plan.shape import training_shape
@@ -344,6 +345,13 @@ def test_every_step_is_compiled_and_its_memory_and_time_known(compiled: Plan) ->
     train = compiled.steps[0]
     assert sums(train.collectives)["all-gather"].bytes > 0
     assert train.memory.output < train.memory.arguments / 10  # the state is given away
+    prefill, decode = compiled.steps[1:]
+    assert isinstance(prefill.shape, GenerationShape)
+    assert prefill.tokens == prefill.shape.groups * prefill.shape.chunk
+    assert decode.tokens == prefill.shape.rows
+    assert prefill.noncausal > prefill.operations > decode.operations
+    for step in (prefill, decode):  # the cache is given away
+        assert step.memory.output < step.memory.arguments / 10
 
 
 def test_json_has_the_contracts_keys(mis_jax, yaml_of, compiled, monkeypatch, tiny_checkpoint):

@@ -107,7 +107,8 @@ def _shape_words(step: Any) -> str:
             f"{shape.rows} rows of {shape.length} tokens and {shape.tiles} tiles, "
             f"{shape.micro_rows} at a time ({shape.why})"
         )
-    return f"{shape.rows} rows, prompts of {shape.prompt} tokens, cache of {shape.slots} slots"
+    read = f"read {shape.groups} x {shape.chunk} at a time"
+    return f"{shape.rows} rows, prompts of {shape.prompt} tokens {read}, {shape.slots} slots"
 
 
 def _too_large(made: Any) -> str:

@@ -16,16 +16,21 @@ class Chat:
     """Turns so far, and the pictures that belong to them."""
 
     def __init__(self, model: InternVL, processor: Processor, settings: Settings):
+        self._model = model
         self._processor = processor
         self._settings = settings
-        self._engine = Engine(
-            model,
-            stop_ids=processor.tokenizer.stop_ids,
-            decode=processor.tokenizer.decode,
+        self._engine = self._new_engine()
+        self.clear()
+
+    def _new_engine(self) -> Engine:
+        tokenizer = self._processor.tokenizer
+        return Engine(
+            self._model,
+            stop_ids=tokenizer.stop_ids,
+            decode=tokenizer.decode,
             rows=1,
             steps=_STEPS,
         )
-        self.clear()
 
     def clear(self) -> None:
         """Begin a new conversation."""
@@ -42,7 +47,7 @@ class Chat:
         example = self._processor.example(
             turns, pictures, system=self._settings.system, max_tiles=self._settings.max_tiles
         )
-        ticket = self._engine.add(
+        self._engine.add(
             Request(
                 example,
                 self._settings.max_new_tokens,
@@ -58,7 +63,8 @@ class Chat:
                     answer += last.text
                     show(last.text)
         except BaseException:
-            self._engine.cancel(ticket)
+            # Ctrl-C may fall between two lines of the engine, its cache given to the device.
+            self._engine = self._new_engine()
             raise
         self._turns = [*turns, {"role": "assistant", "content": answer}]
         self._images = pictures

@@ -55,7 +55,9 @@ class StepPlan:
         """Positions that a step goes through, padding included."""
         if isinstance(self.shape, Shape):
             return self.shape.rows * self.shape.length
-        return self.shape.rows * (self.shape.prompt if self.name == "prefill" else 1)
+        if self.name == "prefill":
+            return self.shape.groups * self.shape.chunk
+        return self.shape.rows
 
 
 @dataclass(frozen=True)
@@ -175,11 +177,14 @@ def _generation_plan(
     make = compile_prefill if name == "prefill" else compile_decode
     compiled = make(topology, config, model, mesh, shape)
     if name == "prefill":
-        squares = float(shape.rows * shape.prompt**2)
-        count: Any = dict(
-            tokens=shape.rows * shape.prompt, tiles=0, squares=squares, head_tokens=shape.rows
-        )
-        work, whole = flops.forward(model, **count), flops.forward(model, causal=False, **count)
+        # The last chunk of a prompt: every token looks at all before it, and as the whole square
+        # at every slot there is.
+        groups, before = shape.groups, shape.prompt - shape.chunk
+        seen = float(groups * (shape.prompt**2 - before**2))
+        square = float(groups * shape.chunk * shape.slots)
+        count: Any = dict(tokens=groups * shape.chunk, tiles=0, head_tokens=groups)
+        work = flops.forward(model, squares=seen, **count)
+        whole = flops.forward(model, squares=square, causal=False, **count)
     else:
         squares = float(shape.rows * shape.slots)
         whole = work = flops.forward(

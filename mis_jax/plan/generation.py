@@ -30,12 +30,17 @@ from mis_jax.weights import parameters
 
 @dataclass(frozen=True)
 class GenerationShape:
-    """Rows of `evaluation.samples`, spread over the devices; slots are those of the cache."""
+    """Rows of `evaluation.samples`, spread over the devices; slots are those of the cache.
+
+    Prompts are read `chunk` tokens at a time, one in each of as many `groups` as rows are split in.
+    """
 
     rows: int
     prompt: int
     slots: int
     tiles: int  # of a row
+    groups: int
+    chunk: int
 
 
 def generation_shape(config: RunConfig, model: InternVLConfig, mesh: Mesh) -> GenerationShape:
@@ -45,16 +50,15 @@ def generation_shape(config: RunConfig, model: InternVLConfig, mesh: Mesh) -> Ge
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = -(-power_of_two(config.evaluation.samples) // shards) * shards
     slots = slots_bucket(prompt + config.evaluation.max_new_tokens)
-    return GenerationShape(rows, prompt, slots, tiles)
+    return GenerationShape(rows, prompt, slots, tiles, shards, min(CHUNKS[-1], prompt))
 
 
 def compile_prefill(
     topology: Topology, config: RunConfig, model: InternVLConfig, mesh: Mesh, shape: GenerationShape
 ) -> Compiled:
-    """One chunk of a prompt in every group of rows: its first token, and the cache written."""
+    """The last chunk of a prompt in every group of rows: its first token, and the cache written."""
     dtype = jnp.dtype(config.dtype.compute)
-    groups = mesh.shape["data"] * mesh.shape["fsdp"]
-    length = min(CHUNKS[-1], shape.prompt)
+    groups, length = shape.groups, shape.chunk
     how = _how(config, model, mesh)
 
     def run(values: Any, cache: KVCache, pool: Any, chunk: Chunk):

@@ -6,6 +6,7 @@ import pytest
 from tiny_world import picture
 
 from mis_jax.cli import main
+from mis_jax.generation import device
 from mis_jax.quickstart import BASE_MODEL
 
 
@@ -47,3 +48,21 @@ def test_what_goes_wrong_is_told_and_the_talk_goes_on(monkeypatch, capsys, tmp_p
 @pytest.mark.parametrize("word", ["/quit", ""])
 def test_it_ends(monkeypatch, capsys, word):
     assert talk(monkeypatch, capsys, *([word] if word else []))[0] == []
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_talk(monkeypatch, capsys):
+    """Also where it falls after the cache was given to the device and before it came back."""
+    real, calls = device.decode, []
+
+    def interrupted(*words):
+        made = real(*words)
+        calls.append(words)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return made
+
+    monkeypatch.setattr(device, "decode", interrupted)
+    answers, told = talk(monkeypatch, capsys, "Hello", "/clear", "Hello")
+    assert "stopped" in told and len(calls) > 1
+    monkeypatch.setattr(device, "decode", real)
+    assert talk(monkeypatch, capsys, "Hello")[0][-1] == answers[-1]
