@@ -3,7 +3,8 @@
 Every cell (prefill, decode at a batch size, a set of prompts of many lengths) is timed for both
 sides in turns, each side in a process of its own that lives as long as the benchmark does, so that
 neither is started or stopped while the other is timed. In float32 nine first tokens of ten and
-seven answers of ten must agree (random weights have near ties), or the figures mean nothing. Rates of decoding count the tokens after the first.
+seven answers of ten must agree (random weights have near ties), or the figures mean nothing. Rates
+of decoding count the tokens after the first.
 """
 
 import dataclasses
