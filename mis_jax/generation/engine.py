@@ -31,7 +31,6 @@ from mis_jax.model.internvl import InternVL
 from mis_jax.model.layers import Stack
 from mis_jax.sharding import BATCH_AXES
 
-MIN_ROWS = 2  # bf16 products of a single row are pathologically slow on CPUs
 CHUNKS = (128, 256, 384, 512, 768, 1024)  # tokens of a prompt that are read together: few shapes
 POOL_TILES = 64
 
@@ -64,7 +63,6 @@ class Engine:
         shards = [self._mesh.shape[axis] for axis in BATCH_AXES] if self._mesh else []
         self._groups = max(groups, math.prod(shards))
         self._max_rows = rows
-        rows = max(rows, MIN_ROWS)
         self._rows: list[Running | None] = [None] * (-(-rows // self._groups) * self._groups)
         self._between, self._steps = between, min(steps, DECODE_STEPS)
         self._decode = decode

@@ -57,7 +57,7 @@ def sample(
     top_p_B = jnp.broadcast_to(jnp.asarray(top_p, jnp.float32), batch)
     top_k_B = jnp.broadcast_to(jnp.asarray(top_k, jnp.int32), batch)
     logits_BV = logits_BV.astype(jnp.float32)
-    best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    best_B = best(logits_BV)
 
     def draw():
         below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)  # never overflows
@@ -71,6 +71,14 @@ def sample(
         return jnp.where(temperature_B > 0, drawn_B, best_B)
 
     return jax.lax.cond(jnp.any(temperature_B > 0), draw, lambda: best_B)
+
+
+def best(logits_BV: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:
+    """The first of the largest logits. As two plain reductions, which XLA vectorises on a CPU."""
+    vocab = logits_BV.shape[-1]
+    largest_B1 = logits_BV.max(axis=-1, keepdims=True)
+    ids_BV = jnp.where(logits_BV == largest_B1, jnp.arange(vocab, dtype=jnp.int32), vocab - 1)
+    return ids_BV.min(axis=-1)
 
 
 def _kept(logits_BV, top_p_B, top_k_B):

@@ -79,15 +79,32 @@ class NextToken:
     slots: Int[Array, " rows"]
 
     def attend(self, layer, query, key, value):
-        def write(row_KSH, new_1KH, slot):
-            return row_KSH.at[:, slot].set(new_1KH[0].astype(row_KSH.dtype), mode="drop")
+        def written(rows_RKSH, new_R1KH):
+            new_RKH = new_R1KH[:, 0].astype(rows_RKSH.dtype)
+            return jax.lax.platform_dependent(
+                rows_RKSH, new_RKH, self.slots, cpu=_write_by_choice, default=_write_at_once
+            )
 
-        written = jax.vmap(write)
-        keys_RKSH = written(self.cache.keys[layer], key, self.slots)
-        values_RKSH = written(self.cache.values[layer], value, self.slots)
+        keys_RKSH = written(self.cache.keys[layer], key)
+        values_RKSH = written(self.cache.values[layer], value)
         seen_RS = jnp.arange(self.cache.slots) <= self.slots[:, None]
         out = grouped_attention(query, keys_RKSH, values_RKSH, seen_RS[:, None, None])
         return replace(self, cache=self.cache.with_layer(layer, keys_RKSH, values_RKSH)), out
+
+
+def _write_at_once(rows_RKSH, new_RKH, slots_R):
+    def write(row_KSH, new_KH, slot):
+        return row_KSH.at[:, slot].set(new_KH, mode="drop")
+
+    return jax.vmap(write)(rows_RKSH, new_RKH, slots_R)
+
+
+def _write_by_choice(rows_RKSH, new_RKH, slots_R):
+    """On a CPU, XLA would scatter into a float32 copy of a bfloat16 cache; this passes it once."""
+    if rows_RKSH.dtype != jnp.bfloat16:
+        return _write_at_once(rows_RKSH, new_RKH, slots_R)
+    here_RS = jnp.arange(rows_RKSH.shape[2]) == slots_R[:, None]
+    return jnp.where(here_RS[:, None, :, None], new_RKH[:, :, None], rows_RKSH)
 
 
 @jax.tree_util.register_dataclass

@@ -85,10 +85,34 @@ def from_left(
     read a left side two to three times as fast as a right one.
     """
     rows = x.reshape(-1, x.shape[-1])
-    y = jax.lax.dot_general(
-        table, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    y = jax.lax.platform_dependent(table, rows, cpu=_from_left_on_cpu, default=_from_left)
+    return y.reshape(*x.shape[:-1], table.shape[0])
+
+
+def _from_left(table, rows):
+    contracted = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(table, rows, contracted, preferred_element_type=jnp.float32).T
+
+
+def _from_left_on_cpu(table, rows):
+    """Measured with jaxlib 0.10.2, see `benchmarks/NOTES.md`.
+
+    bfloat16 products with a single row are thirty times as slow as with two. Those of float32 with
+    2 to 32 rows read a table of two halves (a batch of two products) twice as fast as a whole one.
+    """
+    count, (out_size, in_size) = rows.shape[0], table.shape
+    if count == 1 and table.dtype == jnp.bfloat16:
+        return _from_left(table, jnp.concatenate([rows, rows]))[:1]
+    halves = table.dtype == jnp.float32 or in_size > out_size
+    if not halves or not 1 < count <= 32 or out_size % 2:
+        return _from_left(table, rows)
+    y_2OR = jax.lax.dot_general(
+        table.reshape(2, out_size // 2, in_size),
+        jnp.broadcast_to(rows, (2, *rows.shape)),
+        (((2,), (2,)), ((0,), (0,))),
+        preferred_element_type=jnp.float32,
     )
-    return y.T.reshape(*x.shape[:-1], table.shape[0])
+    return y_2OR.reshape(out_size, count).T
 
 
 def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -255,7 +279,8 @@ class WrittenOut(nnx.Module):
         self.blocks = nnx.List(blocks)
 
     def __call__(self, carry, step, per_layer=None, *, execution: Execution, dtype):
+        outputs = []
         for layer, block in enumerate(self.blocks):
             carry, output = step(carry, block, layer)
-            assert output is None, "outputs of layers are for the stack that is scanned"
-        return carry, None
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *each: jnp.stack(each), *outputs)

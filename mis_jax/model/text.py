@@ -108,7 +108,19 @@ def lookup(
     table_VD: Float[Array, "rows width"], ids_BT: Int[Array, "batch length"]
 ) -> Float[Array, "batch length width"]:
     """Rows of a table; its gradient is summed in float32, however narrow the table is."""
+    return jax.lax.platform_dependent(table_VD, ids_BT, cpu=_rows_of_bits, default=_rows_at_once)
+
+
+def _rows_at_once(table_VD, ids_BT):
     return table_VD.at[ids_BT].get(mode="clip")
+
+
+def _rows_of_bits(table_VD, ids_BT):
+    """On a CPU, XLA would gather from a float32 copy of a bfloat16 table."""
+    if table_VD.dtype != jnp.bfloat16:
+        return _rows_at_once(table_VD, ids_BT)
+    bits_VD = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)
+    return jax.lax.bitcast_convert_type(_rows_at_once(bits_VD, ids_BT), table_VD.dtype)
 
 
 def _lookup_forward(table_VD, ids_BT):

@@ -160,7 +160,7 @@ class VisionTower(nnx.Module):
             keep_L2I = drop_path_factors(key, execution.drop_path, layers, count)
 
         def step(x, block, keep_2I):
-            x = block(x, execution, keep_2I)
+            x = block(x, execution, None if keep_L2I is None else keep_2I)
             return x, (x if keep_layers else None)
 
         x_ISD, outputs = self.layers(x_ISD, step, keep_L2I, execution=execution, dtype=dtype)

@@ -14,14 +14,27 @@ from mis_jax.model.layers import Linear, Stack, WrittenOut
 
 
 def written_out(model: InternVL, *, consume: bool = False) -> InternVL:
-    """The same model with the decoder's layers written out; `model` itself stays as it is.
+    """The same model with its layers written out; `model` itself stays as it is.
 
     With `consume` the arrays of its stacked layers are deleted as they are read, so that no more
     than one of them is there twice; `model` is of no use after that.
     """
-    stack = model.text.layers
-    if not isinstance(stack, Stack):
+    if not isinstance(model.text.layers, Stack):
         return model
+    whole, state = nnx.split(model)
+    copy = nnx.merge(whole, state)
+    copy.vision.layers = WrittenOut(_blocks(model.vision.layers, consume))  # pyright: ignore[reportAttributeAccessIssue]
+    blocks = _blocks(model.text.layers, consume)
+    for block in blocks:
+        for _, module in nnx.iter_modules(block):
+            if isinstance(module, Linear) and isinstance(module.kernel, nnx.Param):
+                _turn_round(module.kernel)
+                module.stored_out_in = True
+    copy.text.layers = WrittenOut(blocks)  # pyright: ignore[reportAttributeAccessIssue]
+    return copy
+
+
+def _blocks(stack: Stack, consume: bool) -> list[nnx.Module]:
     graph, stacked = nnx.split(stack.block)
     leaves, tree = jax.tree.flatten(stacked)
     layers: list[list[jax.Array]] = [[] for _ in range(stack.num_layers)]
@@ -33,17 +46,10 @@ def written_out(model: InternVL, *, consume: bool = False) -> InternVL:
             leaf.delete()
     blocks = [nnx.merge(graph, jax.tree.unflatten(tree, kept)) for kept in layers]
     for block in blocks:
-        for _, module in nnx.iter_modules(block):
-            if isinstance(module, Linear) and isinstance(module.kernel, nnx.Param):
-                _turn_round(module.kernel)
-                module.stored_out_in = True
         for _, parameter in nnx.iter_graph(block):
             if isinstance(parameter, nnx.Param) and parameter.axes[:1] == ("layers",):
                 parameter.set_metadata(axes=parameter.axes[1:])
-    whole, state = nnx.split(model)
-    copy = nnx.merge(whole, state)
-    copy.text.layers = WrittenOut(blocks)  # pyright: ignore[reportAttributeAccessIssue]
-    return copy
+    return blocks
 
 
 @jax.jit
@@ -58,4 +64,4 @@ def _transposed(kernel):
 
 def _turn_round(kernel: nnx.Param) -> None:
     kernel.set_value(_transposed(kernel.get_value()))
-    kernel.set_metadata(axes=(kernel.axes[0], *kernel.axes[:0:-1]))
+    kernel.set_metadata(axes=kernel.axes[::-1])
