@@ -1,14 +1,25 @@
-"""Every benchmark by its id: a new one is a file beside this one and an entry here."""
+"""Every benchmark by its id. A new one is a file beside this one that holds `BENCHMARKS`."""
 
 from __future__ import annotations
 
-from mis_jax.evals.benchmarks.mini import MINI_BENCHMARKS
-from mis_jax.evals.benchmarks.mis import MIS_BENCHMARKS
+import pkgutil
+from importlib import import_module
+
 from mis_jax.evals.types import Benchmark
 
-BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark for benchmark in (*MINI_BENCHMARKS, *MIS_BENCHMARKS)
-}
+
+def _found() -> dict[str, Benchmark]:
+    """What the files of this folder define, in the order of their names."""
+    found: dict[str, Benchmark] = {}
+    for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
+        defined = getattr(import_module(f"{__name__}.{module.name}"), "BENCHMARKS", ())
+        for benchmark in defined:
+            assert benchmark.name not in found, f"two benchmarks are called {benchmark.name}"
+            found[benchmark.name] = benchmark
+    return found
+
+
+BENCHMARKS: dict[str, Benchmark] = _found()
 
 
 def get_benchmark(name: str) -> Benchmark:

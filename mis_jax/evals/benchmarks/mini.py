@@ -93,7 +93,7 @@ def _dangerous(name: str) -> Benchmark:
     )
 
 
-MINI_BENCHMARKS = (
+BENCHMARKS = (
     _dangerous("mini_easy"),
     _dangerous("mini_hard"),
     Benchmark(

@@ -35,7 +35,7 @@ def load_mis(name: str, data_root: Path) -> list[Sample]:
     return samples
 
 
-MIS_BENCHMARKS = tuple(
+BENCHMARKS = tuple(
     Benchmark(
         name=name,
         protocol="mis-published-1",
