@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-NAMES = ("convert", "data_pipeline", "generate", "train_step")
+NAMES = ("convert", "data_pipeline", "generate", "int8", "train_step")
 
 
 def main() -> None:

@@ -113,9 +113,11 @@ def prompts(cell: dict[str, Any], vocab: int, image_token: int) -> list[tuple[An
 
 def serve(settings: Settings) -> None:
     answer = (ours if settings.side == "ours" else theirs)(settings)
+    compiled = compilations() if settings.side == "ours" else []
     for line in sys.stdin:
         name = line.strip()
         cell = cells(settings)[name]
+        compiled.clear()
         began = time.perf_counter()
         tokens = answer(cell, cell["new"])
         seconds = time.perf_counter() - began
@@ -123,7 +125,22 @@ def serve(settings: Settings) -> None:
             began = time.perf_counter()
             answer(cell, [1] * len(cell["new"]))
             seconds -= time.perf_counter() - began
-        print("RESULT " + json.dumps({"seconds": seconds, "tokens": tokens}), flush=True)
+        result = {"seconds": seconds, "tokens": tokens, "compiled": len(compiled)}
+        print("RESULT " + json.dumps(result), flush=True)
+
+
+def compilations() -> list[str]:
+    """A list that grows by a name whenever JAX compiles something."""
+    import jax.monitoring
+
+    names: list[str] = []
+
+    def note(event: str, duration: float, **details: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(str(details.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    return names
 
 
 def ours(settings: Settings):
@@ -255,6 +272,8 @@ def compare(settings: Settings, folder: Path) -> dict[str, Any]:
                 answers[key] = result["tokens"]
                 if turn:  # the first one compiles
                     seconds[key].append(result["seconds"])
+                    if result["compiled"]:
+                        raise RuntimeError(f"{key} compiled {result['compiled']} times again")
             agree(answers["ours", "float32"], answers["theirs", "float32"])
         made = 1 if name == "prefill" else sum(cell["new"])
         if name.startswith("decode"):

@@ -23,6 +23,8 @@ def chat(
     seed: int = 0,
     max_tiles: int | None = None,
     dtype: Dtype | None = None,
+    int8_weights: bool = False,
+    int8_cache: bool = False,
     mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
 ) -> None:
     r"""Talk with a model in the terminal; answers appear as they are made.
@@ -43,6 +45,8 @@ def chat(
         seed: Of the sampling.
         max_tiles: Tiles of a conversation, divided over its images; the checkpoint's without it.
         dtype: Number format; float32 on a CPU and the file's own elsewhere without it.
+        int8_weights: Keep the decoder's kernels in 8 bits: half the memory, answers may differ.
+        int8_cache: Keep keys and values in 8 bits: half the memory, answers may differ.
         mesh: Devices that share the model.
     """
     from mis_jax.data.images import open_image
@@ -51,8 +55,8 @@ def chat(
     from mis_jax.generation.sampling import Sampling
 
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    network, processor = load_quietly(model, dtype, mesh)
-    settings = Settings(sampling, system, max_new_tokens, max_tiles)
+    network, processor = load_quietly(model, dtype, mesh, int8=int8_weights)
+    settings = Settings(sampling, system, max_new_tokens, max_tiles, int8_cache=int8_cache)
     talk = Chat(network, processor, settings)
     err_console.print(_HELP, style="dim")
     waiting = list(image)

@@ -23,6 +23,8 @@ def generate(
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     max_tiles: int | None = None,
     dtype: Dtype | None = None,
+    int8_weights: bool = False,
+    int8_cache: bool = False,
     mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
     batch: Path | None = None,
     out: Path | None = None,
@@ -45,6 +47,8 @@ def generate(
         stop: A text before which an answer ends; repeat the option for several.
         max_tiles: Tiles of a conversation, divided over its images; the checkpoint's without it.
         dtype: Number format; float32 on a CPU and the file's own elsewhere without it.
+        int8_weights: Keep the decoder's kernels in 8 bits: half the memory, answers may differ.
+        int8_cache: Keep keys and values in 8 bits: half the memory, answers may differ.
         mesh: Devices that share the model.
         batch: JSON lines with id, prompt and images (a list of paths) instead of --prompt.
         out: Answers to --batch, one JSON line each.
@@ -57,13 +61,14 @@ def generate(
         raise ValueError("give either --prompt TEXT or --batch FILE.jsonl")
     if batch is not None and (out is None or image):
         raise ValueError("--batch needs --out FILE.jsonl, and takes images from the file's rows")
-    network, processor = load_quietly(model, dtype, mesh)
+    network, processor = load_quietly(model, dtype, mesh, int8=int8_weights)
     settings = Settings(
         Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
         system=system,
         max_new_tokens=max_new_tokens,
         max_tiles=max_tiles,
         stop=stop,
+        int8_cache=int8_cache,
     )
     if batch is not None and out is not None:
         from mis_jax.terminal import steps_bar

@@ -19,7 +19,10 @@ def serve(
     max_concurrent: int = 16,
     max_queue: int = 64,
     dtype: Dtype | None = None,
+    int8_weights: bool = False,
+    int8_cache: bool = False,
     mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
+    warm_up: int = 0,
     timeout: float = 600.0,
     drain: float = 120.0,
     allow_image_folder: Path | None = None,
@@ -39,7 +42,11 @@ def serve(
         max_concurrent: Requests answered at the same time.
         max_queue: Requests that wait beside them; more are refused with 429.
         dtype: Number format; float32 on a CPU and the file's own elsewhere without it.
+        int8_weights: Keep the decoder's kernels in 8 bits: half the memory, answers may differ.
+        int8_cache: Keep keys and values in 8 bits: half the memory, answers may differ.
         mesh: Devices that share the model.
+        warm_up: Compile for prompts with answers of up to so many tokens before the first request,
+            instead of when they come.
         timeout: Seconds that a request may take, waiting included.
         drain: Seconds in which answers under way are finished after SIGTERM.
         allow_image_folder: Files below it may be named in requests; no file without it.
@@ -73,7 +80,7 @@ def serve(
                 f"warning: anybody who reaches {url} can use it; see --api-key-env",
                 style="yellow", markup=False,
             )  # fmt: skip
-        network, processor = load_quietly(model, dtype, mesh)
+        network, processor = load_quietly(model, dtype, mesh, int8=int8_weights)
         settings = program.Settings(
             model=name or model.resolve().name,
             context=processor.config.text.max_position,
@@ -91,6 +98,8 @@ def serve(
             max_concurrent=max_concurrent,
             max_queue=max_queue,
             drain=drain,
+            int8_cache=int8_cache,
+            longest=warm_up,
             started=lambda: console.print(
                 f"{settings.model} is served at {url} (chat page) and {url}/v1 (API)",
                 markup=False, highlight=False, soft_wrap=True,

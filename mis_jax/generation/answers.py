@@ -46,6 +46,7 @@ def answer(
     batch_size: int = 32,
     row_ids: Sequence[int] | None = None,
     stop: Sequence[str] = (),
+    int8_cache: bool = False,
     each: Callable[[int, Completion], None] | None = None,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> list[Completion]:
@@ -78,7 +79,8 @@ def answer(
             max_tiles_per_image=max_tiles_per_image,
         )
 
-    engine = batch_engine(model, processor, rows=min(batch_size, len(conversations)))
+    rows = min(batch_size, len(conversations))
+    engine = batch_engine(model, processor, rows=rows, int8_cache=int8_cache)
     completions: dict[int, Completion] = {}
     asked: dict[int, int] = {}  # ticket -> index
     prompts: dict[int, int] = {}
@@ -120,7 +122,9 @@ def answer(
     return [completions[index] for index in range(len(conversations))]
 
 
-def batch_engine(model: InternVL, processor: Processor, *, rows: int) -> Engine:
+def batch_engine(
+    model: InternVL, processor: Processor, *, rows: int, int8_cache: bool = False
+) -> Engine:
     """An engine for many answers: all rows are filled before the next tokens are made."""
     if jax.default_backend() == "cpu":
         model = written_out(model)
@@ -131,6 +135,7 @@ def batch_engine(model: InternVL, processor: Processor, *, rows: int) -> Engine:
         decode=processor.tokenizer.decode,
         rows=device.power_of_two(max(rows, 1)),
         groups=min(SMALL_GROUPS, device.power_of_two(max(rows, 2))) if small else 1,
+        int8_cache=int8_cache,
     )
 
 

@@ -30,6 +30,7 @@ class Chat:
             decode=tokenizer.decode,
             rows=1,
             steps=_STEPS,
+            int8_cache=self._settings.int8_cache,
         )
 
     def clear(self) -> None:

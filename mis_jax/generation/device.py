@@ -7,7 +7,7 @@
 
 Each is one jitted function that compiles for few shapes: the number of rows and of tiles in the
 pool are fixed, chunks come in six lengths and caches in the sizes of `slots_bucket`. The model
-comes in as (graph, weights), so that new weights need no new compilation.
+comes in as (structure, weights), so that new weights need no new compilation.
 
 Dynamic NTK: a query uses the base of its row's length so far, and a key keeps the base it was
 written with, as in transformers.
@@ -82,6 +82,31 @@ class Chunk:
     settings: Settings
 
 
+class Structure:
+    """What a model is beside its arrays; hashed once, as every call of a jitted function asks."""
+
+    def __init__(self, graph, tree):
+        self._parts = (graph, tree)
+        self._hash = hash(self._parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other) -> bool:
+        return self is other or (isinstance(other, Structure) and self._parts == other._parts)
+
+    def model(self, weights: tuple[jax.Array, ...]) -> InternVL:
+        graph, tree = self._parts
+        return nnx.merge(graph, jax.tree.unflatten(tree, weights))
+
+
+def split(model: InternVL) -> tuple[Structure, tuple[jax.Array, ...]]:
+    """A model as the two arguments with which the jitted functions begin."""
+    graph, state = nnx.split(model)
+    leaves, tree = jax.tree.flatten(state)
+    return Structure(graph, tree), tuple(leaves)
+
+
 def choose(
     logits_RV: Float[Array, "rows vocab"], settings: Settings, told: Bool[Array, ""]
 ) -> Chosen:
@@ -151,26 +176,35 @@ def decode_step(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def encode(graph, weights, pool, tiles, places):
+def encode(structure: Structure, weights, pool, tiles, places):
     """Features of some tiles into their places in the pool; a place beyond its end is none."""
-    features = nnx.merge(graph, weights).encode_images(tiles)
+    features = structure.model(weights).encode_images(tiles)
     return pool.at[places].set(features.astype(pool.dtype), mode="drop")
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def prefill(graph, weights, cache: KVCache, pool, chunk: Chunk, told):
-    logits, cache = extend(nnx.merge(graph, weights), cache, pool, chunk)
+def prefill(structure: Structure, weights, cache: KVCache, pool, chunk: Chunk, told):
+    logits, cache = extend(structure.model(weights), cache, pool, chunk)
     return choose(logits, chunk.settings, told), cache
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def decode(graph, weights, cache: KVCache, rows: Rows, stop_ids, steps, until_one_ends, told):
+def decode(
+    structure: Structure,
+    weights,
+    cache: KVCache,
+    rows: Rows,
+    stop_ids,
+    steps,
+    until_one_ends,
+    told,
+):
     """Up to `steps` (at most DECODE_STEPS) more tokens of every active row.
 
     Ends when all rows have, or with `until_one_ends` when one has. The results have the steps as
     their second axis; a row that has ended has -1 as its tokens.
     """
-    model = nnx.merge(graph, weights)
+    model = structure.model(weights)
     began = rows.active
 
     def more(carry):
@@ -221,6 +255,16 @@ def resized(layer: Float[Array, "*layers rows heads slots head_dim"], slots: int
 
 # ---------------------------------------------------------------------------------------------
 # Sizes
+
+
+def slots_buckets(tokens: int) -> list[int]:
+    """Every size that a cache can take while no row has more than so many tokens."""
+    found, size = [], MIN_SLOTS
+    while True:
+        found.append(size)
+        if size >= tokens:
+            return found
+        size = slots_bucket(size + 1)
 
 
 def slots_bucket(tokens: int) -> int:

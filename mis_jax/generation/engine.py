@@ -16,7 +16,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mis_jax.generation import device
@@ -31,7 +30,7 @@ from mis_jax.model.internvl import InternVL
 from mis_jax.model.layers import Stack
 from mis_jax.sharding import BATCH_AXES
 
-CHUNKS = (128, 256, 384, 512, 768, 1024)  # tokens of a prompt that are read together: few shapes
+CHUNKS = (128, 256, 384, 512, 704, 1024)  # tokens of a prompt that are read together: few shapes
 POOL_TILES = 64
 
 
@@ -41,7 +40,8 @@ class Engine:
     `decode` turns token ids into text. `groups` rows are read at once (a mesh needs as many as it
     divides rows into). While prompts wait to be read, rows make `between` tokens between two
     chunks: 0 fills all rows first, which gives the most tokens in all. A call of `step` makes up to
-    `steps` tokens of every row. The model's layers may be written out (`model.written_out`).
+    `steps` tokens of every row. The model's layers may be written out (`model.written_out`); with
+    `int8_cache` keys and values are rounded to 8 bits.
     """
 
     def __init__(
@@ -56,9 +56,10 @@ class Engine:
         steps: int = DECODE_STEPS,
         max_length: int | None = None,
         pool_tiles: int = POOL_TILES,
+        int8_cache: bool = False,
     ):
         self._model = model
-        self._weights = nnx.split(model)
+        self._parts = device.split(model)
         self._mesh = _mesh_of(model)
         shards = [self._mesh.shape[axis] for axis in BATCH_AXES] if self._mesh else []
         self._groups = max(groups, math.prod(shards))
@@ -72,6 +73,7 @@ class Engine:
         self._waiting: deque[tuple[int, Request]] = deque()
         self._tickets = itertools.count()
         self._pool = FeaturePool(model, pool_tiles, model.compute_dtype)
+        self._cache_dtype = jnp.dtype(jnp.int8) if int8_cache else model.compute_dtype
         self._cache = self._empty_cache(device.MIN_SLOTS)
 
     # -----------------------------------------------------------------------------------------
@@ -126,6 +128,25 @@ class Engine:
     def idle(self) -> bool:
         return not self.running and not self._waiting
 
+    def warm_up(self, longest: int) -> None:
+        """Compile what prompts with answers of up to `longest` tokens in all can need.
+
+        Nothing may be running. Of a prompt's pictures only the usual numbers of tiles at once are
+        compiled, and a pool that has to grow compiles again.
+        """
+        assert self.idle, "warming up writes into the rows of the cache"
+        self._pool.warm_up()
+        nobody: list[Running | None] = [None] * len(self._rows)
+        sizes = device.slots_buckets(longest + self._steps + 1)
+        for slots in sizes:
+            self._cache = self._empty_cache(slots)
+            for length in (length for length in CHUNKS if length <= slots):
+                self._prefill([None] * self._groups, nobody[: self._groups], length)
+            self._decode_some(nobody, 1)
+            for other in sizes:
+                jax.tree.map(lambda x: device.resized(x, other), self._cache)  # noqa: B023
+        self._cache = self._empty_cache(device.MIN_SLOTS)
+
     def step(self) -> list[tuple[int, Piece]]:
         """Some work on the device: admit, encode, read a chunk of prompts, make some tokens."""
         self._admit()
@@ -171,11 +192,7 @@ class Engine:
         """So many slots at least, and not far more than anybody needs."""
         slots, present = slots_bucket(wanted), self._cache.slots
         if present < slots or present > 2 * slots:
-            keys, values = self._cache.keys, self._cache.values
-            self._cache = KVCache(
-                jax.tree.map(lambda x: device.resized(x, slots), keys),
-                jax.tree.map(lambda x: device.resized(x, slots), values),
-            )
+            self._cache = jax.tree.map(lambda x: device.resized(x, slots), self._cache)
 
     def _empty_cache(self, slots: int) -> KVCache:
         stacked = isinstance(self._model.text.layers, Stack)
@@ -183,7 +200,7 @@ class Engine:
             self._model.config.text,
             len(self._rows),
             slots,
-            self._model.compute_dtype,
+            self._cache_dtype,
             stacked=stacked,
         )
         if self._mesh is None:
@@ -226,6 +243,23 @@ class Engine:
         longest = max(r.prompt - r.read for r in readers if r)
         length = next((size for size in CHUNKS if size >= longest), CHUNKS[-1])
         self._fit(max(self._longest(), length))
+        made = self._prefill(chosen, readers, length)
+        ending = [reader for reader in readers if reader and not reader.reading]
+        for reader in ending:
+            self._pool.release(reader.images)
+            reader.images = []
+        if ending:
+            made = jax.tree.map(np.asarray, made)
+            for group, reader in enumerate(readers):
+                if reader in ending:
+                    at = chosen[group]
+                    assert at is not None
+                    self._take(at, [token(reader.request, made, (group,))], pieces)
+
+    def _prefill(
+        self, chosen: Sequence[int | None], readers: Sequence[Running | None], length: int
+    ) -> device.Chosen:
+        """Reads the next `length` tokens of a prompt in every group that has one."""
         shape, each = (self._groups, length), len(self._rows) // self._groups
         ids, features = filled(0, shape), filled(-1, shape)
         row, start, prompt = (filled(value, self._groups) for value in (0, 0, 1))
@@ -243,28 +277,12 @@ class Engine:
             features[group, : len(part)] = self._features_of(reader, first, len(part))
             reader.read = min(first + length, reader.prompt)
         ending = [reader for reader in readers if reader and not reader.reading]
-        chunk = device.Chunk(
-            ids,
-            features,
-            row,
-            start,
-            flags(readers),
-            prompt,
-            settings(readers),
+        how = settings(readers)
+        chunk = device.Chunk(ids, features, row, start, flags(readers), prompt, how)
+        made, self._cache = device.prefill(
+            *self._parts, self._cache, self._pool.features, chunk, told(ending)
         )
-        chosen_tokens, self._cache = device.prefill(
-            *self._weights, self._cache, self._pool.features, chunk, told(ending)
-        )
-        for reader in ending:
-            self._pool.release(reader.images)
-            reader.images = []
-        if ending:
-            made = jax.tree.map(np.asarray, chosen_tokens)
-            for group, reader in enumerate(readers):
-                if reader in ending:
-                    at = chosen[group]
-                    assert at is not None
-                    self._take(at, [token(reader.request, made, (group,))], pieces)
+        return made
 
     def _features_of(self, reader: Running, first: int, count: int) -> np.ndarray:
         """Places in the pool of a stretch's image tokens; -1 for other tokens."""
@@ -282,6 +300,14 @@ class Engine:
     def _make_some(self, steps: int, pieces: list[tuple[int, Piece]]) -> None:
         writers = [r if r is not None and not r.reading else None for r in self._rows]
         self._fit(max(self._longest(), max(r.length + 1 for r in writers if r) + steps))
+        made = jax.tree.map(np.asarray, self._decode_some(writers, steps))
+        for row, writer in enumerate(writers):
+            if writer is not None:
+                count = int((made.token[row] >= 0).sum())
+                tokens = [token(writer.request, made, (row, step)) for step in range(count)]
+                self._take(row, tokens, pieces)
+
+    def _decode_some(self, writers: Sequence[Running | None], steps: int) -> device.Chosen:
         rows = device.Rows(
             last=ints(r.tokens[-1].id if r else 0 for r in writers),
             lengths=ints(r.length if r else 0 for r in writers),
@@ -290,7 +316,7 @@ class Engine:
             settings=settings(writers),
         )
         made, self._cache = device.decode(
-            *self._weights,
+            *self._parts,
             self._cache,
             rows,
             self._stop_ids,
@@ -298,12 +324,7 @@ class Engine:
             np.bool_(len(self._waiting) > 0),
             told(writers),
         )
-        made = jax.tree.map(np.asarray, made)
-        for row, writer in enumerate(writers):
-            if writer is not None:
-                count = int((made.token[row] >= 0).sum())
-                tokens = [token(writer.request, made, (row, step)) for step in range(count)]
-                self._take(row, tokens, pieces)
+        return made
 
     def _take(self, row: int, tokens: list[Token], pieces: list[tuple[int, Piece]]) -> None:
         """New tokens of a row: to its answer, and what of them can be told to `pieces`."""

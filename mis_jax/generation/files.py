@@ -31,6 +31,7 @@ class Settings:
     max_new_tokens: int = 1024
     max_tiles: int | None = None  # per conversation; None is the checkpoint's own
     stop: tuple[str, ...] = ()
+    int8_cache: bool = False
 
 
 def ask_once(
@@ -117,6 +118,7 @@ def _ask(
         max_tiles=settings.max_tiles,
         row_ids=[question.place for question in questions],
         stop=settings.stop,
+        int8_cache=settings.int8_cache,
         **told,
     )
 

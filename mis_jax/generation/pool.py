@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Int, UInt8
 
 from mis_jax.generation import device
@@ -31,9 +30,10 @@ class FeaturePool:
 
     def __init__(self, model: InternVL, tiles: int, dtype: jnp.dtype):
         config = model.config
-        self._weights = nnx.split(model)
+        self._model = device.split(model)
         self._images: OrderedDict[bytes, Held] = OrderedDict()
         self._tokens = config.tokens_per_tile
+        self._image_size = config.vision.image_size
         self._free = list(range(tiles))[::-1]
         self.features = jnp.zeros((tiles, self._tokens, config.text.hidden_size), dtype)
 
@@ -105,8 +105,16 @@ class FeaturePool:
         places = np.full(count, self.size, np.int32)
         for index, (tile, place) in enumerate(batch):
             tiles[index], places[index] = tile, place
-        self.features = device.encode(*self._weights, self.features, tiles, places)
+        self.features = device.encode(*self._model, self.features, tiles, places)
         return True
+
+    def warm_up(self) -> None:
+        """Compile for every number of tiles; no place is written."""
+        size = self._image_size
+        for count in _TILE_COUNTS:
+            tiles = np.zeros((count, size, size, 3), np.uint8)
+            places = np.full(count, self.size, np.int32)
+            self.features = device.encode(*self._model, self.features, tiles, places)
 
     def places_of(self, taken: list[Held]) -> Int[np.ndarray, " tokens"]:
         """Place in the flat pool of every image token of a prompt, in order."""

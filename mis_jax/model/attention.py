@@ -44,8 +44,11 @@ def grouped_attention(
     key_BKSH: Float[Array, "batch kv_heads keys head_dim"],
     value_BKSH: Float[Array, "batch kv_heads keys head_dim"],
     mask: Bool[Array, "batch 1 queries keys"] | None = None,
+    *,
+    key_scale: Float[Array, "batch kv_heads keys"] | None = None,
+    value_scale: Float[Array, "batch kv_heads keys"] | None = None,
 ) -> Float[Array, "batch queries heads head_dim"]:
-    """`attention` for keys and values that lie head by head.
+    """`attention` for keys and values that lie head by head, each perhaps with a factor.
 
     The query heads of a group are laid side by side as rows of one product, so that keys and
     values are never repeated: about twice as fast as `jax.nn.dot_product_attention` on a CPU.
@@ -58,11 +61,15 @@ def grouped_attention(
     k = key_BKSH.reshape(batch * kv_heads, keys, head_dim)
     v = value_BKSH.reshape(batch * kv_heads, keys, head_dim)
     logits = jnp.einsum("bqh,bkh->bqk", q, k, preferred_element_type=jnp.float32)
+    if key_scale is not None:
+        logits = logits * key_scale.reshape(batch * kv_heads, 1, keys)
     logits = logits.reshape(batch, heads, queries, keys) * head_dim**-0.5
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits).astype(value_BKSH.dtype)
-    weights = weights.reshape(batch * kv_heads, group * queries, keys)
+    weights = jax.nn.softmax(logits).reshape(batch * kv_heads, group * queries, keys)
+    if value_scale is not None:
+        weights = weights * value_scale.reshape(batch * kv_heads, 1, keys)
+    weights = weights.astype(value_BKSH.dtype)
     out = jnp.einsum("bqk,bkh->bqh", weights, v, preferred_element_type=jnp.float32)
     out = out.reshape(batch, kv_heads, group, queries, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(query_BTNH.shape).astype(query_BTNH.dtype)

@@ -12,48 +12,110 @@ from typing import Protocol, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 from mis_jax.model.attention import grouped_attention
 from mis_jax.model.config import TextConfig
 
-#: One array a layer, or one of all layers with a leading axis where layers are scanned.
-Layers = tuple[jax.Array, ...] | jax.Array
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Int8Tokens:
+    """Keys or values as integers, each token of a head with a scale of its own."""
+
+    codes: Int8[Array, "*layers rows kv_heads slots head_dim"]
+    scales: Float[Array, "*layers rows kv_heads slots 1"]
+
+    @classmethod
+    def of(cls, x: Float[Array, "*axes head_dim"]) -> "Int8Tokens":
+        scales = jnp.abs(x.astype(jnp.float32)).max(-1, keepdims=True) / 127
+        codes = jnp.round(x.astype(jnp.float32) / jnp.where(scales > 0, scales, 1))
+        return cls(codes.astype(jnp.int8), scales)
+
+
+#: Of a layer, or of all layers with a leading axis: [rows, kv_heads, slots, head_dim].
+Tokens = jax.Array | Int8Tokens
+#: One for each layer, or one of all layers where layers are scanned.
+Layers = tuple[Tokens, ...] | Tokens
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Each array is [rows, kv_heads, slots, head_dim]."""
+    """Keys and values in a float dtype, or as int8 with float32 scales."""
 
     keys: Layers
     values: Layers
 
     @classmethod
     def zeros(
-        cls, config: TextConfig, rows: int, slots: int, dtype: jnp.dtype, *, stacked: bool = False
+        cls,
+        config: TextConfig,
+        rows: int,
+        slots: int,
+        dtype: jax.typing.DTypeLike,
+        *,
+        stacked: bool = False,
     ) -> "KVCache":
         shape = (rows, config.num_kv_heads, slots, config.head_dim)
 
-        def zeros() -> Layers:
-            if stacked:
-                return jnp.zeros((config.num_layers, *shape), dtype)
-            return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+        def tokens(shape: tuple[int, ...]) -> Tokens:
+            if jnp.dtype(dtype) == jnp.int8:
+                scales = jnp.zeros((*shape[:-1], 1), jnp.float32)
+                return Int8Tokens(jnp.zeros(shape, jnp.int8), scales)
+            return jnp.zeros(shape, dtype)
 
-        return cls(zeros(), zeros())
+        def layers() -> Layers:
+            if stacked:
+                return tokens((config.num_layers, *shape))
+            return tuple(tokens(shape) for _ in range(config.num_layers))
+
+        return cls(layers(), layers())
 
     @property
     def slots(self) -> int:
-        return self.keys[0].shape[2]
+        return jax.tree.leaves(self.keys)[0].shape[-2]
 
-    def with_layer(self, layer, keys: jax.Array, values: jax.Array) -> "KVCache":
+    def layer(self, layer) -> tuple[Tokens, Tokens]:
+        return _of_layer(self.keys, layer), _of_layer(self.values, layer)
+
+    def with_layer(self, layer, keys: Tokens, values: Tokens) -> "KVCache":
         return KVCache(_put(self.keys, layer, keys), _put(self.values, layer, values))
 
 
-def _put(layers: Layers, layer, new: jax.Array) -> Layers:
+def _of_layer(layers: Layers, layer) -> Tokens:
+    if isinstance(layers, tuple):
+        return layers[layer]
+    return jax.tree.map(lambda all: all[layer], layers)
+
+
+def _put(layers: Layers, layer, new: Tokens) -> Layers:
     if isinstance(layers, tuple):
         return (*layers[:layer], new, *layers[layer + 1 :])
-    return jax.lax.dynamic_update_index_in_dim(layers, new, layer, 0)
+    return jax.tree.map(
+        lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, layer, 0), layers, new
+    )
+
+
+def _stored(new: jax.Array, like: Tokens) -> Tokens:
+    """New tokens in the form of those that are there."""
+    return Int8Tokens.of(new) if isinstance(like, Int8Tokens) else new.astype(like.dtype)
+
+
+def attend_to(query, keys: Tokens, values: Tokens, mask):
+    """`grouped_attention`; scales of integers are applied to logits and weights, not to tokens."""
+    if isinstance(keys, Int8Tokens):
+        assert isinstance(values, Int8Tokens)
+        return grouped_attention(
+            query,
+            keys.codes.astype(query.dtype),
+            values.codes.astype(query.dtype),
+            mask,
+            key_scale=keys.scales[..., 0],
+            value_scale=values.scales[..., 0],
+        )
+    assert not isinstance(values, Int8Tokens)
+    return grouped_attention(query, keys, values, mask)
 
 
 class Growing(Protocol):
@@ -79,16 +141,16 @@ class NextToken:
     slots: Int[Array, " rows"]
 
     def attend(self, layer, query, key, value):
-        def written(rows_RKSH, new_R1KH):
-            new_RKH = new_R1KH[:, 0].astype(rows_RKSH.dtype)
+        def write(rows_RKSH, new_RKH):
             return jax.lax.platform_dependent(
                 rows_RKSH, new_RKH, self.slots, cpu=_write_by_choice, default=_write_at_once
             )
 
-        keys_RKSH = written(self.cache.keys[layer], key)
-        values_RKSH = written(self.cache.values[layer], value)
+        keys_RKSH, values_RKSH = self.cache.layer(layer)
+        keys_RKSH = jax.tree.map(write, keys_RKSH, _stored(key[:, 0], keys_RKSH))
+        values_RKSH = jax.tree.map(write, values_RKSH, _stored(value[:, 0], values_RKSH))
         seen_RS = jnp.arange(self.cache.slots) <= self.slots[:, None]
-        out = grouped_attention(query, keys_RKSH, values_RKSH, seen_RS[:, None, None])
+        out = attend_to(query, keys_RKSH, values_RKSH, seen_RS[:, None, None])
         return replace(self, cache=self.cache.with_layer(layer, keys_RKSH, values_RKSH)), out
 
 
@@ -125,22 +187,26 @@ class NextChunk:
         groups, length = query.shape[:2]
 
         def write(rows_RKSH, new_TKH, row, start, valid):
-            new = new_TKH.swapaxes(0, 1)[None].astype(rows_RKSH.dtype)
+            new = new_TKH.swapaxes(0, 1)[None]
             old = jax.lax.dynamic_slice(rows_RKSH, (row, 0, start, 0), new.shape)
             rows_RKSH = jax.lax.dynamic_update_slice(
                 rows_RKSH, jnp.where(valid, new, old), (row, 0, start, 0)
             )
             return rows_RKSH, jax.lax.dynamic_index_in_dim(rows_RKSH, row, keepdims=False)
 
-        def written(layers: Layers, new):
-            rows = layers[layer]
+        def written(rows: jax.Array, new: jax.Array):
             grouped = rows.reshape(groups, -1, *rows.shape[1:])
             grouped, own = jax.vmap(write)(grouped, new, self.row, self.start, self.valid)
             return grouped.reshape(rows.shape), own
 
-        keys_RKSH, own_keys_GKSH = written(self.cache.keys, key)
-        values_RKSH, own_values_GKSH = written(self.cache.values, value)
+        def joined(rows: Tokens, new: jax.Array) -> tuple[Tokens, Tokens]:
+            pairs = jax.tree.map(written, rows, _stored(new, rows))
+            return jax.tree.transpose(jax.tree.structure(rows), jax.tree.structure((0, 0)), pairs)
+
+        keys_RKSH, values_RKSH = self.cache.layer(layer)
+        keys_RKSH, own_keys_GKSH = joined(keys_RKSH, key)
+        values_RKSH, own_values_GKSH = joined(values_RKSH, value)
         places_GT = self.start[:, None] + jnp.arange(length)
         seen_GTS = jnp.arange(self.cache.slots) <= places_GT[..., None]
-        out = grouped_attention(query, own_keys_GKSH, own_values_GKSH, seen_GTS[:, None])
+        out = attend_to(query, own_keys_GKSH, own_values_GKSH, seen_GTS[:, None])
         return replace(self, cache=self.cache.with_layer(layer, keys_RKSH, values_RKSH)), out

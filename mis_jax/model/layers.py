@@ -60,7 +60,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... in_size"]) -> Float[Array, "... out_size"]:
         if self.stored_out_in:
-            y = from_left(self.weight(x.dtype), x)
+            y = self._from_left(x)
         else:
             y = jnp.dot(x, self.weight(x.dtype), preferred_element_type=jnp.float32)
         if self.bias is not None:
@@ -68,6 +68,13 @@ class Linear(nnx.Module):
         if self.adapter is not None:
             y = y + self.adapter(x)
         return checkpoint_name(y.astype(x.dtype), PRODUCT)
+
+    def _from_left(self, x):
+        if not isinstance(self.kernel, nnx.Module):
+            return from_left(self.kernel[...].astype(x.dtype), x)
+        # The scale of an output comes after the product: integers are converted as they are read.
+        codes_OI, scale_O = self.kernel.parts()  # pyright: ignore[reportAttributeAccessIssue]
+        return from_left(codes_OI.astype(x.dtype), x) * scale_O
 
     def weight(self, dtype: jnp.dtype) -> Float[Array, "in_size out_size"]:
         """The kernel; `mis_jax.model.lora` may have put a quantised one in its place."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import qwix
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int8, PRNGKeyArray
 
 from mis_jax.config import LoraConfig
 from mis_jax.model.internvl import InternVL
@@ -67,6 +67,11 @@ class QuantisedKernel(nnx.Module):
         """The kernel that it stands for."""
         quantised = qwix.QArray(self.values[...], self.scale[...], qtype=self.base)
         return qwix.dequantize(quantised).astype(dtype)
+
+    def parts(self) -> tuple[Int8[Array, "out_size in_size"], Float[Array, " out_size"]]:
+        """Integers and scales of a kernel of 8 bits that is stored as [out, in]."""
+        assert self.base == "int8"
+        return self.values[...], self.scale[...][:, 0]
 
 
 def attach(model: InternVL, config: LoraConfig) -> None:

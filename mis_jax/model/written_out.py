@@ -6,20 +6,28 @@ decoding would move every weight twice more. Here nothing is sliced, and kernels
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import qwix
 from flax import nnx
 
 from mis_jax.model.internvl import InternVL
-from mis_jax.model.layers import Linear, Stack, WrittenOut
+from mis_jax.model.layers import Linear, Stack, Verbatim, WrittenOut
+from mis_jax.model.lora import QuantisedKernel
 
 
-def written_out(model: InternVL, *, consume: bool = False) -> InternVL:
+def written_out(model: InternVL, *, consume: bool = False, int8: bool = False) -> InternVL:
     """The same model with its layers written out; `model` itself stays as it is.
+
+    With `int8` the kernels of the decoder's layers are kept as integers with a scale for each
+    output; products are those of the compute dtype, so that no activation is rounded. The tables
+    of the vocabulary and the vision tower stay as they are.
 
     With `consume` the arrays of its stacked layers are deleted as they are read, so that no more
     than one of them is there twice; `model` is of no use after that.
     """
     if not isinstance(model.text.layers, Stack):
+        assert not int8, "the layers are written out already"
         return model
     whole, state = nnx.split(model)
     copy = nnx.merge(whole, state)
@@ -30,6 +38,8 @@ def written_out(model: InternVL, *, consume: bool = False) -> InternVL:
             if isinstance(module, Linear) and isinstance(module.kernel, nnx.Param):
                 _turn_round(module.kernel)
                 module.stored_out_in = True
+                if int8:
+                    module.kernel = _as_int8(module.kernel)
     copy.text.layers = WrittenOut(blocks)  # pyright: ignore[reportAttributeAccessIssue]
     return copy
 
@@ -60,6 +70,18 @@ def _layer(stacked, layer):
 @jax.jit
 def _transposed(kernel):
     return kernel.T
+
+
+@jax.jit
+def _quantised(kernel):
+    made = qwix.quantize(kernel.astype(jnp.float32), "int8", channelwise_axes=(0,))
+    return made.qvalue, made.scale
+
+
+def _as_int8(kernel: nnx.Param) -> QuantisedKernel:
+    values, scale = _quantised(kernel.get_value())
+    kept = Verbatim(scale, axes=(kernel.axes[0], None))
+    return QuantisedKernel(Verbatim(values, axes=kernel.axes), kept, "int8")
 
 
 def _turn_round(kernel: nnx.Param) -> None:

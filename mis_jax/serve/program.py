@@ -30,20 +30,37 @@ def serve(
     max_concurrent: int,
     max_queue: int,
     drain: float,
+    int8_cache: bool = False,
+    longest: int = 0,
     started: Callable[[], None],
 ) -> None:
     """Answers requests at a bound socket; returns after SIGTERM or SIGINT.
 
     What the engine raises on its very first prompts, such as for want of memory, is raised here.
     """
-    engine = engine_for(model, processor, rows=max_concurrent, max_length=settings.context)
+    engine = engine_for(
+        model,
+        processor,
+        rows=max_concurrent,
+        max_length=settings.context,
+        int8_cache=int8_cache,
+    )
+    if longest:
+        engine.warm_up(min(longest, settings.context))
     service = Service(engine, max_concurrent=max_concurrent, max_queue=max_queue)
     warm_up(service, processor)
     app = create_app(service, processor, settings)
     run(app, service, bound, drain=drain, started=started)
 
 
-def engine_for(model: InternVL, processor: Processor, *, rows: int, max_length: int) -> Engine:
+def engine_for(
+    model: InternVL,
+    processor: Processor,
+    *,
+    rows: int,
+    max_length: int,
+    int8_cache: bool = False,
+) -> Engine:
     """An engine that turns to new prompts soon, for answers that somebody is waiting for."""
     if jax.default_backend() == "cpu":
         model = written_out(model)
@@ -55,6 +72,7 @@ def engine_for(model: InternVL, processor: Processor, *, rows: int, max_length: 
         between=BETWEEN,
         steps=STEPS,
         max_length=max_length,
+        int8_cache=int8_cache,
     )
 
 

@@ -243,11 +243,29 @@ def test_a_varied_stream_compiles_no_more(model, seed, rng):
     assert later == []
 
 
+def test_nothing_compiles_after_warming_up(model, rng):
+    longest = 300
+    engine = Engine(written_out(model), stop_ids=(3,), decode=letters, rows=3, groups=1, between=1)
+    engine.warm_up(longest)
+    asked = []
+    for sampling in (Sampling(), HOT):
+        lengths = [int(n) for n in rng.integers(3, 200, 6)]
+        batch = random_batch(rng, [*lengths, 280], [0, 1, 2, 3, 0, 1, 0])
+        longest_answer = min(longest - int(n) for n in batch.segment_ids.sum(1))
+        asked += requests_of(batch, max_new_tokens=longest_answer, sampling=sampling, logprobs=2)
+    with compilations() as later:
+        answers = run_all(engine, asked)
+    assert later == []
+    assert all(answer[-1].finish_reason for answer in answers)
+
+
 def test_buckets_are_few_and_waste_little():
     sizes = {tokens: slots_bucket(tokens) for tokens in range(1, 5000)}
     assert all(size >= tokens for tokens, size in sizes.items())
     assert all(size < 1.51 * tokens for tokens, size in sizes.items() if tokens > 128)
     assert sorted(set(sizes.values()))[:5] == [128, 192, 256, 384, 512]
+    assert device.slots_buckets(700) == [128, 192, 256, 384, 512, 768]
+    assert device.slots_buckets(1) == [128] and device.slots_buckets(192) == [128, 192]
     assert len(set(sizes.values())) <= 12
 
 
