@@ -29,16 +29,17 @@ def sample_hash(benchmark: Benchmark, sample: Sample) -> str:
     The generation settings are included beside the protocol's name, so that a changed setting
     cannot reuse old answers by keeping the name.
     """
-    return digest(
-        {
-            "conversation": sample.conversation,
-            "images": [file_digest(path) for path in sample.images],
-            "protocol": benchmark.protocol,
-            "system": benchmark.system,
-            "max_new_tokens": benchmark.max_new_tokens,
-            "max_tiles_per_image": benchmark.max_tiles_per_image,
-        }
-    )
+    asked = {
+        "conversation": sample.conversation,
+        "images": [file_digest(path) for path in sample.images],
+        "protocol": benchmark.protocol,
+        "system": benchmark.system,
+        "max_new_tokens": benchmark.max_new_tokens,
+        "max_tiles_per_image": benchmark.tiles_for(sample),
+    }
+    if sample.first_image_scale != 1:  # left out otherwise: hashes of earlier runs stay valid
+        asked["first_image_scale"] = sample.first_image_scale
+    return digest(asked)
 
 
 def answer_hash(sample_digest: str, text: str) -> str:

@@ -21,12 +21,18 @@ class Sample:
     ``meta`` is what a judge may see besides the prompt (category, reference answer, known truth).
     It is never shown to the model. ``meta["group"]``, where present, names what several samples
     have in common, so that a report can say how few different things a large n stands for.
+
+    ``max_tiles_per_image`` takes the place of the benchmark's where a protocol's limit depends on
+    how many pictures a question has. ``first_image_scale`` enlarges the first picture that many
+    times before it is cut into tiles (see ``pictures.shown_images``).
     """
 
     id: str
     conversation: list[dict[str, Any]]
     images: list[Path]
     meta: dict[str, Any] = field(default_factory=dict)
+    max_tiles_per_image: int | None = None
+    first_image_scale: int = 1
 
 
 @dataclass(frozen=True)
@@ -87,3 +93,7 @@ class Benchmark:
     system: str = "default"
     max_tiles_per_image: int | None = None
     published_size: int | None = None
+
+    def tiles_for(self, sample: Sample) -> int | None:
+        """How many tiles each picture of a sample may have; None leaves it to the checkpoint."""
+        return sample.max_tiles_per_image or self.max_tiles_per_image
