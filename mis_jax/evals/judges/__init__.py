@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from mis_jax.evals.judges.exact import EXACT
+from mis_jax.evals.judges.options import OPTIONS
 from mis_jax.evals.judges.rules import RULES
 from mis_jax.evals.types import Judge
 
-JUDGES: dict[str, Judge] = {"rules": RULES, "exact": EXACT}
+JUDGES: dict[str, Judge] = {"rules": RULES, "exact": EXACT, "options": OPTIONS}
 
 
 def get_judge(name: str) -> Judge:
