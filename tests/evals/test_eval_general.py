@@ -19,7 +19,7 @@ from mis_jax.evals.manifest import open_run
 from mis_jax.evals.pictures import shown_images
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.types import Answer, Sample
-from mis_jax.evals.vlmevalkit.prompts import name_places, tiles
+from mis_jax.evals.vlmevalkit.prompts import content, name_places, tiles
 from mis_jax.generation.answers import Completion
 
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -105,6 +105,20 @@ def test_an_open_question_in_chinese(root: Path) -> None:
     cells = {"index": 0, "image": b64(picture(1)), "answer": "十四", "split": "validation"}
     write_table(root / "mmmu" / FILES["mmmu"], [cells | {"question": "几个?", "A": "", "B": ""}])
     assert prompts("mmmu", root) == ["<image>\n几个?\n请直接回答问题。"]
+
+
+@pytest.mark.parametrize(("images", "numbered"), [(1, False), (1, True), (3, True)])
+def test_parts_and_text_are_the_same_tokens(tiny_processor, images: int, numbered: bool) -> None:
+    parts = content("What is <image> for?", images, numbered=numbered)
+    assert isinstance(parts, list)
+    parts[-1]["text"] = parts[-1]["text"].replace("<image>", "<tag>")
+    text = content("What is <tag> for?", images, numbered=numbered)
+    assert isinstance(text, str)
+    first, second = (
+        tiny_processor.render([{"role": "user", "content": shown}], [1] * images)
+        for shown in (parts, text)
+    )
+    np.testing.assert_array_equal(first.input_ids, second.input_ids)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import hashlib
 import io
@@ -35,7 +36,7 @@ def test_a_row(tmp_path: Path) -> None:
     assert question.images[0].read_bytes() == picture(1)
 
 
-def test_the_last_of_a_picture_file_is_what_was_put_in(tmp_path: Path) -> None:
+def test_a_picture_file_holds_what_was_put_in(tmp_path: Path) -> None:
     """Pillow reads from disk the colours that Pillow drew, in both formats."""
     rows = [row(k, image=b64(picture(40, kind=kind))) for k, kind in enumerate(("PNG", "JPEG"))]
     questions = read_tsv(write_table(tmp_path / "t.tsv", rows))
@@ -53,6 +54,13 @@ def test_lists_and_references(tmp_path: Path) -> None:
     assert contents == [picture(1), picture(2), picture(3)]
     assert first.images == second.images
     assert [path.read_bytes() for path in third.images] == [picture(4)]
+
+
+def test_base64_in_lines(tmp_path: Path) -> None:
+    lines = base64.encodebytes(picture(3, size=(90, 90))).decode()
+    assert lines.count("\n") > 1
+    (question,) = read_tsv(write_table(tmp_path / "t.tsv", [row(image=lines)]))
+    assert question.images[0].read_bytes() == picture(3, size=(90, 90))
 
 
 def test_the_same_picture_is_one_file(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def _writable(wanted: Path) -> Path:
     private.mkdir(mode=0o700, exist_ok=True)
     found = private.lstat()
     # Anybody may make this name in a shared folder first and put other pictures into it.
-    if found.st_uid != os.getuid() or found.st_mode & 0o077 or private.is_symlink():
+    if found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ValueError(
             f"{wanted} cannot be written to and {private} is open to others; "
             "make the first writable, or remove the second"

@@ -146,6 +146,8 @@ def _pictures(where: str, cell: str, folder: PictureFolder) -> list[Path] | str:
 
 
 def _decoded(where: str, text: str) -> bytes:
+    if "\n" in text:  # base64 in lines, which is allowed
+        text = "".join(text.split())
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
