@@ -153,6 +153,7 @@ def test_one_picture_of_muirbench_is_numbered_too(root: Path) -> None:
     [
         (6, 1, 6), (6, 10, 6), (6, 11, 5), (6, 12, 5), (6, 13, 4), (6, 21, 3), (6, 33, 1),
         (6, 64, 1), (6, 65, 1), (12, 1, 12), (12, 5, 12), (12, 6, 10), (12, 7, 9),
+        (12, 16, 4),
     ],
 )  # fmt: skip
 def test_tiles(limit: int, images: int, expected: int) -> None:

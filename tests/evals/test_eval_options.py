@@ -118,6 +118,7 @@ TABLE = {
     "Z": (COLOURS, [
         ("Z", "Z"), ("Z.", "Z"), ("It is Z", "Z"), ("(Z)", "Z"),
         ("Nothing fits: Z, sorry, none of these at all", "Z"), ("Z or A", "A"), ("ZZ", None),
+        ("A is out, so the pick would be Z", None), ("A, B or Z", None),
         ("zebra", None), ("z", None),
     ]),
     "declined": (COLOURS, [
@@ -231,6 +232,7 @@ def judged(answer: str, reference: str, options: dict[str, str]) -> tuple[str, b
         ("B", ("ok", True)),
         (" b, I mean B ", ("ok", True)),
         ("green", ("ok", True)),
+        ("green" + " " * 60, ("ok", True)),  # space around an answer has no length
         ("C", ("ok", False)),
         ("Z", ("ok", False)),
         ("Cannot determine the answer", ("ok", False)),

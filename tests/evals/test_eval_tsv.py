@@ -56,6 +56,15 @@ def test_lists_and_references(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in third.images] == [picture(4)]
 
 
+def test_a_reference_has_at_most_64_characters(tmp_path: Path) -> None:
+    rows = [row("r" * 64), row(1, image="r" * 64)]
+    first, second = read_tsv(write_table(tmp_path / "t.tsv", rows))
+    assert second.images == first.images
+    rows = [row("r" * 65), row(1, image="r" * 65)]
+    with pytest.raises(ValueError, match="row 2, column 'image' is not base64"):
+        read_tsv(write_table(tmp_path / "t.tsv", rows))
+
+
 def test_base64_in_lines(tmp_path: Path) -> None:
     lines = base64.encodebytes(picture(3, size=(90, 90))).decode()
     assert lines.count("\n") > 1
