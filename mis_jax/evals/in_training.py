@@ -7,6 +7,8 @@ from mis_jax.data.processor import Processor
 from mis_jax.evals.answering import answers_of
 from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.judges import get_judge
+from mis_jax.evals.manifest import facts_of
+from mis_jax.evals.metrics import counted
 from mis_jax.model.internvl import InternVL
 
 
@@ -25,7 +27,11 @@ def held_out(config: EvaluationConfig) -> Callable[[InternVL, Processor], dict[s
         answers = ask(samples)
         pairs = [(sample, answer.text) for sample, answer in zip(samples, answers, strict=True)]
         verdicts = judge.judge(pairs)
-        outcomes = [benchmark.outcomes(v.labels) for v in verdicts if v.state == "ok"]
+        outcomes = [
+            counted(benchmark, verdict.labels, facts_of(sample))
+            for sample, verdict in zip(samples, verdicts, strict=True)
+            if verdict.state == "ok"
+        ]
         figures: dict[str, float] = {"unjudged": len(verdicts) - len(outcomes)}
         for metric in benchmark.metrics:
             votes = [outcome[metric] for outcome in outcomes if metric in outcome]

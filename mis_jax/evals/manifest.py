@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,6 +12,10 @@ from typing import Any
 from mis_jax.evals.files import read_json, write_json
 from mis_jax.evals.hashing import sample_hash
 from mis_jax.evals.types import Benchmark, Sample
+
+FACTS = ("category", "sub_category", "group", "expected", "subset")
+"""What a run keeps of a sample's ``meta``: enough to count it and to sort it into tables, and
+nothing that was asked or shown."""
 
 NO_RUN = "run `mis-jax eval` with this folder as --out first"
 
@@ -109,6 +113,7 @@ def expect(run_dir: Path, benchmark: Benchmark, samples: Sequence[Sample]) -> di
     if len(hashes) != len(samples):
         raise ValueError(f"{benchmark.name}: sample ids repeat; ids must be unique in a benchmark")
     write_json(run_dir / benchmark.name / "expected.json", hashes)
+    write_facts(run_dir, benchmark.name, samples)
     update_benchmark(
         run_dir,
         benchmark.name,
@@ -126,3 +131,20 @@ def expect(run_dir: Path, benchmark: Benchmark, samples: Sequence[Sample]) -> di
 def expected(run_dir: Path, name: str) -> dict[str, str]:
     """``{sample id: content hash}`` of the samples that the run owes."""
     return read_json(run_dir / name / "expected.json", NO_RUN)
+
+
+def facts_of(sample: Sample) -> dict[str, Any]:
+    """What is known of a sample before any answer, as far as a run keeps it."""
+    return {key: sample.meta[key] for key in FACTS if sample.meta.get(key) is not None}
+
+
+def write_facts(run_dir: Path, name: str, samples: Iterable[Sample]) -> None:
+    """Keep the samples' facts, so that a run can be counted without its data root."""
+    facts = {sample.id: facts_of(sample) for sample in samples}
+    write_json(run_dir / name / "facts.json", facts)
+
+
+def known_facts(run_dir: Path, name: str) -> Mapping[str, dict[str, Any]]:
+    """``{sample id: facts}`` of a run; empty for one that was made before facts were kept."""
+    path = run_dir / name / "facts.json"
+    return read_json(path, NO_RUN) if path.exists() else {}

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mis_jax.evals.benchmarks import BENCHMARKS
+from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.files import AppendLog, read_log
 from mis_jax.evals.hashing import answer_hash, digest, sample_hash
 from mis_jax.evals.judges import JUDGES
-from mis_jax.evals.manifest import expect, expected, read_manifest, update_benchmark
+from mis_jax.evals.manifest import expect, expected, read_manifest, update_benchmark, write_facts
 from mis_jax.evals.summary import summarise
 from mis_jax.evals.types import Answer, Benchmark, Judge, Sample, Verdict
 
@@ -127,7 +127,7 @@ def judge_run(
                 f"run `mis-jax eval` with --benchmarks {name} first"
             )
     for name in benchmarks or known:
-        benchmark = BENCHMARKS[name]
+        benchmark = get_benchmark(name)
         chosen = judge or _default_judge(benchmark)
         _judge_benchmark(benchmark, chosen, run_dir, data_root, batch_size, progress)
     return summarise(run_dir)
@@ -153,6 +153,7 @@ def _judge_benchmark(
     owed = expected(run_dir, benchmark.name)
     samples = {sample.id: sample for sample in benchmark.load(data_root) if sample.id in owed}
     _check_same_data(benchmark, samples, owed, run_dir, data_root)
+    write_facts(run_dir, benchmark.name, samples.values())
     answers = {
         row["id"]: row["answer"]
         for row in read_log(run_dir / benchmark.name / "samples.jsonl")

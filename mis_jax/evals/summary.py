@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mis_jax.evals.benchmarks import BENCHMARKS
+from mis_jax.evals.benchmarks import get_benchmark, is_benchmark, known_names
 from mis_jax.evals.files import read_log, write_json
 from mis_jax.evals.hashing import answer_hash
-from mis_jax.evals.manifest import expected, read_manifest
+from mis_jax.evals.manifest import expected, known_facts, read_manifest
+from mis_jax.evals.metrics import counted
 from mis_jax.evals.stats import rate
-from mis_jax.evals.types import COUNT_STATES
+from mis_jax.evals.types import COUNT_STATES, Benchmark
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Item:
     outcomes: Mapping[str, bool] | None = None
     stage: str | None = None
     """Where an item without labels got stuck: ``generate`` or ``judge``."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the run knows of the sample (``manifest.FACTS``): its category, its kind, its group."""
 
 
 def read_items(run_dir: Path, name: str, judge: str | None) -> list[Item]:
@@ -42,11 +45,21 @@ def read_items(run_dir: Path, name: str, judge: str | None) -> list[Item]:
         for row in read_log(run_dir / name / "verdicts.jsonl")
         if row["judge"] == judge
     }
-    return [_item(name, key, owed[key], answers.get(key), verdicts) for key in owed]
+    facts = known_facts(run_dir, name)
+    benchmark = get_benchmark(name)
+    return [
+        _counted(benchmark, _item(key, owed[key], answers.get(key), verdicts), facts.get(key, {}))
+        for key in owed
+    ]
+
+
+def _counted(benchmark: Benchmark, item: Item, facts: Mapping[str, Any]) -> Item:
+    if item.labels is None:
+        return replace(item, facts=facts)
+    return replace(item, facts=facts, outcomes=counted(benchmark, item.labels, facts))
 
 
 def _item(
-    name: str,
     key: str,
     content: str,
     answer: dict[str, Any] | None,
@@ -62,8 +75,7 @@ def _item(
         return Item(key, content, "missing", text, reason, stage="judge")
     if verdict["state"] != "ok":
         return Item(key, content, verdict["state"], text, reason, stage="judge")
-    labels = verdict["labels"]
-    return Item(key, content, "ok", text, reason, labels, BENCHMARKS[name].outcomes(labels))
+    return Item(key, content, "ok", text, reason, verdict["labels"])
 
 
 def metric_votes(items: list[Item], metric: str) -> dict[str, bool]:
@@ -79,7 +91,7 @@ def count_items(name: str, protocol: str, items: list[Item]) -> dict[str, Any]:
     """One benchmark's entry of ``results.json``."""
     counts = {state: sum(item.state == state for item in items) for state in COUNT_STATES}
     metrics = {}
-    for metric in BENCHMARKS[name].metrics:
+    for metric in get_benchmark(name).metrics:
         votes = list(metric_votes(items, metric).values())
         metrics[metric] = rate(sum(votes), len(votes))
     return {"protocol": protocol, "n": len(items), "counts": counts, "metrics": metrics}
@@ -89,10 +101,10 @@ def run_items(run_dir: Path) -> dict[str, list[Item]]:
     """The items of every benchmark of a run, by benchmark."""
     entries = read_manifest(run_dir)["benchmarks"]
     for name in entries:
-        if name not in BENCHMARKS:
+        if not is_benchmark(name):
             raise ValueError(
                 f"{run_dir / 'manifest.json'}: benchmark {name!r} is unknown to this version; "
-                f"known are {', '.join(BENCHMARKS)}"
+                f"known are {known_names()}"
             )
     return {name: read_items(run_dir, name, entry.get("judge")) for name, entry in entries.items()}
 

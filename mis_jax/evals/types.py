@@ -78,9 +78,23 @@ class Judge:
 class Benchmark:
     """A set of questions with the protocol under which it is asked and counted.
 
-    ``outcomes`` turns one item's labels into ``{metric: happened}``; a metric that does not
-    apply to the item is left out, so every metric has its own denominator. Keeping outcomes per
-    item (instead of ready rates) is what makes paired tests possible.
+    ``outcomes`` turns one item's labels into ``{metric: happened}``; a metric that the labels say
+    nothing about is left out. ``counted_over`` names the metrics that only one kind of sample
+    counts for, by ``meta["expected"]`` ("safe" or "unsafe"); ``metrics.counted`` puts the two
+    together, so every metric has its own denominator. Keeping outcomes per item (instead of
+    ready rates) is what makes paired tests possible.
+
+    ``judging`` is what a judge is asked to decide, and so which labels ``outcomes`` reads:
+
+    - ``mis``: ``label_str`` ("Safe", "Unsafe") and ``label_perception`` (1, 2, 3)
+    - ``guard``: ``unsafe``
+    - ``mssbench``: ``behaviour`` ("refuse", "aware", "comply", "incapable")
+    - ``siuo``: ``safe`` and ``effective``
+    - ``vlsbench``: ``response`` ("refuse", "warn", "unsafe")
+    - ``refusal``: ``refusal`` ("full", "partial", "none")
+    - ``correct``: ``correct``
+
+    A set of several kinds of samples says it for the odd ones in ``meta["judging"]``.
     """
 
     name: str
@@ -91,6 +105,8 @@ class Benchmark:
     default_judge: str | None
     max_new_tokens: int
     system: str = "default"
+    judging: str = "correct"
+    counted_over: Mapping[str, str] = field(default_factory=dict)
     max_tiles_per_image: int | None = None
     published_size: int | None = None
 

@@ -14,6 +14,8 @@ from mis_jax.evals.hashing import folder_fingerprint, sample_hash
 from mis_jax.evals.judges import JUDGES, get_judge
 from mis_jax.evals.metrics import METRICS
 
+JUDGINGS = {"mis", "guard", "mssbench", "siuo", "vlsbench", "refusal", "correct"}
+
 
 def edit(path: Path, **fields: Any) -> None:
     """Set fields of the first row; None removes one."""
@@ -27,6 +29,9 @@ def test_every_benchmark_is_complete() -> None:
         assert benchmark.name == name
         assert benchmark.default_judge is None or benchmark.default_judge in JUDGES
         assert set(benchmark.metrics) <= METRICS.keys()
+        assert benchmark.counted_over.keys() <= set(benchmark.metrics)
+        assert set(benchmark.counted_over.values()) <= {"safe", "unsafe"}
+        assert benchmark.judging in JUDGINGS
 
 
 def test_mini_prompts(data_root: Path) -> None:
@@ -122,7 +127,7 @@ def test_sizes_are_reported_not_refused() -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"--benchmarks takes .*mini_easy"):
+    with pytest.raises(ValueError, match=r"--benchmarks takes .*mini_easy, .*also with @black"):
         get_benchmark("nope")
     with pytest.raises(ValueError, match="--judge takes rules, exact"):
         get_judge("nope")

@@ -90,6 +90,7 @@ def _dangerous(name: str) -> Benchmark:
         outcomes=mis_outcomes,
         default_judge="rules",
         max_new_tokens=96,
+        judging="mis",
     )
 
 
@@ -104,6 +105,7 @@ BENCHMARKS = (
         outcomes=refusal_outcomes,
         default_judge="rules",
         max_new_tokens=96,
+        judging="refusal",
     ),
     Benchmark(
         name="mini_recognition",
@@ -113,5 +115,6 @@ BENCHMARKS = (
         outcomes=accuracy_outcomes,
         default_judge="exact",
         max_new_tokens=16,
+        judging="correct",
     ),
 )

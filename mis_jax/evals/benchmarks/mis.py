@@ -45,6 +45,7 @@ BENCHMARKS = tuple(
         default_judge=None,
         max_new_tokens=1024,
         system="none",
+        judging="mis",
         max_tiles_per_image=4,
         published_size=size,
     )

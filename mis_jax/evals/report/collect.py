@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mis_jax.evals.benchmarks import BENCHMARKS, size_note
+from mis_jax.evals.benchmarks import get_benchmark, in_order, size_note
 from mis_jax.evals.manifest import read_manifest
+from mis_jax.evals.metrics import applies
 from mis_jax.evals.stats import PairedTest, mcnemar, worst_case
 from mis_jax.evals.summary import Item, count_items, metric_votes, run_items
 
@@ -98,9 +99,8 @@ def compare(runs: Sequence[tuple[str, Path]], notes: Sequence[str] = ()) -> Comp
     read = [read_run(label, path) for label, path in runs]
     rows = [
         Row(name, metric, [_cell(run, read[0], name, metric) for run in read])
-        for name, benchmark in BENCHMARKS.items()
-        if any(name in run.results for run in read)
-        for metric in benchmark.metrics
+        for name in in_order({name for run in read for name in run.results})
+        for metric in get_benchmark(name).metrics
     ]
     return Comparison(read, rows, [*notes, *_own_notes(read)])
 
@@ -110,12 +110,13 @@ def _cell(run: Run, reference: Run, name: str, metric: str) -> Cell | None:
         return None
     entry = run.results[name]
     counted = entry["metrics"][metric]
-    # A metric that holds for part of a set has no denominator for what was never labelled.
-    whole = sum(metric in (item.outcomes or {}) for item in run.items[name])
-    judged = entry["counts"]["ok"]
+    benchmark = get_benchmark(name)
+    own = [item for item in run.items[name] if applies(benchmark, metric, item.facts)]
+    judged = sum(item.state == "ok" for item in own)
     bounds = None
-    if judged < entry["n"] and whole == judged:
-        bounds = worst_case(counted["k"], counted["n"], entry["n"])
+    # Labels that say nothing about the metric leave no denominator for what was never labelled.
+    if judged < len(own) and counted["n"] == judged:
+        bounds = worst_case(counted["k"], counted["n"], len(own))
     test = None
     if run is not reference and name in reference.results:
         test = _paired(reference.items[name], run.items[name], metric)
@@ -134,7 +135,7 @@ def _own_notes(runs: list[Run]) -> list[str]:
     """What a reader must know before comparing the numbers."""
     notes: list[str] = []
     repeating: list[str] = []
-    names = [name for name in BENCHMARKS if any(name in run.results for run in runs)]
+    names = in_order({name for run in runs for name in run.results})
     for name in names:
         having = [run for run in runs if name in run.results]
         entries = [run.manifest["benchmarks"][name] for run in having]

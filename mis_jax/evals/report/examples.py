@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from mis_jax.evals.benchmarks import BENCHMARKS
+from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.hashing import answer_hash, sample_hash
 from mis_jax.evals.metrics import METRICS
 from mis_jax.evals.report.collect import Comparison, Run
@@ -64,7 +64,7 @@ def choose_examples(comparison: Comparison, data_root: Path | None, redact: bool
 
 
 def _samples(benchmark: str, data_root: Path) -> dict[str, Sample]:
-    return {sample.id: sample for sample in BENCHMARKS[benchmark].load(data_root)}
+    return {sample.id: sample for sample in get_benchmark(benchmark).load(data_root)}
 
 
 def _verdict(item: Item) -> tuple[str, bool | None]:
@@ -119,7 +119,7 @@ def _example(
         text = None if redact else item.answer
         replies.append(Reply(run.label, number, words, good, known, text))
     # Data that changed since the run would put another picture beside the answer.
-    if sample is None or sample_hash(BENCHMARKS[benchmark], sample) != content:
+    if sample is None or sample_hash(get_benchmark(benchmark), sample) != content:
         return Example(benchmark, key, content, why, None, None, [], replies)
     pictures = [
         (_alternative(sample.meta, place), picture_url(path))

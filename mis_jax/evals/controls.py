@@ -1,0 +1,104 @@
+"""Controls of a benchmark: the same questions without what the pictures say.
+
+``mis_hard@black`` asks the questions of ``mis_hard`` over black pictures, ``@white`` over white
+ones, ``@text`` with no pictures at all, ``@swapped`` with the two pictures exchanged. A model that
+answers a control as it answers the benchmark has not looked. Samples keep their ids, so that a
+control can be compared with its benchmark sample by sample; the protocol and the sample hashes
+differ, so no answer is ever taken over. A judge that looks at pictures sees those of the control.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mis_jax.evals.types import Benchmark, Sample
+
+_MARKER = re.compile(r"(?:Image-\d+:[ \t]*)?<image>\n*")
+
+
+def control_of(benchmark: Benchmark, control: str) -> Benchmark:
+    """The benchmark under one of ``CONTROLS``."""
+    return replace(
+        benchmark,
+        name=f"{benchmark.name}@{control}",
+        protocol=f"{benchmark.protocol}@{control}",
+        load=partial(_load, benchmark, control),
+    )
+
+
+def _load(benchmark: Benchmark, control: str, data_root: Path) -> list[Sample]:
+    samples = benchmark.load(data_root)
+    try:
+        return [CONTROLS[control](sample) for sample in samples]
+    except ValueError as error:
+        raise ValueError(f"{benchmark.name}@{control}: {error}") from error
+
+
+def plain_pictures(sample: Sample, colour: str) -> Sample:
+    """The sample with each picture replaced by one of a single colour and the same size."""
+    if not sample.images:
+        raise ValueError(f"sample {sample.id} has no pictures to replace")
+    return replace(sample, images=[plain_picture(colour, _size(path)) for path in sample.images])
+
+
+def without_pictures(sample: Sample) -> Sample:
+    """The sample with its pictures and the words that announce them left out."""
+    if not sample.images:
+        raise ValueError(f"sample {sample.id} has no pictures to leave out")
+    conversation = [
+        message | {"content": _without_markers(message["content"])}
+        for message in sample.conversation
+    ]
+    return replace(sample, images=[], conversation=conversation)
+
+
+def swapped_pictures(sample: Sample) -> Sample:
+    """The sample with its two pictures exchanged."""
+    if len(sample.images) != 2:
+        raise ValueError(f"sample {sample.id} has {len(sample.images)} pictures; swapping needs 2")
+    return replace(sample, images=sample.images[::-1])
+
+
+CONTROLS: dict[str, Callable[[Sample], Sample]] = {
+    "black": partial(plain_pictures, colour="black"),
+    "white": partial(plain_pictures, colour="white"),
+    "text": without_pictures,
+    "swapped": swapped_pictures,
+}
+
+
+def _without_markers(content: Any) -> Any:
+    if isinstance(content, str):
+        return _MARKER.sub("", content)
+    return [part for part in content if part["type"] != "image"]
+
+
+def _size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as a picture ({error})") from error
+
+
+def plain_picture(colour: str, size: tuple[int, int]) -> Path:
+    """The file of a picture of one colour, drawn once into the user's cache folder."""
+    cache_root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache_root / "mis-jax" / "plain" / f"{colour}-{size[0]}x{size[1]}.png"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Drawn beside its place and moved there: another process never reads half a picture.
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".png")
+        with os.fdopen(handle, "wb") as stream:
+            Image.new("RGB", size, colour).save(stream, "PNG")
+        os.replace(name, path)
+    return path
