@@ -297,3 +297,12 @@ def test_a_cell_is_listed_once() -> None:
     printed = {(name, metric, value) for name, metric, _, _, value in CELLS}
     for name, metric, _, shown, *_ in table("Single cells"):
         assert (name, metric, float(shown)) not in printed
+
+
+def test_the_page_of_benchmarks_knows_them_all() -> None:
+    page = (PAGE.parent / "benchmarks.md").read_text(encoding="utf-8")
+    for name, benchmark in BENCHMARKS.items():
+        if benchmark.published_size is not None:
+            assert f"`{name}`" in page
+            assert f"{benchmark.published_size:,}" in page
+            assert set(re.findall(r"`(\w+)`", page)) >= set(benchmark.metrics)
