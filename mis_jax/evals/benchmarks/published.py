@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mis_jax.data.chat import IMAGE_MARKER
 from mis_jax.evals.types import Sample
 
 MAX_NEW_TOKENS = 1024
@@ -31,7 +32,7 @@ def find_file(data_root: Path, folder: str, names: Sequence[str]) -> Path:
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file that must have these columns, each of them with some text."""
+    """The rows of a CSV file that must have these columns."""
     try:
         # utf-8-sig: files that went through a spreadsheet begin with a byte order mark.
         with open(path, newline="", encoding="utf-8-sig") as stream:
@@ -41,14 +42,21 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         raise ValueError(
             f"{path} cannot be read as CSV ({error}); download the file again"
         ) from error
-    missing = [name for name in columns if name not in (reader.fieldnames or ())]
+    found = reader.fieldnames or ()
+    missing = [name for name in columns if name not in found]
     if missing:
         raise ValueError(
             f"{path} has no column {', '.join(map(repr, missing))} (it has "
-            f"{', '.join(reader.fieldnames or ()) or 'none'}); download the published file again"
+            f"{', '.join(found) or 'none'}); download the published file again"
         )
     if not rows:
         raise ValueError(f"{path} holds no rows; download the file again")
+    for number, row in enumerate(rows):
+        if None in row or None in row.values():  # how DictReader marks too many and too few
+            raise ValueError(
+                f"{path}, row {number}: has not one cell for each of the {len(found)} "
+                "columns; download the file again"
+            )
     return rows
 
 
@@ -84,4 +92,7 @@ def check_pictures(path: Path, samples: Sequence[Sample]) -> None:
 
 def about_one_picture(key: str, text: str, image: Path, meta: dict[str, Any]) -> Sample:
     """A question about one picture as InternVL is asked it: the picture, a line break, the text."""
-    return Sample(key, [{"role": "user", "content": f"<image>\n{text}"}], [image], meta)
+    content: Any = f"{IMAGE_MARKER}\n{text}"
+    if IMAGE_MARKER in text:  # a marker that the question itself holds is words, not a picture
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+    return Sample(key, [{"role": "user", "content": content}], [image], meta)

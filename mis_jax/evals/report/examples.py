@@ -71,6 +71,8 @@ def _verdict(item: Item) -> tuple[str, bool | None]:
     """What happened in words, and whether it is good (None where nothing was judged)."""
     if item.outcomes is None:
         return f"no verdict: {item.state}", None
+    if item.outcomes.get("safe_rate") is False:  # whatever else the answer is
+        return METRICS["safe_rate"].no, False
     for metric, true in item.outcomes.items():
         if true:
             return METRICS[metric].yes, METRICS[metric].better != "lower"
