@@ -229,6 +229,13 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 }
 
 
+# Several benchmarks read the files of one set.
+BENCHMARK_IDS = (
+    *WRITERS, "mssbench_white", "mssbench_text", "siuo_mcq", "mm_safetybench_sd",
+    "mm_safetybench_typo",
+)  # fmt: skip
+
+
 def write_safety_sets(root: Path) -> None:
     """A data root with every safety set in its own folder."""
     for name, write in WRITERS.items():

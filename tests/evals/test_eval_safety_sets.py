@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from eval_safety_files import WRITERS, draw, write_csv, write_safety_sets
+from eval_safety_files import BENCHMARK_IDS, WRITERS, draw, write_csv, write_safety_sets
 from eval_world import answering
 
 from mis_jax.evals.benchmarks import BENCHMARKS, get_benchmark, size_note
@@ -203,7 +203,7 @@ def test_vlguard_has_three_subsets(root: Path) -> None:
     assert BENCHMARKS["vlguard"].max_new_tokens == 256
 
 
-@pytest.mark.parametrize("name", [name for name in BENCHMARKS if not name.startswith("mi")])
+@pytest.mark.parametrize("name", BENCHMARK_IDS)
 def test_pictures_match_markers_and_ids_are_unique(root: Path, name: str) -> None:
     samples = BENCHMARKS[name].load(root)
     assert len({sample.id for sample in samples}) == len(samples)
