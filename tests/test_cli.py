@@ -19,7 +19,7 @@ from mis_jax import __version__, cli
 pytestmark = pytest.mark.usefixtures("quick_compile")
 VERBS = [
     "quickstart", "convert", "inspect", "verify", "data", "train", "plan", "generate", "chat",
-    "serve", "eval", "judge", "report",
+    "serve", "eval", "judge", "merge", "report",
 ]  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def test_the_docs_show_every_verb() -> None:
     shown = {" ".join(command.verb) for command in COMMANDS}
     assert shown == {
         "quickstart", "convert", "inspect", "verify", "data build", "data show", "train",
-        "plan", "generate", "chat", "serve", "eval", "judge", "report",
+        "plan", "generate", "chat", "serve", "eval", "judge", "merge", "report",
     }  # fmt: skip
 
 

@@ -58,6 +58,16 @@ class MeshSizes:
     """Shards of heads and feed-forward columns; -1 takes the devices that are left."""
 
 
+def mesh_of(sizes: MeshSizes):
+    """The mesh that sizes ask for; None for one device."""
+    from mis_jax.config import MeshConfig
+    from mis_jax.sharding import make_mesh
+
+    if sizes == MeshSizes():
+        return None
+    return make_mesh(MeshConfig(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor))
+
+
 def load_quietly(path: Path, dtype: str | None, sizes: MeshSizes, *, int8: bool = False):
     """Model and processor, for answers: layers written out, on a mesh where sizes ask for one.
 
@@ -67,14 +77,10 @@ def load_quietly(path: Path, dtype: str | None, sizes: MeshSizes, *, int8: bool 
     import jax
 
     from mis_jax.api import load
-    from mis_jax.config import MeshConfig
     from mis_jax.model.written_out import written_out
-    from mis_jax.sharding import make_mesh
     from mis_jax.terminal import bytes_bar
 
-    mesh = None
-    if sizes != MeshSizes():
-        mesh = make_mesh(MeshConfig(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor))
+    mesh = mesh_of(sizes)
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
     with bytes_bar(err_console) as bar:

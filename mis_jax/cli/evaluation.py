@@ -1,7 +1,9 @@
-"""Verbs of an evaluation: eval, judge, report."""
+"""Verbs of an evaluation: eval, judge, merge, report."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -12,56 +14,95 @@ from mis_jax.cli.common import (
     console,
     err_console,
     load_quietly,
+    mesh_of,
     print_json,
 )
 
+if TYPE_CHECKING:
+    from mis_jax.evals.chat_client import ChatClient
+    from mis_jax.evals.runner import AnswerFn, Owed
+    from mis_jax.evals.types import Benchmark, Sample
+
+_HTTP = ("http://", "https://")
+
 
 def eval_(
-    model: Annotated[Positional[Path], arg(metavar="MODEL")],
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
     *,
     benchmarks: str,
     data_root: Path,
     out: Path,
+    limit: int | None = None,
+    shard: str | None = None,
     batch_size: int = 32,
     dtype: Dtype | None = None,
     mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
+    model_name: str | None = None,
+    api_key_env: str | None = None,
+    concurrency: int = 8,
+    requests_per_minute: float | None = None,
+    internvl_fields: bool = False,
 ) -> None:
     """Ask a model the questions of benchmarks. Finished answers are kept when called again.
 
     Example: mis-jax eval runs/mirage/final --benchmarks mis_hard --data-root data --out runs/eval
 
     Args:
-        model: Checkpoint folder in any of the three formats.
+        model: Checkpoint folder in any of the three formats, or http://host/v1 of a server.
         benchmarks: Ids, separated by commas.
         data_root: Folder with the published files, a folder for each benchmark.
         out: Folder of the evaluation run.
-        batch_size: Questions answered at once.
+        limit: Ask only the first so many samples of each benchmark.
+        shard: i/n, to ask every n-th sample from the i-th on; see `mis-jax merge`.
+        batch_size: Questions answered at once by a checkpoint.
         dtype: Number format; float32 on a CPU and the file's own elsewhere without it.
         mesh: Devices that share the model.
+        model_name: What the server at http://host/v1 calls the model.
+        api_key_env: Environment variable with the server's key.
+        concurrency: Requests to the server under way at once.
+        requests_per_minute: Most requests sent to the server in a minute.
+        internvl_fields: The server takes max_dynamic_patch and system_prompt; ours is recognised.
     """
-    from mis_jax.evals.answering import answers_of
     from mis_jax.evals.benchmarks import get_benchmark, size_note
-    from mis_jax.evals.hashing import folder_fingerprint
+    from mis_jax.evals.estimate import answers_ahead
     from mis_jax.evals.manifest import open_run
+    from mis_jax.evals.parts import part_from
     from mis_jax.evals.runner import generate_answers
+    from mis_jax.evals.streaming import Stopped
     from mis_jax.terminal import steps_bar
 
-    if str(model).startswith(("http:", "https:")):
-        raise ValueError(f"{model}: evaluating an HTTP endpoint is not available in this version")
+    part = part_from(limit, shard)
     chosen = [get_benchmark(name) for name in benchmarks.split(",")]
     sets = [benchmark.load(data_root) for benchmark in chosen]
-    fingerprint = folder_fingerprint(model)
-    open_run(out, model=model.name, fingerprint=fingerprint, data_root=data_root)
-    network, processor = load_quietly(model, dtype, mesh)
+    if model.startswith(_HTTP):
+        client = _client(model, model_name, api_key_env, concurrency, requests_per_minute)
+        name, fingerprint, answers = _served(client, internvl_fields)
+    elif model_name:
+        raise ValueError("--model-name belongs to a server; give its http://host/v1 as MODEL")
+    else:
+        name, fingerprint, answers = _local(Path(model), batch_size, dtype, mesh)
+    open_run(out, model=name, fingerprint=fingerprint, data_root=data_root)
+    asked = [part.of(samples) for samples in sets]
+    for benchmark, whole, samples in zip(chosen, sets, asked, strict=True):
+        if note := size_note(benchmark.name, len(whole)):
+            err_console.print(note)
+        _say(answers_ahead(benchmark, samples))
     failed = 0
+    answer = answers()
     with steps_bar(err_console) as bar:
-        for benchmark, samples in zip(chosen, sets, strict=True):
-            note = size_note(benchmark.name, len(samples))
-            if note:
-                err_console.print(note)
-            ask = answers_of(network, processor, benchmark, rows=batch_size)
-            show = bar.task(benchmark.name)
-            done = generate_answers(benchmark, samples, ask, out, show, batch_size=batch_size)
+        for benchmark, whole, samples in zip(chosen, sets, asked, strict=True):
+            try:
+                done = generate_answers(
+                    benchmark,
+                    samples,
+                    answer(benchmark),
+                    out,
+                    bar.task(benchmark.name),
+                    batch_size=batch_size,
+                    part=part.described(len(whole)),
+                )
+            except Stopped as stopped:
+                raise Failed(f"{stopped}; call again to go on") from None
             failed += done.failed
     if failed:
         raise Failed(f"{failed} sample(s) have no answer; call again to retry them")
@@ -72,37 +113,96 @@ def judge(
     run: Annotated[Positional[Path], arg(metavar="RUN")],
     *,
     judge: str = "default",
+    judge_model: str | None = None,
+    judge_key_env: str | None = None,
+    benchmarks: str | None = None,
+    concurrency: int = 8,
+    requests_per_minute: float | None = None,
+    max_calls: int | None = None,
+    dtype: Dtype | None = None,
+    mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
     data_root: Path | None = None,
     json: bool = False,
 ) -> None:
     """Judge the answers of an evaluation run. Finished verdicts are kept when called again.
 
-    Example: mis-jax judge runs/eval --judge rules
+    Example: mis-jax judge runs/eval --judge http://127.0.0.1:8000/v1 --judge-model NAME
 
     Args:
         run: Folder given to `mis-jax eval --out`.
+        judge: Each benchmark's own (default), http://host/v1 of a language model, the folder of a
+            Llama Guard checkpoint, rules, exact, options, or none to count what there is.
+        judge_model: What the server at http://host/v1 calls the model.
+        judge_key_env: Environment variable with the server's key.
+        benchmarks: Judge only these, ids separated by commas.
+        concurrency: Requests to the server under way at once.
+        requests_per_minute: Most requests sent to the server in a minute.
+        max_calls: Most requests sent to the server in all, self-test and retries included.
+        dtype: Number format of a guard checkpoint.
+        mesh: Devices that share a guard checkpoint.
         data_root: Where the data root of the evaluation is now, if it was moved.
-        judge: rules (the mini world), exact (recognition), or each benchmark's own.
         json: Print results.json.
     """
-    from mis_jax.evals.judges import get_judge
+    from mis_jax.evals.judges import JUDGES, get_judge
+    from mis_jax.evals.judges.guard import guard_judges
+    from mis_jax.evals.judges.http import http_judges
     from mis_jax.evals.manifest import data_root_of
     from mis_jax.evals.runner import judge_run
-    from mis_jax.evals.summary import without_verdict
+    from mis_jax.evals.streaming import Stopped
+    from mis_jax.evals.summary import summarise
+    from mis_jax.terminal import steps_bar
 
-    chosen = None if judge == "default" else get_judge(judge)
-    results = judge_run(run, chosen, data_root or data_root_of(run))
-    if json:
-        print_json(results)
-    else:
-        for benchmark, result in results.items():
-            for metric, value in result["metrics"].items():
-                shown = "-" if value["value"] is None else f"{100 * value['value']:6.2f} %"
-                bounds = f"{100 * value['low']:.1f} to {100 * value['high']:.1f}"
-                console.print(f"{benchmark:>18} {metric:<13} {shown}  ({bounds}; n {value['n']})")
-    missing = without_verdict(results)
-    if missing:
-        raise Failed(f"{missing} sample(s) have no verdict; see the counts in {run}/results.json")
+    if judge == "none":
+        _show(summarise(run), run, json)
+        return
+    root = data_root or data_root_of(run)
+    client, chosen = None, None
+    if judge.startswith(_HTTP):
+        client = _client(
+            judge, judge_model, judge_key_env, concurrency, requests_per_minute, max_calls,
+            option="--judge-model",
+        )  # fmt: skip
+        chosen = http_judges(client)
+    elif judge_model:
+        raise ValueError("--judge-model belongs to a server; give its http://host/v1 as --judge")
+    elif judge not in JUDGES and Path(judge).is_dir():
+        chosen = guard_judges(Path(judge), dtype, lambda: _guard(Path(judge), dtype, mesh))
+    elif judge != "default":
+        chosen = get_judge(judge)
+    with steps_bar(err_console) as bar:
+        try:
+            results = judge_run(
+                run,
+                chosen,
+                root,
+                benchmarks=benchmarks.split(",") if benchmarks else None,
+                announce=_announce(client) if client else None,
+                progress=bar.task,
+            )
+        except Stopped as stopped:
+            raise Failed(f"{stopped}; the verdicts so far are kept: call again to go on") from None
+    _show(results, run, json)
+
+
+def merge(
+    out: Annotated[Positional[Path], arg(metavar="OUT")],
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN RUN [RUN ...]")],
+) -> None:
+    """One evaluation run out of its shards, or out of runs over different benchmarks.
+
+    Example: mis-jax merge runs/eval runs/eval-1 runs/eval-2
+
+    Args:
+        out: New folder.
+        runs: Evaluation runs of one model; all shards of a benchmark must be among them.
+    """
+    from mis_jax.evals.merge import merge_runs
+
+    if len(runs) < 2:
+        raise ValueError("name the new folder and at least two evaluation runs")
+    for name, result in merge_runs(runs, out).items():
+        states = ", ".join(f"{count} {state}" for state, count in result["counts"].items() if count)
+        console.print(f"{name}: {result['n']} samples ({states})", highlight=False)
 
 
 def report(
@@ -134,3 +234,113 @@ def report(
     )
     for path in written:
         console.print(str(path))
+
+
+_AnswersOf = Callable[[], Callable[["Benchmark"], "AnswerFn"]]
+
+
+def _local(
+    folder: Path, rows: int, dtype: Dtype | None, mesh: MeshSizes
+) -> tuple[str, str, _AnswersOf]:
+    """Name and fingerprint of a checkpoint, and what loads it to answer."""
+    from mis_jax.evals.answering import answers_of
+    from mis_jax.evals.hashing import folder_fingerprint
+
+    def load() -> Callable[["Benchmark"], "AnswerFn"]:
+        network, processor = load_quietly(folder, dtype, mesh)
+        return lambda benchmark: answers_of(network, processor, benchmark, rows=rows)
+
+    return folder.name, folder_fingerprint(folder), load
+
+
+def _served(client: "ChatClient", takes_settings: bool) -> tuple[str, str, _AnswersOf]:
+    """Name and fingerprint of a model behind an endpoint, and how it answers."""
+    from mis_jax.evals.endpoint import endpoint_answers, open_endpoint
+
+    endpoint = open_endpoint(client, takes_settings=takes_settings)
+    if not endpoint.takes_settings:
+        _say(
+            f"{client.base_url} does not say that it is mis-jax: tiles and system turn are its own "
+            "(see --internvl-fields)"
+        )
+    return client.model, endpoint.fingerprint, lambda: lambda b: endpoint_answers(endpoint, b)
+
+
+def _client(
+    url: str,
+    model: str | None,
+    key_env: str | None,
+    concurrency: int,
+    requests_per_minute: float | None,
+    max_calls: int | None = None,
+    option: str = "--model-name",
+) -> "ChatClient":
+    from mis_jax.evals.chat_client import ChatClient
+
+    if not model:
+        raise ValueError(f"{url}: say with {option} NAME which of its models is meant")
+    key = None
+    if key_env is not None and not (key := os.environ.get(key_env, "").strip()):
+        raise ValueError(f"the environment variable {key_env} is empty; put the key into it")
+    return ChatClient(
+        url,
+        model,
+        api_key=key,
+        concurrency=concurrency,
+        requests_per_minute=requests_per_minute,
+        max_calls=max_calls,
+    )
+
+
+def _guard(folder: Path, dtype: Dtype | None, mesh: MeshSizes) -> Any:
+    from mis_jax.generation.guard import load_guard
+
+    return load_guard(folder, dtype=dtype, mesh=mesh_of(mesh))
+
+
+def _announce(
+    client: "ChatClient",
+) -> Callable[[list[tuple["Owed", list[tuple["Sample", str]]]]], None]:
+    """Prints what a judge behind an endpoint is about to cost."""
+    from mis_jax.evals.estimate import verdicts_ahead
+    from mis_jax.evals.judges.http import prompt_size
+
+    def announce(owed: list[tuple["Owed", list[tuple["Sample", str]]]]) -> None:
+        for one, pairs in owed:
+            tokens, pictures = prompt_size(pairs, one.benchmark)
+            seconds = len(pairs) * client.pace()
+            _say(
+                verdicts_ahead(
+                    one.benchmark.name, one.judge.id, len(pairs), tokens, pictures, seconds
+                )
+            )
+
+    return announce
+
+
+def _say(text: str) -> None:
+    err_console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show(results: dict[str, Any], run: Path, as_json: bool) -> None:
+    """Print results; Failed where a sample has no verdict."""
+    from mis_jax.evals.summary import without_verdict
+
+    if as_json:
+        print_json(results)
+    else:
+        for benchmark, result in results.items():
+            for metric, value in result["metrics"].items():
+                shown = "-" if value["value"] is None else f"{100 * value['value']:6.2f} %"
+                bounds = f"{100 * value['low']:.1f} to {100 * value['high']:.1f}"
+                console.print(f"{benchmark:>18} {metric:<13} {shown}  ({bounds}; n {value['n']})")
+    missing = without_verdict(results)
+    if missing:
+        states = {
+            state: sum(result["counts"][state] for result in results.values())
+            for state in ("unparsed", "refused", "error", "missing")
+        }
+        shown = ", ".join(f"{count} {state}" for state, count in states.items() if count)
+        raise Failed(
+            f"{missing} sample(s) have no verdict ({shown}); see the counts in {run}/results.json"
+        )

@@ -17,7 +17,7 @@ from mis_jax.cli.chat import chat
 from mis_jax.cli.checkpoints import convert, inspect, verify
 from mis_jax.cli.common import described, err_console, fail
 from mis_jax.cli.data import data_build, data_show
-from mis_jax.cli.evaluation import eval_, judge, report
+from mis_jax.cli.evaluation import eval_, judge, merge, report
 from mis_jax.cli.generation import generate
 from mis_jax.cli.planning import plan
 from mis_jax.cli.serving import serve
@@ -37,6 +37,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "serve": serve,
     "eval": eval_,
     "judge": judge,
+    "merge": merge,
     "report": report,
 }
 

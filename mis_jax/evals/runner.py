@@ -1,13 +1,14 @@
 """Ask a model, then have its answers judged; both stages can be killed and resumed.
 
-Each stage appends rows to a log and fsyncs them in batches. A row counts only while its content
+Each stage appends rows to a log and fsyncs them in batches, or one by one where they come from an
+endpoint: what a kill can cost is what was under way. A row counts only while its content
 hash is the one that the run expects now, so a changed question, picture, protocol or answer
 drops what was derived from it without anything being deleted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from mis_jax.evals.files import AppendLog, read_log
 from mis_jax.evals.hashing import answer_hash, digest, sample_hash
 from mis_jax.evals.judges import JUDGES
 from mis_jax.evals.manifest import expect, expected, read_manifest, update_benchmark, write_facts
+from mis_jax.evals.streaming import Groups, Stopped, Streaming, groups_of
 from mis_jax.evals.summary import summarise
 from mis_jax.evals.types import Answer, Benchmark, Judge, Sample, Verdict
 
-__all__ = ["Generated", "generate_answers", "judge_run", "summarise"]
+__all__ = ["Generated", "JudgeOf", "Owed", "generate_answers", "judge_run", "summarise"]
 
-AnswerFn = Callable[[list[Sample]], list[Answer]]
+AnswerFn = Callable[[list[Sample]], list[Answer]] | Streaming[Sample, Answer]
+JudgeOf = Callable[[Benchmark, Sequence[Sample]], Judge]
 Progress = Callable[[int, int], None]
 
 
@@ -36,12 +39,7 @@ class Generated:
     failed: int
 
 
-def _batches(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield list(items[start : start + size])
-
-
-def _ask(answer_fn: AnswerFn, batch: list[Sample]) -> list[Answer]:
+def _ask(answer_fn: Callable[[list[Sample]], list[Answer]], batch: list[Sample]) -> list[Answer]:
     """Answers of a batch; a sample that cannot be asked fails alone.
 
     ValueError and OSError are what bad input raises (an unreadable picture, a prompt that is too
@@ -67,15 +65,18 @@ def generate_answers(
     progress: Progress | None = None,
     *,
     batch_size: int = 32,
+    part: Mapping[str, Any] | None = None,
 ) -> Generated:
     """Stage 1: append an answer for each sample to ``RUN/<benchmark>/samples.jsonl``.
 
     The run must have been opened (``manifest.open_run``). Samples already answered with the same
     content are skipped; failed ones are asked again. ``batch_size`` is how many samples
-    ``answer_fn`` gets at once and how many answers a kill can cost.
+    ``answer_fn`` gets at once and how many answers a kill can cost. ``part`` says in the manifest
+    which part of the benchmark ``samples`` is (see ``parts.py``).
     """
     read_manifest(run_dir)  # an unopened run is an error before any work
     hashes = expect(run_dir, benchmark, samples)
+    update_benchmark(run_dir, benchmark.name, part=dict(part) if part else None)
     with AppendLog(run_dir / benchmark.name / "samples.jsonl") as log:
         done = {(row["id"], row["hash"]) for row in log.rows if row["state"] == "ok"}
         waiting = [sample for sample in samples if (sample.id, hashes[sample.id]) not in done]
@@ -83,17 +84,26 @@ def generate_answers(
         failed = 0
         if progress:
             progress(finished, len(samples))
-        for batch in _batches(waiting, batch_size):
-            answers = _ask(answer_fn, batch)
+        for group in _answers(answer_fn, waiting, batch_size):
             log.append(
-                {"id": sample.id, "hash": hashes[sample.id], **_answer_row(answer)}
-                for sample, answer in zip(batch, answers, strict=True)
+                {
+                    "id": waiting[place].id,
+                    "hash": hashes[waiting[place].id],
+                    **_answer_row(answer),
+                }
+                for place, answer in group
             )
-            finished += len(batch)
-            failed += sum(answer.state == "error" for answer in answers)
+            finished += len(group)
+            failed += sum(answer.state == "error" for _, answer in group)
             if progress:
                 progress(finished, len(samples))
     return Generated(len(samples), reused, len(waiting) - failed, failed)
+
+
+def _answers(answer_fn: AnswerFn, samples: list[Sample], size: int) -> Groups[Answer]:
+    if isinstance(answer_fn, Streaming):
+        return answer_fn.stream(samples)
+    return groups_of(lambda batch: _ask(answer_fn, batch), samples, size)
 
 
 def _answer_row(answer: Answer) -> dict[str, Any]:
@@ -104,20 +114,50 @@ def _answer_row(answer: Answer) -> dict[str, Any]:
     return row
 
 
+@dataclass(frozen=True)
+class Owed:
+    """What a judge owes to one benchmark of a run: a verdict on each of ``answers``.
+
+    ``keys`` are what a verdict must carry to count for an answer.
+    """
+
+    benchmark: Benchmark
+    judge: Judge
+    samples: Mapping[str, Sample]
+    answers: Mapping[str, str]
+    keys: Mapping[str, tuple[str, str, str, str]]
+
+    def waiting(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """The answers without a verdict among the rows; a refusal to judge is one."""
+        settled = {
+            (row["id"], row["answer_hash"], row["judge"], row["reference"])
+            for row in rows
+            if row["state"] in ("ok", "refused")
+        }
+        return [key for key in self.answers if self.keys[key] not in settled]
+
+    def pairs(self, keys: Sequence[str]) -> list[tuple[Sample, str]]:
+        """What the judge gets."""
+        return [(self.samples[key], self.answers[key]) for key in keys]
+
+
 def judge_run(
     run_dir: Path,
-    judge: Judge | None,
+    judge: Judge | JudgeOf | None,
     data_root: Path,
     *,
     benchmarks: Sequence[str] | None = None,
     batch_size: int = 32,
-    progress: Progress | None = None,
+    announce: Callable[[list[tuple[Owed, list[tuple[Sample, str]]]]], None] | None = None,
+    progress: Callable[[str], Progress] | None = None,
 ) -> dict[str, Any]:
     """Stage 2: append a verdict for each answer to ``RUN/<benchmark>/verdicts.jsonl``.
 
-    ``judge=None`` takes each benchmark's own. Verdicts that exist for the same answer, judge and
-    reference are kept; a judge's refusal is one of them, while ``unparsed`` and ``error`` are
-    asked again. Ends with ``summarise`` and returns its results.
+    ``judge=None`` takes each benchmark's own; a function of a benchmark and its samples gives each
+    a judge. Verdicts that exist for the same answer, judge and reference are kept; a judge's
+    refusal is one of them, while ``unparsed`` and ``error`` are asked again. ``announce`` learns
+    what is about to be judged, before anything is. Ends with ``summarise`` and returns its
+    results; a judge that stops does so too, and its ``Stopped`` is raised.
     """
     known = list(read_manifest(run_dir)["benchmarks"])
     for name in benchmarks or ():
@@ -126,10 +166,19 @@ def judge_run(
                 f"{run_dir} has no answers to {name!r} (it has {', '.join(known) or 'none'}); "
                 f"run `mis-jax eval` with --benchmarks {name} first"
             )
-    for name in benchmarks or known:
-        benchmark = get_benchmark(name)
-        chosen = judge or _default_judge(benchmark)
-        _judge_benchmark(benchmark, chosen, run_dir, data_root, batch_size, progress)
+    # All that can be wrong with the files or the judge shows before the first verdict is paid for.
+    found = [_read(get_benchmark(name), run_dir, data_root) for name in benchmarks or known]
+    owed = [_owed(judge, *one) for one in found]
+    if announce:
+        announce([(one, one.pairs(one.waiting(_verdicts_of(run_dir, one)))) for one in owed])
+    try:
+        for one in owed:
+            _judge_benchmark(
+                one, run_dir, batch_size, progress(one.benchmark.name) if progress else None
+            )
+    except Stopped:
+        summarise(run_dir)
+        raise
     return summarise(run_dir)
 
 
@@ -142,48 +191,59 @@ def _default_judge(benchmark: Benchmark) -> Judge:
     return JUDGES[benchmark.default_judge]
 
 
-def _judge_benchmark(
-    benchmark: Benchmark,
-    judge: Judge,
-    run_dir: Path,
-    data_root: Path,
-    batch_size: int,
-    progress: Progress | None,
-) -> None:
-    owed = expected(run_dir, benchmark.name)
-    samples = {sample.id: sample for sample in benchmark.load(data_root) if sample.id in owed}
-    _check_same_data(benchmark, samples, owed, run_dir, data_root)
+_Found = tuple[Benchmark, dict[str, Sample], dict[str, str], dict[str, str]]
+
+
+def _read(benchmark: Benchmark, run_dir: Path, data_root: Path) -> _Found:
+    """A benchmark with the samples, hashes and answers of a run."""
+    hashes = expected(run_dir, benchmark.name)
+    samples = {sample.id: sample for sample in benchmark.load(data_root) if sample.id in hashes}
+    _check_same_data(benchmark, samples, hashes, run_dir, data_root)
     write_facts(run_dir, benchmark.name, samples.values())
     answers = {
         row["id"]: row["answer"]
         for row in read_log(run_dir / benchmark.name / "samples.jsonl")
-        if row["state"] == "ok" and owed.get(row["id"]) == row["hash"]
+        if row["state"] == "ok" and hashes.get(row["id"]) == row["hash"]
     }
-    # Only now: a judge that cannot start must not take the place of the one that finished.
+    return benchmark, samples, hashes, answers
+
+
+def _owed(
+    judge: Judge | JudgeOf | None,
+    benchmark: Benchmark,
+    samples: dict[str, Sample],
+    hashes: dict[str, str],
+    answers: dict[str, str],
+) -> Owed:
+    if judge is None:
+        judge = _default_judge(benchmark)
+    elif not isinstance(judge, Judge):
+        judge = judge(benchmark, list(samples.values()))
     keys = {
-        key: (key, answer_hash(owed[key], text), judge.id, digest(samples[key].meta))
+        key: (key, answer_hash(hashes[key], text), judge.id, digest(samples[key].meta))
         for key, text in answers.items()
     }
-    with AppendLog(run_dir / benchmark.name / "verdicts.jsonl") as log:
-        settled = {
-            (row["id"], row["answer_hash"], row["judge"], row["reference"])
-            for row in log.rows
-            if row["state"] in ("ok", "refused")
-        }
-        waiting = [key for key in answers if keys[key] not in settled]
-        finished = len(answers) - len(waiting)
-        update_benchmark(run_dir, benchmark.name, judge=judge.id)
+    return Owed(benchmark, judge, samples, answers, keys)
+
+
+def _verdicts_of(run_dir: Path, owed: Owed) -> list[dict[str, Any]]:
+    return read_log(run_dir / owed.benchmark.name / "verdicts.jsonl")
+
+
+def _judge_benchmark(owed: Owed, run_dir: Path, batch_size: int, progress: Progress | None) -> None:
+    name = owed.benchmark.name
+    with AppendLog(run_dir / name / "verdicts.jsonl") as log:
+        waiting = owed.waiting(log.rows)
+        finished = len(owed.answers) - len(waiting)
+        # Only now: a judge that cannot start must not take the place of the one that finished.
+        update_benchmark(run_dir, name, judge=owed.judge.id)
         if progress:
-            progress(finished, len(answers))
-        for batch in _batches(waiting, batch_size):
-            verdicts = judge.judge([(samples[key], answers[key]) for key in batch])
-            log.append(
-                _verdict_row(keys[key], verdict)
-                for key, verdict in zip(batch, verdicts, strict=True)
-            )
-            finished += len(batch)
+            progress(finished, len(owed.answers))
+        for group in groups_of(owed.judge.judge, owed.pairs(waiting), batch_size):
+            log.append(_verdict_row(owed.keys[waiting[place]], verdict) for place, verdict in group)
+            finished += len(group)
             if progress:
-                progress(finished, len(answers))
+                progress(finished, len(owed.answers))
 
 
 def _verdict_row(key: tuple[str, str, str, str], verdict: Verdict) -> dict[str, Any]:

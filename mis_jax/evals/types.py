@@ -54,11 +54,17 @@ class Verdict:
     ``ok`` carries labels; ``unparsed`` means that the judge spoke and was not understood;
     ``refused`` that it declined to judge; ``error`` that it could not be asked. They stay apart
     all the way into the report, because dropping any of them changes a denominator.
+
+    A language model leaves its own words (``raw``), the tokens they cost, and the name under which
+    the endpoint says it answered: an alias can come to mean another model.
     """
 
     state: VerdictState
     labels: dict[str, Any] = field(default_factory=dict)
     detail: str | None = None
+    raw: str | None = None
+    usage: dict[str, int] | None = None
+    served_model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,8 @@ class Judge:
 
     ``id`` names everything that could change a verdict (method, version, model), since verdicts
     of another id are never reused. ``judge`` gets (sample, answer text) pairs in batches and
-    returns one verdict for each, in order.
+    returns one verdict for each, in order; a ``streaming.Streaming`` gets all of them at once, and
+    its verdicts are kept one by one.
     """
 
     id: str

@@ -1,4 +1,7 @@
-"""The built-in judges by the name that ``--judge`` takes."""
+"""The built-in judges by the name that ``--judge`` takes.
+
+A language model behind an endpoint is in ``http.py``, a local guard checkpoint in ``guard.py``.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ def get_judge(name: str) -> Judge:
     """A built-in judge by name, or a ``ValueError`` that lists the known ones."""
     if name not in JUDGES:
         raise ValueError(
-            f"judge {name!r} is unknown; --judge takes {', '.join(JUDGES)} or http://host/v1"
+            f"judge {name!r} is unknown; --judge takes {', '.join(JUDGES)}, none, "
+            "http://host/v1 or the folder of a guard checkpoint"
         )
     return JUDGES[name]

@@ -1,0 +1,135 @@
+"""Any OpenAI-compatible endpoint as the model under test.
+
+Pictures are sent as data URIs where the prompt has its ``<image>`` markers. Decoding is greedy.
+Two settings of a benchmark have no place in the chat API: tiles for each picture, and whether the
+checkpoint's own system turn is left out. Our server takes them as ``max_dynamic_patch`` and
+``system_prompt``; another one answers with settings of its own. Templates of InternVL, ours
+among them, write a line break behind every picture of the chat API, so there the prompt's own is
+left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mis_jax.data.chat import IMAGE_MARKER, insert_image_markers
+from mis_jax.evals.chat_client import ChatClient, Reply
+from mis_jax.evals.data_uris import picture_part
+from mis_jax.evals.hashing import digest
+from mis_jax.evals.streaming import Groups, Streaming
+from mis_jax.evals.types import Answer, Benchmark, Sample
+
+OWNER = "mis-jax"  # what our own server says in /v1/models
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An endpoint that was found to answer, and whether it takes InternVL's two settings."""
+
+    client: ChatClient
+    takes_settings: bool
+
+    @property
+    def fingerprint(self) -> str:
+        """The identity of what answers, as far as it shows from outside."""
+        return digest([self.client.base_url, self.client.model, self.takes_settings])
+
+
+def open_endpoint(client: ChatClient, *, takes_settings: bool = False) -> Endpoint:
+    """Look at ``/v1/models``; ValueError for an address, a key or a model that is wrong."""
+    owners = client.owners()
+    if owners is not None and client.model not in owners:
+        known = ", ".join(list(owners)[:8]) or "none"
+        raise ValueError(
+            f"{client.base_url} has no model {client.model!r} (it has {known}); see --model-name"
+        )
+    ours = owners is not None and owners[client.model] == OWNER
+    return Endpoint(client, takes_settings or ours)
+
+
+def endpoint_answers(endpoint: Endpoint, benchmark: Benchmark) -> Streaming[Sample, Answer]:
+    """Greedy answers under the benchmark's protocol, each handed on when it comes."""
+
+    def request(sample: Sample) -> dict[str, Any]:
+        fields: dict[str, Any] = {
+            "messages": chat_messages(sample, breaks_lines=endpoint.takes_settings),
+            "temperature": 0,
+            "max_tokens": benchmark.max_new_tokens,
+        }
+        extra: dict[str, Any] = {}
+        if endpoint.takes_settings:
+            extra["system_prompt"] = benchmark.system
+            # A sample's own limit (MuirBench, MMT-Bench) wins over its benchmark's.
+            own = getattr(sample, "max_tiles_per_image", None)
+            if tiles := own or benchmark.max_tiles_per_image:
+                extra["max_dynamic_patch"] = tiles
+        elif benchmark.system not in ("default", "none"):
+            system = {"role": "system", "content": benchmark.system}
+            fields["messages"] = [system, *fields["messages"]]
+        return fields | {"extra_body": extra}
+
+    def stream(samples: Sequence[Sample]) -> Groups[Answer]:
+        for group in endpoint.client.many(samples, request):
+            yield [(place, _answer(reply)) for place, reply in group]
+
+    return Streaming(stream)
+
+
+def _answer(reply: Reply) -> Answer:
+    """A refusal in the model's own words is an answer; one without words is none."""
+    if reply.state == "error" or not (reply.text or reply.state == "ok"):
+        detail = reply.detail or "the endpoint declined the request and gave no text"
+        return Answer("", finish_reason=reply.finish_reason or "error", state="error", error=detail)
+    return Answer(
+        reply.text,
+        reply.usage.get("prompt_tokens", 0),
+        reply.usage.get("completion_tokens", 0),
+        reply.finish_reason or "stop",
+    )
+
+
+def chat_messages(sample: Sample, *, breaks_lines: bool = False) -> list[dict[str, Any]]:
+    """The conversation as the chat API has it; ValueError where markers and pictures differ.
+
+    ``breaks_lines`` says that the server writes a line break behind every picture.
+    """
+    images = iter(sample.images)
+    marked = insert_image_markers(sample.conversation, len(sample.images))
+    return [
+        {"role": message["role"], "content": _content(message, images, breaks_lines)}
+        for message in marked
+    ]
+
+
+def _content(
+    message: Any, images: Iterator[Path], breaks_lines: bool
+) -> str | list[dict[str, Any]]:
+    """Text, or parts where there are pictures."""
+    content = message["content"]
+    if not isinstance(content, str):
+        first, *others = _stretches(content)
+    elif message["role"] == "user":
+        first, *others = content.split(IMAGE_MARKER)
+    else:
+        return content
+    if not others:
+        return first
+    parts: list[dict[str, Any]] = [{"type": "text", "text": first}]
+    for text in others:
+        parts.append(picture_part(next(images)))
+        parts.append({"type": "text", "text": text.removeprefix("\n") if breaks_lines else text})
+    return [part for part in parts if part.get("text") != ""]
+
+
+def _stretches(parts: list[dict[str, Any]]) -> list[str]:
+    """The text between pictures; behind each is the line break that our processor writes."""
+    stretches = [""]
+    for part in parts:
+        if part["type"] == "image":
+            stretches.append("\n")
+        else:
+            stretches[-1] += part["text"]
+    return stretches

@@ -1,0 +1,194 @@
+"""A language model behind an OpenAI-compatible endpoint as a judge.
+
+How the judge answers is chosen once, by a self-test, before anything is judged: a JSON schema
+where the endpoint enforces one, else a JSON object, else lines of plain text. It never changes
+within a run, and it is part of the judge's id.
+
+The id names what can change a verdict: the model, the protocol with its version, the form of the
+answer, and a digest of prompt, schema, parser and sampling. The address is left out, since the
+same model on another port must not be paid for again; every verdict keeps the name under which
+the endpoint says that it answered.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mis_jax.evals.chat_client import ChatClient, Reply
+from mis_jax.evals.data_uris import picture_part
+from mis_jax.evals.hashing import digest
+from mis_jax.evals.judges.protocols import (
+    PROTOCOLS,
+    SYSTEM,
+    Protocol,
+    material,
+    pictures,
+    protocol_of,
+)
+from mis_jax.evals.judges.replies import (
+    MODES,
+    PARSER,
+    Mode,
+    declines,
+    instruction,
+    read,
+    response_format,
+    schema,
+)
+from mis_jax.evals.streaming import Groups, Streaming
+from mis_jax.evals.types import Benchmark, Judge, Sample, Verdict
+
+Pair = tuple[Sample, str]
+
+_LIMITS: dict[str, Any] = {"temperature": 0, "max_tokens": 1024}  # room for a model that thinks
+_FORM_REFUSED = (400, 415, 422, 501)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A protocol, and how this endpoint is asked by it."""
+
+    protocol: Protocol
+    mode: Mode
+    limits: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        rest = [
+            self.protocol.prompt_digest(self.mode), schema(self.protocol.fields), PARSER,
+            self.limits,
+        ]  # fmt: skip
+        protocol = f"{self.protocol.name}-{self.protocol.version}"
+        return f"{protocol}:{self.mode}:{digest(rest)[:8]}"
+
+
+def http_judges(client: ChatClient) -> Callable[[Benchmark, Sequence[Sample]], Judge]:
+    """A judge for each benchmark's protocol; the self-test of a protocol is made once.
+
+    ValueError for a benchmark without a protocol, and for an endpoint that cannot be used.
+    """
+    known: dict[tuple[str, int], _Form] = {}
+
+    def judge_of(benchmark: Benchmark, samples: Sequence[Sample]) -> Judge:
+        shown: dict[str, int] = {}
+        for sample in samples:
+            protocol = protocol_of(benchmark, sample)
+            count = len(pictures(protocol, sample))
+            shown[protocol.name] = max(count, shown.get(protocol.name, 0))
+        for key in shown.items():
+            if key not in known:
+                known[key] = self_test(client, PROTOCOLS[key[0]], key[1])
+        return _judge(client, benchmark, {key[0]: known[key] for key in sorted(shown.items())})
+
+    return judge_of
+
+
+def self_test(client: ChatClient, protocol: Protocol, shown: int) -> _Form:
+    """The form of answer that the endpoint keeps to, and the sampling fields that it takes.
+
+    Asks about a harmless answer to a harmless question, with ``shown`` blank pictures.
+    """
+    meta = dict.fromkeys(protocol.facts, "blue")
+    limits, problem = dict(_LIMITS), ""
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder) / "blank.png"
+        Image.new("RGB", (64, 64), "white").save(picture)
+        question = {"role": "user", "content": "What colour is the sky on a clear day?"}
+        sample = Sample("self-test", [question], [picture] * shown, meta)
+        for mode in MODES:
+            form = _Form(protocol, mode, limits)
+            reply = _tried(client, form, (sample, "The sky is blue."))
+            if reply.state == "error" and (reply.status not in _FORM_REFUSED or mode == "text"):
+                raise ValueError(f"{client.explained(reply)} (at the self-test of the judge)")
+            verdict = _verdict(form, reply)
+            if verdict.state == "ok":
+                return form
+            if verdict.state == "refused":
+                break
+            problem = f"{verdict.detail}; it said {reply.text[:120]!r}"
+    reason = problem or f"it declines to judge: {(reply.text or reply.detail)[:120]!r}"
+    raise ValueError(
+        f"{client.base_url}: {client.model!r} fails the self-test as a judge for protocol "
+        f"{protocol.name!r} ({reason}); choose another model with --judge-model"
+    )
+
+
+def _tried(client: ChatClient, form: _Form, pair: Pair) -> Reply:
+    """The reply in a form, after dropping what the model does not take from its ``limits``."""
+    limits = form.limits
+    while True:
+        reply = client.one(_request(form, pair))
+        refused = reply.parameter if reply.status == 400 else None
+        if refused == "max_tokens" and refused in limits:
+            limits["max_completion_tokens"] = limits.pop("max_tokens")
+        elif refused == "temperature" and refused in limits:
+            del limits["temperature"]
+        else:
+            return reply
+
+
+def _judge(client: ChatClient, benchmark: Benchmark, forms: dict[str, _Form]) -> Judge:
+    def form_of(pair: Pair) -> _Form:
+        return forms[protocol_of(benchmark, pair[0]).name]
+
+    def stream(pairs: Sequence[Pair]) -> Groups[Verdict]:
+        for group in client.many(pairs, lambda pair: _request(form_of(pair), pair)):
+            yield [(place, _verdict(form_of(pairs[place]), reply)) for place, reply in group]
+
+    names = "+".join(form.name for form in forms.values())
+    return Judge(f"http:{client.model}:{names}", Streaming(stream))
+
+
+def _request(form: _Form, pair: Pair) -> dict[str, Any]:
+    (sample, answer), protocol = pair, form.protocol
+    parts = [picture_part(path) for path in pictures(protocol, sample)]
+    text = (
+        f"{protocol.task}\n\n{instruction(form.mode, protocol.fields)}\n\n"
+        f"{material(protocol, sample, answer)}"
+    )
+    # As plain text where nothing else is sent: not every server knows parts.
+    content: Any = [*parts, {"type": "text", "text": text}] if parts else text
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+    return {
+        "messages": messages,
+        **form.limits,
+        **response_format(form.mode, f"{protocol.name}_verdict", protocol.fields),
+    }
+
+
+def _verdict(form: _Form, reply: Reply) -> Verdict:
+    """The state of a reply as a verdict. Nothing but a reply that reads well has labels."""
+    paid: dict[str, Any] = {
+        "raw": reply.text or None,
+        "usage": reply.usage or None,
+        "served_model": reply.served_model or None,
+    }
+    if reply.state == "error":
+        return Verdict("error", detail=reply.detail)
+    if reply.state == "refused":
+        return Verdict("refused", detail=reply.detail or "declined by the endpoint", **paid)
+    labels, problem = read(form.mode, form.protocol.fields, reply.text)
+    if labels is not None:
+        return Verdict("ok", labels, **paid)
+    if declines(reply.text):
+        return Verdict("refused", detail="the judge's words are a refusal", **paid)
+    if reply.finish_reason == "length":
+        problem = f"cut off at its longest: {problem}"
+    return Verdict("unparsed", detail=problem, **paid)
+
+
+def prompt_size(pairs: Sequence[Pair], benchmark: Benchmark) -> tuple[int, int]:
+    """Roughly the tokens of the prompts, four characters each, and the number of pictures."""
+    characters = shown = 0
+    for sample, answer in pairs:
+        protocol = protocol_of(benchmark, sample)
+        asked = instruction("json_schema", protocol.fields) + protocol.task + SYSTEM
+        characters += len(asked) + len(material(protocol, sample, answer))
+        shown += len(pictures(protocol, sample))
+    return characters // 4, shown

@@ -1,0 +1,114 @@
+"""One run out of several: the shards of a benchmark, or different benchmarks of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from mis_jax.evals.files import AppendLog, read_json, read_log, write_json
+from mis_jax.evals.manifest import expected, manifest_path, read_manifest
+from mis_jax.evals.summary import summarise
+
+LOGS = ("samples.jsonl", "verdicts.jsonl")
+
+
+def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Copy runs of one model into the new run ``out``; returns its results.
+
+    Answers and verdicts keep all their rows. ValueError for runs of different models, protocols or
+    judges, for samples that two runs share, and for shards that are not all there.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; name a new folder for the merged run")
+    manifests = [read_manifest(run) for run in runs]
+    first = manifests[0]
+    for run, manifest in zip(runs, manifests, strict=True):
+        if manifest["model"]["fingerprint"] != first["model"]["fingerprint"]:
+            raise ValueError(
+                f"{run} is of model {manifest['model']['name']!r}, {runs[0]} of "
+                f"{first['model']['name']!r}, or of other weights; merge runs of one model"
+            )
+    names = dict.fromkeys(name for manifest in manifests for name in manifest["benchmarks"])
+    entries, owed = {}, {}
+    for name in names:
+        having = [
+            (run, manifest["benchmarks"][name])
+            for run, manifest in zip(runs, manifests, strict=True)
+            if name in manifest["benchmarks"]
+        ]
+        entries[name] = _entry(name, having)
+        owed[name] = _expected(name, having)
+        entries[name]["n"] = len(owed[name])
+    for name in names:
+        write_json(out / name / "expected.json", owed[name])
+        facts = [run / name / "facts.json" for run in runs]
+        known = [read_json(path, "evaluate again") for path in facts if path.exists()]
+        if known:
+            write_json(out / name / "facts.json", {k: v for one in known for k, v in one.items()})
+        for file in LOGS:
+            rows = [row for run in runs for row in read_log(run / name / file)]
+            if rows:
+                with AppendLog(out / name / file) as log:
+                    log.append(rows)
+    origin = {"resumed": _other_sessions(manifests), "merged": [str(run) for run in runs]}
+    write_json(manifest_path(out), first | {"benchmarks": entries} | origin)
+    return summarise(out)
+
+
+def _other_sessions(manifests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sessions under other versions than the first one's, each of these once."""
+    known, others = [manifests[0]["versions"]], []
+    for manifest in manifests:
+        for session in (manifest, *manifest.get("resumed", ())):
+            if session["versions"] not in known:
+                known.append(session["versions"])
+                others.append({"date": session["date"], "versions": session["versions"]})
+    return others
+
+
+def _entry(name: str, having: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+    """The manifest's entry of one benchmark, after a look at what must be alike."""
+    (where, entry), *others = having
+    for run, other in others:
+        for field in ("protocol", "system", "max_new_tokens", "max_tiles_per_image", "judge"):
+            if other.get(field) != entry.get(field):
+                remedy = (
+                    "judge them alike, or merge before judging"
+                    if field == "judge"
+                    else "evaluate them alike"
+                )
+                raise ValueError(
+                    f"{name}: {field} is {entry.get(field)!r} in {where} and "
+                    f"{other.get(field)!r} in {run}; {remedy}"
+                )
+    parts = [entry.get("part") or {"limit": None, "shard": 1, "shards": 1} for _, entry in having]
+    kinds = {(part["limit"], part["shards"], part.get("of")) for part in parts}
+    if len(kinds) > 1:
+        raise ValueError(f"{name}: the runs are shards of different divisions; see their manifests")
+    ((limit, shards, of),) = kinds
+    there = [part["shard"] for part in parts]
+    if missing := set(range(1, shards + 1)) - set(there):
+        shown = ", ".join(f"{shard}/{shards}" for shard in sorted(missing))
+        raise ValueError(f"{name}: shard {shown} is missing; name its run too")
+    if len(there) > shards:
+        twice = ", ".join(str(run) for run, _ in having)
+        raise ValueError(f"{name}: a part occurs twice in {twice}; leave one of them out")
+    whole = {"limit": limit, "shard": 1, "shards": 1, "of": of} if limit else None
+    # Shards may share what samples have in common, so the most of any is what is sure.
+    groups = max((e["groups"] for _, e in having if e["groups"] < e["n"]), default=None)
+    return entry | {"part": whole, "groups": groups}
+
+
+def _expected(name: str, having: list[tuple[Path, dict[str, Any]]]) -> dict[str, str]:
+    """The samples of all shards in the order of the whole set."""
+    in_order = sorted(having, key=lambda pair: (pair[1].get("part") or {"shard": 1})["shard"])
+    shards = [list(expected(run, name).items()) for run, _ in in_order]
+    owed: dict[str, str] = {}
+    for row in zip_longest(*shards):
+        for sample, content in filter(None, row):
+            if sample in owed:
+                raise ValueError(f"{name}: sample {sample} is in two of the runs")
+            owed[sample] = content
+    return owed

@@ -1,0 +1,301 @@
+"""A model behind any OpenAI-compatible endpoint, and our own server among them."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_server import MODEL, Say, fault, pictures_of, said_of, serving
+from eval_world import rows
+from PIL import Image
+
+from mis_jax.cli import main
+from mis_jax.evals import chat_client
+from mis_jax.evals.benchmarks import BENCHMARKS
+from mis_jax.evals.chat_client import ChatClient, Patience
+from mis_jax.evals.data_uris import data_uri
+from mis_jax.evals.endpoint import chat_messages, endpoint_answers, open_endpoint
+from mis_jax.evals.manifest import open_run, read_manifest
+from mis_jax.evals.runner import generate_answers
+from mis_jax.evals.types import Sample
+
+HARD = BENCHMARKS["mini_hard"]
+HASTY = Patience(retries=2, backoff=0.002, timeout=0.4)
+
+
+def run_cli(*words: object) -> int:
+    try:
+        main([str(word) for word in words])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def number_of(body: dict[str, Any], data_root: Path) -> str:
+    """Which sample of mini_hard is asked about, by the bytes of its pictures."""
+    sent = [base64.b64decode(uri.partition("base64,")[2]) for uri in pictures_of(body)]
+    for sample in HARD.load(data_root):
+        if [path.read_bytes() for path in sample.images] == sent:
+            return sample.id
+    raise AssertionError("no such sample")
+
+
+def test_messages_have_pictures_where_the_markers_are(data_root: Path) -> None:
+    (message,) = chat_messages(HARD.load(data_root)[0])
+    kinds = [part["type"] for part in message["content"]]
+    assert kinds == ["text", "image_url", "text", "image_url", "text"]
+    texts = [part["text"] for part in message["content"] if part["type"] == "text"]
+    question = HARD.load(data_root)[0].meta["question"]
+    assert texts == ["Image-1: ", "\nImage-2: ", f"\n{question}"]
+    (message,) = chat_messages(HARD.load(data_root)[0], breaks_lines=True)
+    texts = [part["text"] for part in message["content"] if part["type"] == "text"]
+    assert texts == ["Image-1: ", "Image-2: ", question]
+
+
+def test_messages_in_other_forms(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    picture = [tmp_path / "a.png"]
+    plain = Sample("1", [{"role": "user", "content": "Is <i> a tag?"}], [])
+    assert chat_messages(plain) == plain.conversation
+    parts = [{"type": "text", "text": "An <image> in words: "}, {"type": "image"}]
+    (message,) = chat_messages(Sample("2", [{"role": "user", "content": parts}], picture))
+    assert message["content"][0]["text"] == "An <image> in words: "
+    assert message["content"][1]["image_url"]["url"] == data_uri(tmp_path / "a.png")
+    parts = [*parts, {"type": "text", "text": "It is hot."}]
+    both = [
+        chat_messages(Sample("2", [{"role": "user", "content": parts}], picture), breaks_lines=b)
+        for b in (False, True)
+    ]
+    assert [m["content"][-1]["text"] for (m,) in both] == ["\nIt is hot.", "It is hot."]
+    (message,) = chat_messages(Sample("3", [{"role": "user", "content": "What?"}], picture))
+    assert [part["type"] for part in message["content"]] == ["image_url", "text"]
+    with pytest.raises(ValueError, match="2 image"):
+        chat_messages(Sample("4", [{"role": "user", "content": "<image>"}], picture * 2))
+
+
+@pytest.mark.parametrize(("kind", "mime"), [("PNG", "png"), ("JPEG", "jpeg"), ("BMP", "png")])
+def test_pictures_keep_their_bytes_or_become_png(tmp_path: Path, kind: str, mime: str) -> None:
+    path = tmp_path / "picture.dat"
+    Image.new("RGB", (9, 5), (10, 200, 30)).save(path, kind)
+    head, _, content = data_uri(path).partition(",")
+    assert head == f"data:image/{mime};base64"
+    assert (base64.b64decode(content) == path.read_bytes()) == (kind != "BMP")
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"picture\.dat"):
+        data_uri(path)
+
+
+def test_failed_samples_are_errors_and_asked_again(data_root: Path, tmp_path: Path) -> None:
+    samples = HARD.load(data_root)
+    broken = {"1", "3"}
+
+    def script(nonce: str, nth: int, body: dict[str, Any]) -> Say:
+        number = number_of(body, data_root)
+        asked.append(number)
+        if number in broken:
+            return fault(500) if number == "1" else fault(400, "too long")
+        return Say(f"answer {number}", finish_reason="length" if number == "2" else "stop")
+
+    asked: list[str] = []
+    open_run(tmp_path / "run", model="m", fingerprint="f")
+    log = tmp_path / "run" / "mini_hard" / "samples.jsonl"
+    with serving(script) as server:
+        client = ChatClient(server.url, MODEL, concurrency=2, patience=HASTY)
+        ask = endpoint_answers(open_endpoint(client), HARD)
+        done = generate_answers(HARD, samples, ask, tmp_path / "run")
+        assert (done.answered, done.failed) == (2, 2)
+        found = {row["id"]: row for row in rows(log)}
+        assert {key: row["state"] for key, row in found.items()} == {
+            "0": "ok", "1": "error", "2": "ok", "3": "error",
+        }  # fmt: skip
+        assert found["0"]["answer"] == "answer 0" and found["1"]["answer"] == ""
+        assert (found["0"]["prompt_tokens"], found["0"]["completion_tokens"]) == (100, 7)
+        assert found["2"]["finish_reason"] == "length" and "too long" in found["3"]["error"]
+        assert sorted(asked) == ["0", "1", "1", "1", "2", "3"]
+        asked.clear()
+        broken.clear()
+        done = generate_answers(HARD, samples, ask, tmp_path / "run")
+        assert (done.reused, done.answered, sorted(asked)) == (2, 2, ["1", "3"])
+
+
+def test_refusals_with_words_are_answers_and_without_are_none(data_root: Path) -> None:
+    said = [
+        Say(None, refusal="I can't help."),
+        fault(400, "filtered", code="content_filter"),
+        Say("", finish_reason="content_filter"),
+        Say(""),
+    ]
+
+    def script(nonce: str, nth: int, body: dict[str, Any]) -> Say:
+        return said[int(number_of(body, data_root))]
+
+    with serving(script) as server:
+        client = ChatClient(server.url, MODEL, patience=HASTY)
+        answers = endpoint_answers(open_endpoint(client), HARD)(HARD.load(data_root))
+    assert [(answer.state, answer.text) for answer in answers] == [
+        ("ok", "I can't help."), ("error", ""), ("error", ""), ("ok", ""),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("owned_by", "asked", "system", "fields"),
+    [
+        ("somebody", False, "none", {}),
+        ("somebody", True, "none", {"system_prompt": "none", "max_dynamic_patch": 4}),
+        ("mis-jax", False, "default", {"system_prompt": "default", "max_dynamic_patch": 4}),
+        ("mis-jax", False, "Be brief.", {"system_prompt": "Be brief.", "max_dynamic_patch": 4}),
+        ("somebody", False, "Be brief.", {}),
+    ],
+)
+def test_only_those_that_know_them_get_our_fields(
+    data_root: Path, owned_by: str, asked: bool, system: str, fields: dict[str, Any]
+) -> None:
+    benchmark = replace(HARD, system=system, max_tiles_per_image=4)
+    with serving(lambda *_: Say("yes"), owned_by=owned_by) as server:
+        client = ChatClient(server.url, MODEL, patience=HASTY)
+        endpoint = open_endpoint(client, takes_settings=asked)
+        endpoint_answers(endpoint, benchmark)(HARD.load(data_root)[:1])
+        ((_, body),) = server.bodies
+    turns = [message["role"] for message in body["messages"]]
+    assert turns == (["system", "user"] if system == "Be brief." and not fields else ["user"])
+    assert body["temperature"] == 0 and body["max_tokens"] == benchmark.max_new_tokens
+    extra = body.keys() - {"model", "messages", "temperature", "max_tokens"}
+    assert {name: body[name] for name in extra} == fields
+
+
+def test_an_endpoint_without_a_list_of_models_is_taken(data_root: Path, tmp_path: Path) -> None:
+    with serving(lambda *_: Say("yes"), models=False) as server:
+        endpoint = open_endpoint(ChatClient(server.url, MODEL, patience=HASTY))
+        assert not endpoint.takes_settings
+        other = open_endpoint(ChatClient(server.url, "other", patience=HASTY))
+        assert endpoint.fingerprint != other.fingerprint
+
+
+def test_the_command(data_root: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("THE_KEY", "k")
+    out = tmp_path / "run"
+    words = ["--benchmarks", "mini_hard,mini_benign", "--data-root", data_root, "--out", out]
+    with serving(lambda *_: Say("I'm sorry.")) as server:
+        words = ["eval", server.url, "--model-name", MODEL, "--api-key-env", "THE_KEY", *words]
+        assert run_cli(*words, "--limit", 3) == 0
+        err = capsys.readouterr().err
+        assert "mini_hard: 3 samples with 6 pictures, at most 288 tokens" in err
+        assert "does not say that it is mis-jax" in err
+        assert set(server.keys) == {"Bearer k"}
+        assert server.calls.total() == 5
+        assert run_cli(*words) == 0
+        assert server.calls.total() == 6  # the fourth of mini_hard
+        entry = read_manifest(out)
+        assert entry["model"]["name"] == MODEL
+        assert entry["benchmarks"]["mini_hard"]["n"] == 4
+    capsys.readouterr()
+    assert run_cli("judge", out, "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["mini_hard"]["metrics"]["rr"]["k"] == 4
+    with serving(lambda *_: Say("Other.")) as server:
+        words[1] = server.url
+        assert run_cli(*words) == 2
+        assert "two models" in capsys.readouterr().err.replace("\n", " ")
+        assert server.calls.total() == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{url}"], "--model-name"),
+        (["{url}", "--model-name", "nobody"], f"it has {MODEL}"),
+        (["http://127.0.0.1:9/v1", "--model-name", "x"], "no answer"),
+        (["{url}", "--model-name", MODEL, "--shard", "0/2"], "--shard"),
+        (["{url}", "--model-name", MODEL, "--shard", "3/2"], "--shard"),
+        (["{url}", "--model-name", MODEL, "--limit", "0"], "--limit"),
+        (["{url}", "--model-name", MODEL, "--requests-per-minute", "-1"], "--requests-per-minute"),
+        (["nowhere", "--model-name", MODEL], "--model-name"),
+    ],
+)
+def test_bad_words_are_one_line(data_root: Path, tmp_path, capsys, words, message) -> None:
+    with serving(lambda *_: Say("yes")) as server:
+        words = [word.format(url=server.url) for word in words]
+        rest = ["--benchmarks", "mini_hard", "--data-root", data_root, "--out", tmp_path / "run"]
+        assert run_cli("eval", *words, *rest) == 2
+        assert server.calls.total() == 0
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and message in err, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_key_is_one_line(data_root: Path, capsys) -> None:
+    with serving(lambda *_: Say("yes")) as server:
+        server.models = False
+        client = ChatClient(server.url, MODEL, patience=HASTY)
+        assert client.owners() is None
+        line = client.explained(chat_client.Reply("error", status=401))
+    assert line == (
+        f"{server.url}: the server refuses the key (HTTP 401); name the environment variable that "
+        "holds a valid one"
+    )
+
+
+@pytest.mark.slow
+def test_our_own_server_answers_as_the_checkpoint_does(
+    data_root: Path, tmp_path: Path, quick_compile
+) -> None:
+    """The shipped tiny model, behind its server and without it: the same words."""
+    import numpy as np
+    import uvicorn
+
+    import mis_jax
+    from mis_jax.data.mini_icons import draw_scene
+    from mis_jax.evals.answering import answers_of
+    from mis_jax.generation.service import Service
+    from mis_jax.quickstart import BASE_MODEL
+    from mis_jax.serve.app import create_app
+    from mis_jax.serve.program import engine_for
+    from mis_jax.serve.server import address_of, bind
+    from mis_jax.serve.settings import Settings
+
+    model, processor = mis_jax.load(BASE_MODEL, dtype="float32")
+    benchmark = replace(HARD, system="none", max_tiles_per_image=1, max_new_tokens=24)
+    samples, rng = HARD.load(data_root), np.random.default_rng(4)
+    for sample in samples:
+        for path, name in zip(sample.images, sample.meta["objects"], strict=True):
+            draw_scene(name, rng).save(path)
+    wanted = answers_of(model, processor, benchmark)(samples)  # type: ignore[operator]
+    context = processor.config.text.max_position
+    service = Service(engine_for(model, processor, rows=4, max_length=context), max_concurrent=4,
+                      max_queue=64)  # fmt: skip
+    bound = bind("127.0.0.1", 0)
+    app = create_app(service, processor, Settings("mini", context))
+    config = uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        client = ChatClient(f"{address_of(bound)}/v1", "mini")
+        endpoint = open_endpoint(client)
+        assert endpoint.takes_settings
+        answers = endpoint_answers(endpoint, benchmark)(samples)
+    finally:
+        service.close()
+        server.should_exit = True
+        thread.join(10)
+    assert [answer.text for answer in answers] == [answer.text for answer in wanted]
+    assert [a.prompt_tokens for a in answers] == [a.prompt_tokens for a in wanted]
+    assert len({answer.text for answer in answers}) > 1
+
+
+def test_what_is_said_holds_the_question(data_root: Path) -> None:
+    with serving(lambda *_: Say("yes")) as server:
+        client = ChatClient(server.url, MODEL, patience=HASTY)
+        endpoint_answers(open_endpoint(client), HARD)(HARD.load(data_root))
+        for _, body in server.bodies:
+            sample = HARD.load(data_root)[int(number_of(body, data_root))]
+            wanted = sample.conversation[0]["content"].replace("<image>", "\n")
+            assert said_of(body).split() == wanted.split()
