@@ -64,6 +64,7 @@ def eval_(
         internvl_fields: The server takes max_dynamic_patch and system_prompt; ours is recognised.
     """
     from mis_jax.evals.benchmarks import get_benchmark, size_note
+    from mis_jax.evals.benchmarks.general import md5_note
     from mis_jax.evals.estimate import answers_ahead
     from mis_jax.evals.manifest import open_run
     from mis_jax.evals.parts import part_from
@@ -84,8 +85,9 @@ def eval_(
     open_run(out, model=name, fingerprint=fingerprint, data_root=data_root)
     asked = [part.of(samples) for samples in sets]
     for benchmark, whole, samples in zip(chosen, sets, asked, strict=True):
-        if note := size_note(benchmark.name, len(whole)):
-            err_console.print(note)
+        for note in (size_note(benchmark.name, len(whole)), md5_note(benchmark.name, data_root)):
+            if note:
+                err_console.print(note, markup=False)
         _say(answers_ahead(benchmark, samples))
     failed = 0
     answer = answers()

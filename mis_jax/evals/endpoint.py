@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from mis_jax.data.chat import IMAGE_MARKER, insert_image_markers
 from mis_jax.evals.chat_client import ChatClient, Reply
 from mis_jax.evals.data_uris import picture_part
 from mis_jax.evals.hashing import digest
+from mis_jax.evals.pictures import shown_images
 from mis_jax.evals.streaming import Groups, Streaming
 from mis_jax.evals.types import Answer, Benchmark, Sample
 
@@ -62,9 +65,7 @@ def endpoint_answers(endpoint: Endpoint, benchmark: Benchmark) -> Streaming[Samp
         extra: dict[str, Any] = {}
         if endpoint.takes_settings:
             extra["system_prompt"] = benchmark.system
-            # A sample's own limit (MuirBench, MMT-Bench) wins over its benchmark's.
-            own = getattr(sample, "max_tiles_per_image", None)
-            if tiles := own or benchmark.max_tiles_per_image:
+            if tiles := benchmark.tiles_for(sample):
                 extra["max_dynamic_patch"] = tiles
         elif benchmark.system not in ("default", "none"):
             system = {"role": "system", "content": benchmark.system}
@@ -96,7 +97,7 @@ def chat_messages(sample: Sample, *, breaks_lines: bool = False) -> list[dict[st
 
     ``breaks_lines`` says that the server writes a line break behind every picture.
     """
-    images = iter(sample.images)
+    images = iter(shown_images(sample))
     marked = insert_image_markers(sample.conversation, len(sample.images))
     return [
         {"role": message["role"], "content": _content(message, images, breaks_lines)}
@@ -105,7 +106,7 @@ def chat_messages(sample: Sample, *, breaks_lines: bool = False) -> list[dict[st
 
 
 def _content(
-    message: Any, images: Iterator[Path], breaks_lines: bool
+    message: Any, images: Iterator[Path | Image.Image], breaks_lines: bool
 ) -> str | list[dict[str, Any]]:
     """Text, or parts where there are pictures."""
     content = message["content"]

@@ -336,19 +336,9 @@ _PROTOCOLS = (
 PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in _PROTOCOLS}
 
 
-def protocol_name(benchmark: Benchmark, sample: Sample | None = None) -> str | None:
-    """The name of the protocol by which a benchmark, or one odd sample of it, is judged.
-
-    The one place that knows ``Benchmark.judging``; before that field existed, the metrics of MIS
-    and accuracy said it.
-    """
-    if sample is not None and "judging" in sample.meta:
-        return sample.meta["judging"]
-    named = getattr(benchmark, "judging", None)
-    if named is None:
-        by_metric = {"rsr": "mis", "accuracy": "correct"}
-        named = next((by_metric[m] for m in benchmark.metrics if m in by_metric), None)
-    return named
+def protocol_name(benchmark: Benchmark, sample: Sample | None = None) -> str:
+    """The name of the protocol by which a benchmark, or one odd sample of it, is judged."""
+    return benchmark.judging if sample is None else sample.meta.get("judging", benchmark.judging)
 
 
 def protocol_of(benchmark: Benchmark, sample: Sample | None = None) -> Protocol:
