@@ -7,8 +7,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from mis_jax.evals.files import AppendLog, read_json, read_log, write_json
-from mis_jax.evals.manifest import expected, manifest_path, read_manifest
+from mis_jax.evals.files import AppendLog, read_log, write_json
+from mis_jax.evals.manifest import expected, known_facts, manifest_path, read_manifest
 from mis_jax.evals.summary import summarise
 
 LOGS = ("samples.jsonl", "verdicts.jsonl")
@@ -43,10 +43,8 @@ def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
         entries[name]["n"] = len(owed[name])
     for name in names:
         write_json(out / name / "expected.json", owed[name])
-        facts = [run / name / "facts.json" for run in runs]
-        known = [read_json(path, "evaluate again") for path in facts if path.exists()]
-        if known:
-            write_json(out / name / "facts.json", {k: v for one in known for k, v in one.items()})
+        facts = {key: known for run in runs for key, known in known_facts(run, name).items()}
+        write_json(out / name / "facts.json", facts)
         for file in LOGS:
             rows = [row for run in runs for row in read_log(run / name / file)]
             if rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import threading
 import time
@@ -167,6 +168,19 @@ def test_only_those_that_know_them_get_our_fields(
     assert body["temperature"] == 0 and body["max_tokens"] == benchmark.max_new_tokens
     extra = body.keys() - {"model", "messages", "temperature", "max_tokens"}
     assert {name: body[name] for name in extra} == fields
+
+
+def test_a_sample_s_own_tiles_and_enlarged_picture_are_sent(data_root: Path) -> None:
+    benchmark = replace(HARD, max_tiles_per_image=4)
+    own = replace(HARD.load(data_root)[0], max_tiles_per_image=3, first_image_scale=2)
+    with serving(lambda *_: Say("yes"), owned_by="mis-jax") as server:
+        client = ChatClient(server.url, MODEL, patience=HASTY)
+        endpoint_answers(open_endpoint(client), benchmark)([own])
+        ((_, body),) = server.bodies
+    assert body["max_dynamic_patch"] == 3
+    sent = [base64.b64decode(uri.partition("base64,")[2]) for uri in pictures_of(body)]
+    sizes = [Image.open(io.BytesIO(content)).size for content in sent]
+    assert sizes == [(32, 32), (16, 16)] and sent[1] == own.images[1].read_bytes()
 
 
 def test_an_endpoint_without_a_list_of_models_is_taken(data_root: Path, tmp_path: Path) -> None:

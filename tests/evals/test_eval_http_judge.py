@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,13 +45,6 @@ HASTY = Patience(retries=3, backoff=0.002, timeout=0.4)
 GOOD = json.dumps({"safety": "Safe", "perception": "Level1"})
 BAD = json.dumps({"safety": "Unsafe", "perception": "Level2"})
 MIS = BENCHMARKS["mis_hard"]
-
-
-@dataclass(frozen=True)
-class Judged(Benchmark):
-    """A benchmark that names its judging protocol."""
-
-    judging: str | None = None
 
 
 def write_mis(root: Path, n: int) -> Path:
@@ -653,7 +646,7 @@ def toy(monkeypatch, tmp_path: Path) -> tuple[Path, Path]:
             Sample(str(i), [{"role": "user", "content": q}], []) for i, q in enumerate(questions)
         ]
 
-    benchmark = Judged(
+    benchmark = Benchmark(
         name="toy_guard", protocol="toy-1", load=load, metrics=("asr",),
         outcomes=lambda labels: {"asr": labels["unsafe"]}, default_judge=None, max_new_tokens=8,
         judging="guard",
@@ -760,11 +753,26 @@ def test_odd_samples_are_judged_by_their_own_protocol(toy: tuple[Path, Path], mo
     assert (counts["ok"], counts["error"]) == (2, 1)
 
 
-def test_a_benchmark_without_a_protocol_is_named() -> None:
-    odd = Judged("odd", "p", lambda root: [], ("asr",), dict, "rules", 8, judging="by-hand")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"odd has no judging protocol .* --judge rules"):
-        protocols.protocol_of(odd)
-    assert protocols.protocol_of(MIS).name == "mis"
+def test_a_protocol_that_nobody_knows_is_named() -> None:
+    odd = replace(MIS, name="odd", judging="by-hand")
+    with pytest.raises(ValueError, match=r"odd: no language model .* 'by-hand', but by mis, "):
+        protocols.protocol_of(odd, Sample("1", [], []))
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_counts_what_a_judge_can_say(name: str) -> None:
+    """Whatever words a judge uses, each of the benchmark's metrics comes of some of them."""
+    benchmark = BENCHMARKS[name]
+    named = {"vlguard": ("guard", "refusal")}.get(name, (benchmark.judging,))
+    seen: dict[str, set[bool]] = {}
+    for protocol in (PROTOCOLS[each] for each in named):
+        for words in itertools.product(*(field.words for field in protocol.fields)):
+            said = dict(zip((field.name for field in protocol.fields), words, strict=True))
+            labels, _ = read("json_schema", protocol.fields, json.dumps(said))
+            assert labels is not None
+            for metric, happened in benchmark.outcomes(labels).items():
+                seen.setdefault(metric, set()).add(happened)
+    assert all(seen[metric] == {True, False} for metric in benchmark.metrics)
 
 
 def test_a_batched_judge_is_kept_batch_by_batch(run_of) -> None:

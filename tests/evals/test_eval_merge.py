@@ -10,7 +10,7 @@ from eval_world import answering, careful, helpful, rows
 
 from mis_jax.cli import main
 from mis_jax.evals.benchmarks import BENCHMARKS
-from mis_jax.evals.manifest import expected, open_run, read_manifest
+from mis_jax.evals.manifest import expected, known_facts, open_run, read_manifest
 from mis_jax.evals.merge import merge_runs
 from mis_jax.evals.parts import Part, part_from
 from mis_jax.evals.runner import generate_answers, judge_run
@@ -78,6 +78,7 @@ def test_merged_shards_are_the_whole_run(data_root: Path, tmp_path: Path, judged
     assert results == json.loads((whole / "results.json").read_text())
     assert results == json.loads((out / "results.json").read_text())
     assert results["mini_hard"]["metrics"]["asr"]["k"] == 1
+    assert known_facts(out, "mini_hard") == known_facts(whole, "mini_hard") != {}
     before = rows(out / "mini_hard" / "verdicts.jsonl")
     assert judge_run(out, None, data_root) == results  # nothing is judged again
     assert rows(out / "mini_hard" / "verdicts.jsonl") == before and len(before) == 4

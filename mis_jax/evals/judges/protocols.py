@@ -336,19 +336,17 @@ _PROTOCOLS = (
 PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in _PROTOCOLS}
 
 
-def protocol_name(benchmark: Benchmark, sample: Sample | None = None) -> str:
-    """The name of the protocol by which a benchmark, or one odd sample of it, is judged."""
-    return benchmark.judging if sample is None else sample.meta.get("judging", benchmark.judging)
+def protocol_name(benchmark: Benchmark, sample: Sample) -> str:
+    """The name of the protocol by which a sample is judged: its own, or its benchmark's."""
+    return sample.meta.get("judging", benchmark.judging)
 
 
-def protocol_of(benchmark: Benchmark, sample: Sample | None = None) -> Protocol:
-    """The judging protocol, or a ``ValueError`` that says what to do instead."""
+def protocol_of(benchmark: Benchmark, sample: Sample) -> Protocol:
+    """The protocol by which a sample is judged."""
     name = protocol_name(benchmark, sample)
     if name not in PROTOCOLS:
-        own = benchmark.default_judge
-        remedy = f"judge it with --judge {own}" if own else "this version cannot judge it"
         raise ValueError(
-            f"{benchmark.name} has no judging protocol for a language model; leave it out with "
-            f"--benchmarks and {remedy}"
+            f"{benchmark.name}: no language model can judge by protocol {name!r}, but by "
+            f"{', '.join(PROTOCOLS)}; leave the benchmark out with --benchmarks"
         )
     return PROTOCOLS[name]
