@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mis_jax.evals.types import Benchmark, Sample
 
 _HTTP = ("http://", "https://")
+_ANSWERING = 600.0  # seconds for a whole answer; a verdict is a few words
 
 
 def eval_(
@@ -76,7 +77,9 @@ def eval_(
     chosen = [get_benchmark(name) for name in benchmarks.split(",")]
     sets = [benchmark.load(data_root) for benchmark in chosen]
     if model.startswith(_HTTP):
-        client = _client(model, model_name, api_key_env, concurrency, requests_per_minute)
+        client = _client(
+            model, model_name, api_key_env, concurrency, requests_per_minute, timeout=_ANSWERING
+        )
         name, fingerprint, answers = _served(client, internvl_fields)
     elif model_name:
         raise ValueError("--model-name belongs to a server; give its http://host/v1 as MODEL")
@@ -158,6 +161,7 @@ def judge(
         _show(summarise(run), run, json)
         return
     root = data_root or data_root_of(run)
+    names = benchmarks.split(",") if benchmarks else None
     client, chosen = None, None
     if judge.startswith(_HTTP):
         client = _client(
@@ -177,13 +181,13 @@ def judge(
                 run,
                 chosen,
                 root,
-                benchmarks=benchmarks.split(",") if benchmarks else None,
+                benchmarks=names,
                 announce=_announce(client) if client else None,
                 progress=bar.task,
             )
         except Stopped as stopped:
             raise Failed(f"{stopped}; the verdicts so far are kept: call again to go on") from None
-    _show(results, run, json)
+    _show(results, run, json, names)
 
 
 def merge(
@@ -276,8 +280,9 @@ def _client(
     requests_per_minute: float | None,
     max_calls: int | None = None,
     option: str = "--model-name",
+    timeout: float = 120.0,
 ) -> "ChatClient":
-    from mis_jax.evals.chat_client import ChatClient
+    from mis_jax.evals.chat_client import ChatClient, Patience
 
     if not model:
         raise ValueError(f"{url}: say with {option} NAME which of its models is meant")
@@ -291,6 +296,7 @@ def _client(
         concurrency=concurrency,
         requests_per_minute=requests_per_minute,
         max_calls=max_calls,
+        patience=Patience(timeout=timeout),
     )
 
 
@@ -324,8 +330,10 @@ def _say(text: str) -> None:
     err_console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _show(results: dict[str, Any], run: Path, as_json: bool) -> None:
-    """Print results; Failed where a sample has no verdict."""
+def _show(
+    results: dict[str, Any], run: Path, as_json: bool, judged: list[str] | None = None
+) -> None:
+    """Print results; Failed where a sample of the benchmarks that were judged has no verdict."""
     from mis_jax.evals.summary import without_verdict
 
     if as_json:
@@ -336,10 +344,11 @@ def _show(results: dict[str, Any], run: Path, as_json: bool) -> None:
                 shown = "-" if value["value"] is None else f"{100 * value['value']:6.2f} %"
                 bounds = f"{100 * value['low']:.1f} to {100 * value['high']:.1f}"
                 console.print(f"{benchmark:>18} {metric:<13} {shown}  ({bounds}; n {value['n']})")
-    missing = without_verdict(results)
+    meant = {name: results[name] for name in judged or results}
+    missing = without_verdict(meant)
     if missing:
         states = {
-            state: sum(result["counts"][state] for result in results.values())
+            state: sum(result["counts"][state] for result in meant.values())
             for state in ("unparsed", "refused", "error", "missing")
         }
         shown = ", ".join(f"{count} {state}" for state, count in states.items() if count)

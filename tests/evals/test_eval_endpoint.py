@@ -209,6 +209,9 @@ def test_the_command(data_root: Path, tmp_path: Path, capsys, monkeypatch) -> No
         assert entry["model"]["name"] == MODEL
         assert entry["benchmarks"]["mini_hard"]["n"] == 4
     capsys.readouterr()
+    assert run_cli("judge", out, "--benchmarks", "mini_benign") == 0  # the rest may wait
+    assert run_cli("judge", out, "--judge", "none") == 1
+    assert "4 sample(s) have no verdict (4 missing)" in capsys.readouterr().err
     assert run_cli("judge", out, "--json") == 0
     results = json.loads(capsys.readouterr().out)
     assert results["mini_hard"]["metrics"]["rr"]["k"] == 4
