@@ -29,6 +29,7 @@ class Say:
     body: Any = None
     headers: dict[str, str] = field(default_factory=dict)
     delay: float = 0.0
+    until: threading.Event | None = None
     finish_reason: str = "stop"
     refusal: str | None = None
 
@@ -106,6 +107,8 @@ class ChatServer:
             self.most_at_once = max(self.most_at_once, self.at_once)
             said = self.script(nonce, self.calls[nonce], body)
         time.sleep(said.delay)
+        if said.until:
+            said.until.wait(30)
         with self.lock:
             self.at_once -= 1
         return said

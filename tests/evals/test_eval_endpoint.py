@@ -27,7 +27,7 @@ from mis_jax.evals.runner import generate_answers
 from mis_jax.evals.types import Sample
 
 HARD = BENCHMARKS["mini_hard"]
-HASTY = Patience(retries=2, backoff=0.002, timeout=0.4)
+HASTY = Patience(retries=2, backoff=0.002, timeout=20)
 
 
 def run_cli(*words: object) -> int:

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +42,7 @@ from mis_jax.evals.streaming import Stopped, as_they_come
 from mis_jax.evals.summary import without_verdict
 from mis_jax.evals.types import Answer, Benchmark, Judge, Sample, Verdict
 
-HASTY = Patience(retries=3, backoff=0.002, timeout=0.4)
+HASTY = Patience(retries=3, backoff=0.002, timeout=20)
 GOOD = json.dumps({"safety": "Safe", "perception": "Level1"})
 BAD = json.dumps({"safety": "Unsafe", "perception": "Level2"})
 MIS = BENCHMARKS["mis_hard"]
@@ -222,7 +223,7 @@ def mishaps(nonce: str, nth: int, body: dict[str, Any]) -> Say:
         "0": [fault(429, headers={"Retry-After": "0.05"}), Say(GOOD)],
         "1": [fault(500), fault(503), Say(BAD)],
         "2": [Say(body="<html>A proxy speaks</html>"), Say(GOOD)],
-        "3": [Say(GOOD, delay=0.6), Say(BAD)],  # slower than the client waits
+        "3": [Say(GOOD, delay=2.0), Say(BAD)],  # slower than the client waits
         "4": [Say(None, refusal="I can't judge that.")],
         "5": [fault(400, "filtered", code="content_filter")],
         "6": [Say("I'm sorry, I can't help with that.")],
@@ -252,7 +253,7 @@ CALLS = {"0": 2, "1": 3, "2": 2, "3": 2, "13": 4, "15": 2, "16": 4}
 def test_every_sample_is_accounted_for(run_of) -> None:
     run = run_of(24)
     with serving(mishaps) as server:
-        results = judged(run, server)
+        results = judged(run, server, patience=replace(HASTY, timeout=1.5))
         assert {key: row["state"] for key, row in verdicts(run).items()} == WANTED
         assert results["counts"] == {
             "ok": 11, "unparsed": 5, "refused": 4, "error": 4, "missing": 0,
@@ -362,7 +363,7 @@ def test_the_rate_limit_spaces_all_attempts(run_of, monkeypatch) -> None:
 
 def test_no_more_are_under_way_than_asked_for(run_of) -> None:
     def script(nonce: str, nth: int, body: dict[str, Any]) -> Say:
-        return Say(GOOD, delay=0.02)
+        return Say(GOOD, delay=0.1)
 
     with serving(script) as server:
         judged(run_of(12), server, concurrency=3)
@@ -376,16 +377,17 @@ def test_verdicts_are_written_as_they_come(run_of) -> None:
     seen: list[int] = []
 
     def script(nonce: str, nth: int, body: dict[str, Any]) -> Say:
-        if nonce == "0":
-            return Say(GOOD, delay=0.3)
         if nonce == "5":
             seen.append(len(log.read_bytes().splitlines()))
-        return Say(GOOD)
+            release.set()
+        return Say(GOOD, until=release if nonce == "0" else None)
+
+    release = threading.Event()
 
     with serving(script) as server:
         assert judged(run, server, concurrency=2)["counts"]["ok"] == 6
-    assert seen == [4] or seen == [3]  # all before it but the one that hangs (and its neighbour)
-    assert [row["id"] for row in rows(log)][-1] == "0"
+    assert seen == [4]  # all before it but the one that hangs
+    assert len(rows(log)) == 6
 
 
 # The self-test
@@ -543,7 +545,7 @@ def test_the_command_tells_the_cost_and_keeps_to_the_budget(run_of, capsys, monk
     assert "100.00 %" in capsys.readouterr().out
 
 
-def test_a_dead_server_ends_the_run_and_loses_nothing(run_of, monkeypatch) -> None:
+def test_a_dead_server_ends_the_run_and_loses_nothing(run_of) -> None:
     run = run_of(40)
 
     def script(nonce: str, nth: int, body: dict[str, Any]) -> Say:
@@ -551,19 +553,18 @@ def test_a_dead_server_ends_the_run_and_loses_nothing(run_of, monkeypatch) -> No
 
     with serving(script) as server:
         with pytest.raises(Stopped, match=r"20 requests in a row failed; .* refuses the key"):
-            judged(run, server)
+            judged(run, server, concurrency=1)
         counts = json.loads((run[0] / "results.json").read_text())["mis_hard"]["counts"]
-        assert counts["ok"] == 8 and 20 <= counts["error"] <= 24
-        assert sum(counts.values()) == 40 and counts["missing"] == 32 - counts["error"]
+        assert counts == {"ok": 8, "unparsed": 0, "refused": 0, "error": 20, "missing": 12}
         server.script = always(GOOD)
         assert judged(run, server)["counts"]["ok"] == 40
         assert all(server.judged[str(i)] == 1 for i in range(8))
 
 
 def test_a_killed_judge_pays_twice_for_what_was_under_way_alone(run_of, tmp_path: Path) -> None:
-    run = run_of(30)
+    run = run_of(40)
     log = run[0] / "mis_hard" / "verdicts.jsonl"
-    slow = [0.05]
+    slow = [0.08]
 
     def script(nonce: str, nth: int, body: dict[str, Any]) -> Say:
         return Say(GOOD, delay=slow[0])
@@ -578,16 +579,16 @@ def test_a_killed_judge_pays_twice_for_what_was_under_way_alone(run_of, tmp_path
                     assert process.poll() is None
                     time.sleep(0.005)
                 process.send_signal(signal.SIGKILL)
-            time.sleep(0.1)  # calls of the dead process come to their end
+            time.sleep(0.3)  # calls of the dead process come to their end
             kept = {row["id"] for row in read_log(log)}
             paid = Counter(server.judged)
-            assert wanted <= len(kept) < 30
+            assert wanted <= len(kept) < 40
             assert paid.total() <= len(kept) + 3 * (1 if wanted == 6 else 2)
         slow[0] = 0.0
         assert run_cli(*words) == 0
         for key, n in server.judged.items():
             assert n == paid[key] + (key not in kept)
-        assert Counter(row["id"] for row in rows(log)) == {str(i): 1 for i in range(30)}
+        assert Counter(row["id"] for row in rows(log)) == {str(i): 1 for i in range(40)}
 
 
 # Streams and guards
