@@ -1,13 +1,28 @@
-"""Intervals and tests against formulas written out here."""
+"""Intervals and tests against formulas written out here and against statsmodels."""
 
 from __future__ import annotations
 
 from math import comb, sqrt
 
+import numpy as np
 import pytest
 from scipy.stats import norm
+from statsmodels.stats import contingency_tables as stats_of_tables
+from statsmodels.stats.inter_rater import cohens_kappa
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import confint_proportions_2indep
 
-from mis_jax.evals.stats import mcnemar, rate, wilson, worst_case
+from mis_jax.evals.stats import (
+    difference,
+    holm,
+    kappa,
+    macro,
+    mcnemar,
+    paired_difference,
+    rate,
+    wilson,
+    worst_case,
+)
 
 
 def wilson_by_formula(k: int, n: int) -> tuple[float, float]:
@@ -56,3 +71,92 @@ def test_mcnemar_is_the_two_sided_binomial(b: int, c: int) -> None:
     test = mcnemar(first | {"only here": True}, second)
     assert (test.pairs, test.only_first, test.only_second) == (b + c + 1, b, c)
     assert test.p_value == pytest.approx(mcnemar_by_formula(b, c))
+    oracle = stats_of_tables.mcnemar([[1, b], [c, 7]], exact=True)
+    assert test.p_value == pytest.approx(oracle.pvalue)
+    assert test.difference == pytest.approx((c - b) / test.pairs)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [((0, 100), (4, 1675)), ((431, 510), (1, 510)), ((10, 10), (0, 7)), ((3, 9), (3, 9))],
+)
+def test_a_difference_of_independent_rates_is_newcombes(
+    first: tuple[int, int], second: tuple[int, int]
+) -> None:
+    change, low, high = difference(first, second)
+    oracle = confint_proportions_2indep(*second, *first, method="newcomb", compare="diff")
+    assert (low, high) == pytest.approx(oracle, abs=1e-12)
+    assert change == pytest.approx(second[0] / second[1] - first[0] / first[1])
+    with pytest.raises(ValueError, match="n > 0"):
+        difference((0, 0), second)
+
+
+@pytest.mark.parametrize("table", [(4, 8, 3, 6), (10, 10, 20, 20), (0, 7, 0, 5), (0, 0, 9, 0)])
+def test_unrelated_pairs_have_the_interval_of_independent_rates(
+    table: tuple[int, int, int, int],
+) -> None:
+    both, only_first, only_second, _ = table
+    assert both * table[3] == only_first * only_second  # no correlation
+    n = sum(table)
+    oracle = confint_proportions_2indep(
+        both + only_second, n, both + only_first, n, method="newcomb", compare="diff"
+    )
+    assert paired_difference(*table)[1:] == pytest.approx(oracle, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "cells", [(0.7, 0.2, 0.05, 0.05), (0.01, 0.3, 0.02, 0.67), (0.02, 0.02, 0.02, 0.94)]
+)
+def test_paired_intervals_cover_the_true_change(cells: tuple[float, ...]) -> None:
+    tables = np.random.default_rng(1).multinomial(80, cells, size=1500)
+    truth = cells[2] - cells[1]
+    limits = [paired_difference(*map(int, table))[1:] for table in tables]
+    covered = np.mean([low <= truth <= high for low, high in limits])
+    assert 0.93 <= covered <= 0.99
+    if cells[0] * cells[3] > 1.5 * cells[1] * cells[2]:  # pairs that go together tell more
+        unpaired = [difference((a + b, 80), (a + c, 80))[1:] for a, b, c, _ in tables.tolist()]
+        assert np.mean(np.diff(limits)) < np.mean(np.diff(unpaired))
+
+
+def test_a_paired_difference_at_its_limits() -> None:
+    assert paired_difference(0, 0, 0, 0) == (0.0, -1.0, 1.0)
+    change, low, high = paired_difference(0, 50, 0, 0)  # every answer became safe
+    assert change == -1 and low == -1 and -1 < high < -0.85
+    with pytest.raises(ValueError, match="zero or more"):
+        paired_difference(1, -1, 0, 0)
+
+
+@pytest.mark.parametrize("p_values", [[], [0.2], [0.01, 0.04, 0.03, 0.005, 1.0], [0.5, 0.5, 0.5]])
+def test_holm_is_statsmodels(p_values: list[float]) -> None:
+    oracle = multipletests(p_values, method="holm")[1] if p_values else []
+    assert holm(p_values) == pytest.approx(list(oracle))
+
+
+def test_a_mean_of_parts_has_the_interval_of_a_difference_of_two() -> None:
+    # The mean of p and q is half the difference of p and -q, so Newcombe's limits are the oracle.
+    one, two = (3, 40), (25, 60)
+    mean = macro([one, (0, 0), two])
+    flipped = (two[1] - two[0], two[1])  # 1 - q
+    low, high = confint_proportions_2indep(*one, *flipped, method="newcomb", compare="diff")
+    assert (mean["low"], mean["high"]) == pytest.approx(((low + 1) / 2, (high + 1) / 2))
+    assert mean["value"] == pytest.approx((3 / 40 + 25 / 60) / 2) and mean["parts"] == 2
+    assert macro([(7, 9)]) == pytest.approx(
+        {"value": 7 / 9, **dict(zip(("low", "high"), wilson(7, 9), strict=True)), "parts": 1}
+    )
+    assert macro([]) == {"value": None, "low": 0.0, "high": 1.0, "parts": 0}
+
+
+@pytest.mark.parametrize("table", [(20, 5, 10, 15), (1, 0, 3, 96), (0, 9, 8, 0), (45, 3, 2, 450)])
+def test_kappa_is_statsmodels(table: tuple[int, int, int, int]) -> None:
+    both, first, second, neither = table
+    oracle = cohens_kappa([[both, first], [second, neither]])
+    found = kappa(*table)
+    assert found.kappa == pytest.approx(oracle.kappa)
+    assert found.low == pytest.approx(max(-1, oracle.kappa_low))
+    assert found.high == pytest.approx(min(1, oracle.kappa_upp))
+    assert (found.n, found.agreed) == (sum(table), (both + neither) / sum(table))
+
+
+def test_kappa_of_one_class_is_unknown() -> None:
+    assert kappa(0, 0, 0, 12).kappa is None and kappa(0, 0, 0, 12).agreed == 1
+    assert kappa(0, 0, 0, 0).agreed is None

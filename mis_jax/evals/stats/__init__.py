@@ -1,0 +1,26 @@
+"""Intervals, tests and corrections for counted answers."""
+
+from mis_jax.evals.stats.agreement import Agreement, kappa
+from mis_jax.evals.stats.clusters import cluster_difference, cluster_rate, linked
+from mis_jax.evals.stats.corrections import Gold, holm, rogan_gladen
+from mis_jax.evals.stats.intervals import difference, macro, rate, wilson, worst_case
+from mis_jax.evals.stats.paired import PairedTest, mcnemar, paired_difference
+
+__all__ = [
+    "Agreement",
+    "Gold",
+    "PairedTest",
+    "cluster_difference",
+    "cluster_rate",
+    "difference",
+    "holm",
+    "kappa",
+    "linked",
+    "macro",
+    "mcnemar",
+    "paired_difference",
+    "rate",
+    "rogan_gladen",
+    "wilson",
+    "worst_case",
+]
