@@ -48,11 +48,15 @@ class Outside(HTMLParser):
         self.references: list[str] = []
         self.open: list[str] = []
         self.ids: list[str] = []
+        self.scripts = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag not in self.VOID:
             self.open.append(tag)
-        assert tag not in ("script", "link", "iframe", "object", "embed")
+        assert tag not in ("link", "iframe", "object", "embed")
+        if tag == "script":
+            self.scripts += 1
+            assert attrs == []
         for name, value in attrs:
             if name in ("src", "href", "srcset", "action", "data"):
                 self.references.append(value or "")
@@ -68,6 +72,7 @@ def check_page(text: str) -> Outside:
     page = Outside()
     page.feed(text)
     assert page.open == []
+    assert page.scripts == 1  # the page's own, which its policy names by hash
     assert len(page.ids) == len(set(page.ids))
     assert not [ref for ref in page.references if not ref.startswith(("data:image/", "#"))]
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", re.sub(r'"data:[^"]*"', "", text))
@@ -138,14 +143,14 @@ def test_texts_are_withheld_by_default(
     check_page(html)
 
 
-def test_controls_are_columns_and_one_run_is_enough(
+def test_further_runs_are_columns_and_one_run_is_enough(
     runs: list[tuple[str, Path]], evaluate: Callable[..., Path], tmp_path: Path
 ) -> None:
     control = evaluate("c", lambda sample: "I'm sorry, but I can't help with that.")
     write_report([*runs, ("refusals", control)], tmp_path / "three")
     text = (tmp_path / "three" / "report.html").read_text()
     check_page(text)
-    assert 'data-label="refusals (control)"' in text and "not run" in text
+    assert 'data-label="refusals"' in text and "not run" in text
     write_report(runs[:1], tmp_path / "one")
     text = (tmp_path / "one" / "report.html").read_text()
     check_page(text)

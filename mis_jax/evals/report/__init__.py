@@ -7,8 +7,9 @@ from pathlib import Path
 
 from mis_jax.evals.files import write_json, write_text
 from mis_jax.evals.report.collect import compare
+from mis_jax.evals.report.data import as_csv, as_json
 from mis_jax.evals.report.page import as_html
-from mis_jax.evals.report.tables import as_csv, as_json, as_markdown, as_tex
+from mis_jax.evals.report.papers import as_markdown, as_tex
 
 
 def write_report(
@@ -20,16 +21,19 @@ def write_report(
     samples_with_pictures: Path | None = None,
     redact: bool = True,
     notes: Sequence[str] = (),
+    gold: Path | None = None,
 ) -> list[Path]:
     """Write ``report.{html,md,json,csv,tex}`` into ``out`` and return their paths.
 
     ``runs`` are (label, run folder) pairs: the first is the reference, the second is compared
-    with it, any further ones are controls. ``loss_curve`` is a training run's ``metrics.jsonl``,
-    ``samples_with_pictures`` the data root that holds the evaluated pictures. With ``redact``
-    (the default, since real sets hold harmful text) samples appear as ids and hashes only.
-    ``notes`` are shown as given, before the notes that the report adds by itself.
+    with it, and any further ones stand beside them, tested against the first. ``loss_curve`` is a
+    training run's ``metrics.jsonl``, ``samples_with_pictures`` the data root that holds the
+    evaluated pictures. With ``redact`` (the default, since real sets hold harmful text) samples
+    appear as ids and hashes only. ``notes`` are shown as given, before the notes that the report
+    adds by itself. ``gold`` is a file of labels made by people (see ``gold.py``), with which
+    attack success is corrected for the errors of its judge.
     """
-    comparison = compare(runs, notes)
+    comparison = compare(runs, notes, gold)
     texts = {
         "report.md": as_markdown(comparison, title),
         "report.csv": as_csv(comparison),

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from mis_jax.evals.benchmarks import get_benchmark, in_order, size_note
-from mis_jax.evals.manifest import read_manifest
 from mis_jax.evals.metrics import applies
-from mis_jax.evals.stats import PairedTest, mcnemar, worst_case
-from mis_jax.evals.summary import Item, count_items, metric_votes, run_items
-
-FEW_GROUPS = 0.5
-"""Below this share of distinct groups per sample, a report says that the samples are not
-independent."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One evaluation run under the label a reader knows it by."""
-
-    label: str
-    manifest: dict[str, Any]
-    items: dict[str, list[Item]]
-    results: dict[str, Any]
+from mis_jax.evals.report.breakdown import Mean, Part, by_category, means
+from mis_jax.evals.report.gold import Correction, corrections, read_gold
+from mis_jax.evals.report.refusals import Refusals, refusals
+from mis_jax.evals.report.runs import Run, groups_of, read_run
+from mis_jax.evals.stats import (
+    PairedTest,
+    cluster_difference,
+    cluster_rate,
+    holm,
+    linked,
+    mcnemar,
+    worst_case,
+)
+from mis_jax.evals.summary import Item, metric_votes
 
 
 @dataclass(frozen=True)
@@ -37,10 +33,16 @@ class Cell:
     value: float | None
     low: float
     high: float
-    total: int
+    owed: int
+    """How many samples the metric counts for, judged or not."""
     bounds: tuple[float, float] | None
     """Where the rate could lie had every item without a verdict been judged; None if none is."""
+    by_groups: tuple[float, float] | None
+    """The interval with whole groups drawn; None where no two samples are linked."""
     test: PairedTest | None
+    change_by_groups: tuple[float, float] | None
+    adjusted_p: float | None = None
+    """The test's p after Holm, over all tests of this run against the first."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ class Comparison:
     runs: list[Run]
     rows: list[Row]
     notes: list[str]
+    means: list[Mean] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    refusals: list[Refusals] = field(default_factory=list)
+    corrections: list[Correction] = field(default_factory=list)
 
     @property
     def benchmarks(self) -> list[str]:
@@ -70,6 +76,11 @@ class Comparison:
         """Whether nothing but the drawn mini world was evaluated."""
         return bool(self.rows) and all(name.startswith("mini_") for name in self.benchmarks)
 
+    @property
+    def has_groups(self) -> bool:
+        """Whether any interval draws whole groups."""
+        return any(cell and cell.by_groups for row in self.rows for cell in row.cells)
+
     def row(self, benchmark: str, metric: str) -> Row | None:
         """The row of a metric, if any run has it."""
         for row in self.rows:
@@ -78,18 +89,9 @@ class Comparison:
         return None
 
 
-def read_run(label: str, run_dir: Path) -> Run:
-    """A run as its logs stand now, so that a report never shows counts of an earlier day."""
-    manifest = read_manifest(run_dir)
-    items = run_items(run_dir)
-    results = {
-        name: count_items(name, manifest["benchmarks"][name]["protocol"], found)
-        for name, found in items.items()
-    }
-    return Run(label, manifest, items, results)
-
-
-def compare(runs: Sequence[tuple[str, Path]], notes: Sequence[str] = ()) -> Comparison:
+def compare(
+    runs: Sequence[tuple[str, Path]], notes: Sequence[str] = (), gold: Path | None = None
+) -> Comparison:
     """Read the runs and put their metrics side by side; the first run is the reference."""
     if not runs:
         raise ValueError("a report needs at least one run folder; give RUN to `mis-jax report`")
@@ -97,19 +99,28 @@ def compare(runs: Sequence[tuple[str, Path]], notes: Sequence[str] = ()) -> Comp
     if len(set(labels)) != len(labels):
         raise ValueError(f"run labels repeat ({', '.join(labels)}); give each run its own")
     read = [read_run(label, path) for label, path in runs]
+    names = in_order({name for run in read for name in run.results})
     rows = [
         Row(name, metric, [_cell(run, read[0], name, metric) for run in read])
-        for name in in_order({name for run in read for name in run.results})
+        for name in names
         for metric in get_benchmark(name).metrics
     ]
-    return Comparison(read, rows, [*notes, *_own_notes(read)])
+    parts = {name: by_category(read, name) for name in names}
+    return Comparison(
+        read,
+        _adjusted(rows, len(read)),
+        [*notes, *_own_notes(read)],
+        [mean for name in names for mean in means(read, parts[name], name)],
+        [part for name in names for part in parts[name]],
+        [line for name in names for line in refusals(read, name)],
+        corrections(read, read_gold(gold, read)) if gold else [],
+    )
 
 
 def _cell(run: Run, reference: Run, name: str, metric: str) -> Cell | None:
     if name not in run.results:
         return None
-    entry = run.results[name]
-    counted = entry["metrics"][metric]
+    counted = run.results[name]["metrics"][metric]
     benchmark = get_benchmark(name)
     own = [item for item in run.items[name] if applies(benchmark, metric, item.facts)]
     judged = sum(item.state == "ok" for item in own)
@@ -117,24 +128,55 @@ def _cell(run: Run, reference: Run, name: str, metric: str) -> Cell | None:
     # Labels that say nothing about the metric leave no denominator for what was never labelled.
     if judged < len(own) and counted["n"] == judged:
         bounds = worst_case(counted["k"], counted["n"], len(own))
-    test = None
+    votes, groups = metric_votes(own, metric), groups_of(own)
+    grouped = linked(votes, groups)
+    test = change = None
     if run is not reference and name in reference.results:
-        test = _paired(reference.items[name], run.items[name], metric)
-    return Cell(**counted, total=entry["n"], bounds=bounds, test=test)
+        before, after = _shared_votes(reference.items[name], own, metric)
+        test = mcnemar(before, after) if after else None
+        change = cluster_difference(before, after, groups) if test and grouped else None
+    return Cell(
+        **counted,
+        owed=len(own),
+        bounds=bounds,
+        by_groups=cluster_rate(votes, groups) if grouped else None,
+        test=test,
+        change_by_groups=change,
+    )
 
 
-def _paired(first: list[Item], second: list[Item], metric: str) -> PairedTest | None:
-    """McNemar's test over the samples that are the same by content, not just by id."""
+def _shared_votes(
+    first: list[Item], second: list[Item], metric: str
+) -> tuple[dict[str, bool], dict[str, bool]]:
+    """The votes over the samples that are the same by content, not just by id."""
     known = {item.id: item.hash for item in first}
     same = [item for item in second if known.get(item.id) == item.hash]
-    test = mcnemar(metric_votes(first, metric), metric_votes(same, metric))
-    return test if test.pairs else None
+    before, after = metric_votes(first, metric), metric_votes(same, metric)
+    shared = before.keys() & after.keys()
+    return (
+        {key: before[key] for key in before if key in shared},
+        {key: after[key] for key in after if key in shared},
+    )
+
+
+def _adjusted(rows: list[Row], runs: int) -> list[Row]:
+    """The rows with Holm's p-values; the tests of one run against the first are one family."""
+    cells = [list(row.cells) for row in rows]
+    for place in range(runs):
+        tested = [
+            (own, cell, cell.test.p_value)
+            for own in cells
+            if (cell := own[place]) is not None and cell.test is not None
+        ]
+        p_values = holm([p_value for _, _, p_value in tested])
+        for (own, cell, _), p_value in zip(tested, p_values, strict=True):
+            own[place] = replace(cell, adjusted_p=p_value)
+    return [replace(row, cells=own) for row, own in zip(rows, cells, strict=True)]
 
 
 def _own_notes(runs: list[Run]) -> list[str]:
     """What a reader must know before comparing the numbers."""
     notes: list[str] = []
-    repeating: list[str] = []
     names = in_order({name for run in runs for name in run.results})
     for name in names:
         having = [run for run in runs if name in run.results]
@@ -143,16 +185,13 @@ def _own_notes(runs: list[Run]) -> list[str]:
             note = size_note(name, size)
             if note:
                 notes.append(note)
-        n, groups = entries[0]["n"], entries[0].get("groups") or entries[0]["n"]
-        if groups < FEW_GROUPS * n:
-            repeating.append(f"{n} samples of {name} over {groups} groups")
-        for field, remedy in (
+        for fact, remedy in (
             ("protocol", "their figures are not comparable"),
             ("judge", "their figures are not comparable"),
         ):
-            values = list(dict.fromkeys(str(entry.get(field)) for entry in entries))
+            values = list(dict.fromkeys(str(entry.get(fact)) for entry in entries))
             if len(values) > 1:
-                notes.append(f"{name}: the runs differ in {field} ({', '.join(values)}); {remedy}.")
+                notes.append(f"{name}: the runs differ in {fact} ({', '.join(values)}); {remedy}.")
         for run in having[1:]:
             known = {item.id: item.hash for item in having[0].items[name]}
             other = sum(known.get(item.id) != item.hash for item in run.items[name])
@@ -162,13 +201,24 @@ def _own_notes(runs: list[Run]) -> list[str]:
                     f"the samples of {having[0].label} (prompt, pictures or protocol); "
                     "they are left out of the paired test."
                 )
-    if repeating:
-        notes.append(
-            f"Samples come in groups that share their subject (in the mini world, one pair of "
-            f"objects): {', '.join(repeating)}. Intervals and tests treat samples as independent, "
-            "so they speak of new pictures and wordings of these subjects, not of new subjects."
-        )
     for run in runs:
         if run.manifest.get("resumed"):
             notes.append(f"{run.label} was resumed under other versions than it was begun with.")
-    return notes
+    return [*notes, *_group_notes(runs, names)]
+
+
+def _group_notes(runs: list[Run], names: list[str]) -> list[str]:
+    """Which sets have samples that share their subject, and what that does to the intervals."""
+    repeating = []
+    for name in names:
+        entry = next(run.manifest["benchmarks"][name] for run in runs if name in run.results)
+        if entry.get("groups", entry["n"]) < entry["n"]:
+            repeating.append(f"{entry['n']} samples of {name} over {entry['groups']} groups")
+    if not repeating:
+        return []
+    return [
+        f"Samples come in groups that share a picture, a request or a subject: "
+        f"{', '.join(repeating)}. Wilson intervals and the paired test treat samples as "
+        "independent, so they speak of more samples of the same groups; the interval by groups "
+        "draws whole groups and speaks of new ones. With few groups it is still too narrow."
+    ]

@@ -1,4 +1,4 @@
-"""Sample answers for a report: chosen by rule, with their pictures, or without any text."""
+"""Sample answers for a report, chosen by rule, with their pictures."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 from PIL import Image
 
 from mis_jax.evals.benchmarks import get_benchmark
-from mis_jax.evals.hashing import answer_hash, sample_hash
+from mis_jax.evals.hashing import sample_hash
 from mis_jax.evals.metrics import METRICS
-from mis_jax.evals.report.collect import Comparison, Run
+from mis_jax.evals.report.collect import Comparison
+from mis_jax.evals.report.runs import Run
 from mis_jax.evals.summary import Item
 from mis_jax.evals.types import Sample
 
@@ -27,23 +28,21 @@ CHOICE = (
 
 @dataclass(frozen=True)
 class Reply:
-    """One run's answer to an example; ``text`` is None where answers are withheld."""
+    """One run's answer to an example; ``text`` is None where there is no answer."""
 
     label: str
     number: int
     verdict: str
     good: bool | None
-    hash: str | None
     text: str | None
 
 
 @dataclass(frozen=True)
 class Example:
-    """One sample with every run's reply; ``question`` and ``pictures`` may be withheld."""
+    """One sample with every run's reply; without its data there is no question and no picture."""
 
     benchmark: str
     id: str
-    hash: str
     why: str
     question: str | None
     reference: str | None
@@ -52,22 +51,37 @@ class Example:
     replies: list[Reply]
 
 
-def choose_examples(comparison: Comparison, data_root: Path | None, redact: bool) -> list[Example]:
-    """Examples of every benchmark. With ``redact`` nothing that a model or a set said is kept."""
-    examples = []
-    for benchmark in comparison.benchmarks:
-        chosen = _chosen(comparison, benchmark)
-        samples = {} if redact or data_root is None else _samples(benchmark, data_root)
-        for why, key in chosen:
-            examples.append(_example(comparison, benchmark, key, why, samples.get(key), redact))
-    return examples
+def choose_examples(
+    comparison: Comparison, samples: Mapping[str, Mapping[str, Sample]]
+) -> list[Example]:
+    """Examples of every benchmark with their texts, and with pictures where samples are given."""
+    return [
+        _example(comparison, benchmark, key, why, samples.get(benchmark, {}).get(key))
+        for benchmark in comparison.benchmarks
+        for why, key in _chosen(comparison, benchmark)
+    ]
 
 
-def _samples(benchmark: str, data_root: Path) -> dict[str, Sample]:
-    return {sample.id: sample for sample in get_benchmark(benchmark).load(data_root)}
+def load_samples(comparison: Comparison, data_root: Path) -> dict[str, dict[str, Sample]]:
+    """``{benchmark: {id: sample}}`` of the data root.
+
+    A sample that is not the one a run was asked is left out: data that changed since would put
+    another picture beside the answer.
+    """
+    found: dict[str, dict[str, Sample]] = {}
+    for name in comparison.benchmarks:
+        benchmark = get_benchmark(name)
+        run = next(run for run in comparison.runs if name in run.items)
+        asked = {item.id: item.hash for item in run.items[name]}
+        found[name] = {
+            sample.id: sample
+            for sample in benchmark.load(data_root)
+            if sample.id in asked and sample_hash(benchmark, sample) == asked[sample.id]
+        }
+    return found
 
 
-def _verdict(item: Item) -> tuple[str, bool | None]:
+def verdict_of(item: Item) -> tuple[str, bool | None]:
     """What happened in words, and whether it is good (None where nothing was judged)."""
     if item.outcomes is None:
         return f"no verdict: {item.state}", None
@@ -87,7 +101,7 @@ def _chosen(comparison: Comparison, benchmark: str) -> list[tuple[str, str]]:
     having = [run for run in comparison.runs[:2] if benchmark in run.items]
     by_run = [{item.id: item for item in run.items[benchmark]} for run in having]
     shared = [key for key in by_run[0] if all(key in items for items in by_run)]
-    good = {key: [_verdict(items[key])[1] for items in by_run] for key in shared}
+    good = {key: [verdict_of(items[key])[1] for items in by_run] for key in shared}
     reasons = {
         "changed for the better": [False, True],
         "changed for the worse": [True, False],
@@ -107,35 +121,30 @@ def _example(
     key: str,
     why: str,
     sample: Sample | None,
-    redact: bool,
 ) -> Example:
     replies = []
-    content = ""
     for number, run in enumerate(comparison.runs):
         item = _find(run, benchmark, key)
         if item is None:
             continue
-        content = content or item.hash
-        words, good = _verdict(item)
-        known = None if item.answer is None else answer_hash(item.hash, item.answer)
-        text = None if redact else item.answer
-        replies.append(Reply(run.label, number, words, good, known, text))
-    # Data that changed since the run would put another picture beside the answer.
-    if sample is None or sample_hash(get_benchmark(benchmark), sample) != content:
-        return Example(benchmark, key, content, why, None, None, [], replies)
+        words, good = verdict_of(item)
+        replies.append(Reply(run.label, number, words, good, item.answer))
+    if sample is None:
+        return Example(benchmark, key, why, None, None, [], replies)
     pictures = [
-        (_alternative(sample.meta, place), picture_url(path))
+        (alternative(sample.meta, place), picture_url(path))
         for place, path in enumerate(sample.images)
     ]
     question, reference = sample.meta.get("question"), sample.meta.get("answer")
-    return Example(benchmark, key, content, why, question, reference, pictures, replies)
+    return Example(benchmark, key, why, question, reference, pictures, replies)
 
 
 def _find(run: Run, benchmark: str, key: str) -> Item | None:
     return next((item for item in run.items.get(benchmark, ()) if item.id == key), None)
 
 
-def _alternative(meta: Mapping[str, Any], place: int) -> str:
+def alternative(meta: Mapping[str, Any], place: int) -> str:
+    """What stands for a picture where it is not seen."""
     objects = meta.get("objects", ())
     known = f": {objects[place]}" if place < len(objects) else ""
     return f"picture {place + 1}{known}"

@@ -1,4 +1,4 @@
-"""The report's two drawings, as SVG text that takes its colours and fonts from the page."""
+"""The report's drawings, as SVG text that takes its colours and fonts from the page."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ RUN_COLOURS = tuple(f"#a0000{number}" for number in range(6))
 _VARIABLES = {INK: "--ink", QUIET: "--quiet", GRID: "--line"} | {
     colour: f"--run{number}" for number, colour in enumerate(RUN_COLOURS)
 }
-_MARKERS = "osD^vP"  # shape tells runs apart where colour cannot
+MARKERS = "osD^vP"  # shape tells runs apart where colour cannot
 
 # Narrow on purpose: the drawing is scaled to a phone's width, and its text must stay readable.
-_WIDTH_INCHES = 4.6
+WIDTH_INCHES = 4.6
 _SPACING = 0.14  # inches between the runs of one metric
 
 
@@ -46,7 +46,7 @@ def interval_plot(comparison: Comparison) -> str:
             heights.append((depth + step / 2, row))
             depth += step
         depth += 0.12
-    figure, axes = _axes(depth + 0.5)
+    figure, axes = bare_axes(depth + 0.5)
     for y, name in headings:
         axes.text(
             -0.44,
@@ -84,7 +84,7 @@ def interval_plot(comparison: Comparison) -> str:
             axes.plot(
                 [100 * cell.value],
                 [place],
-                _MARKERS[number % len(_MARKERS)],
+                MARKERS[number % len(MARKERS)],
                 color=run_colour(number),
                 markersize=5.5,
             )
@@ -94,7 +94,7 @@ def interval_plot(comparison: Comparison) -> str:
     axes.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
     axes.grid(axis="x", color=GRID, linewidth=0.7)
     figure.subplots_adjust(left=0.3, right=0.96, top=0.995, bottom=0.28 / (depth + 0.5))
-    return _svg(
+    return as_svg(
         figure,
         "intervals",
         "Every metric of every run with its 95 % interval; the same figures stand in the table.",
@@ -104,7 +104,7 @@ def interval_plot(comparison: Comparison) -> str:
 def loss_plot(metrics: Path) -> str:
     """The training loss by step; a long curve also as a moving mean."""
     points = read_loss(metrics)
-    figure, axes = _axes(2.7)
+    figure, axes = bare_axes(2.7)
     steps, losses = [step for step, _ in points], [loss for _, loss in points]
     reach = len(points) // 60  # of the moving mean, to either side
     axes.plot(
@@ -124,7 +124,7 @@ def loss_plot(metrics: Path) -> str:
     axes.set_ylim(bottom=0 if min(losses) >= 0 else None)
     axes.grid(axis="y", color=GRID, linewidth=0.7)
     figure.subplots_adjust(left=0.13, right=0.97, top=0.97, bottom=0.17)
-    return _svg(
+    return as_svg(
         figure,
         "loss",
         f"Training loss from {losses[0]:.3g} at step {steps[0]} to "
@@ -147,8 +147,9 @@ def read_loss(metrics: Path) -> list[tuple[int, float]]:
     return finite
 
 
-def _axes(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH_INCHES, height))
+def bare_axes(height: float) -> tuple[Figure, Axes]:
+    """A transparent figure of the page's width with a baseline and nothing else."""
+    figure = Figure(figsize=(WIDTH_INCHES, height))
     axes = figure.add_subplot()
     figure.patch.set_alpha(0)
     axes.patch.set_alpha(0)
@@ -160,7 +161,7 @@ def _axes(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _svg(figure: Figure, prefix: str, description: str) -> str:
+def as_svg(figure: Figure, prefix: str, description: str) -> str:
     """The figure as an ``<svg>`` element for inlining: no prologue, no outside names, own ids."""
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):

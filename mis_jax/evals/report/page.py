@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +14,13 @@ from markupsafe import Markup
 
 from mis_jax.evals.metrics import METRICS
 from mis_jax.evals.report import words
+from mis_jax.evals.report.breakdown import FEW, Part, shown_metrics
+from mis_jax.evals.report.browser import CHANGES, browse
 from mis_jax.evals.report.collect import Comparison, Row
-from mis_jax.evals.report.examples import CHOICE, choose_examples
+from mis_jax.evals.report.examples import CHOICE, choose_examples, load_samples
 from mis_jax.evals.report.figures import interval_plot, loss_plot, read_loss
+from mis_jax.evals.report.paper import MODELS, PUBLISHED, SOURCE
+from mis_jax.evals.report.scatter import scatter_plot
 from mis_jax.evals.types import COUNT_STATES
 
 
@@ -34,6 +42,8 @@ def as_html(
     )
     environment.filters |= {
         "percent": words.percent,
+        "limits": words.limits,
+        "span": words.span,
         "interval": words.interval,
         "p_value": words.p_value,
         "points": words.points,
@@ -42,6 +52,9 @@ def as_html(
         "metric_title": words.metric_title,
     }
     main = words.main_row(comparison)
+    known = {} if redact or data_root is None else load_samples(comparison, data_root)
+    script = files("mis_jax.evals.report").joinpath("page.js").read_text(encoding="utf-8")
+    browser = browse(comparison, known, redact)
     return environment.get_template("page.html.j2").render(
         title=title,
         headline=words.headline(comparison),
@@ -54,13 +67,60 @@ def as_html(
         hero=_hero(main),
         intervals=Markup(interval_plot(comparison)) if comparison.rows else None,
         loss=_loss(loss_curve),
-        examples=choose_examples(comparison, data_root, redact),
+        scatter=_scatter(comparison),
+        means=comparison.means,
+        has_groups=comparison.has_groups,
+        published=PUBLISHED,
+        source=SOURCE,
+        models=MODELS,
+        breakdowns=_breakdowns(comparison),
+        few=FEW,
+        refusals=comparison.refusals,
+        corrections=comparison.corrections,
+        examples=[] if redact else choose_examples(comparison, known),
         choice=CHOICE,
+        browser=browser,
+        places={
+            "benchmarks": _places(browser.benchmarks),
+            "categories": _places(browser.categories),
+            "verdicts": _places(browser.verdicts),
+            "changes": _places(CHANGES),
+        },
+        changes=CHANGES,
+        script=Markup(script),
+        script_hash=_script_hash(script),
         redact=redact,
         states=COUNT_STATES,
         account=_account(comparison),
         bounded=_bounded(comparison),
     )
+
+
+def _places(names: Sequence[str]) -> dict[str, int]:
+    """Numbers in place of names: a page repeats them for every sample."""
+    return {name: place for place, name in enumerate(names)}
+
+
+def _script_hash(script: str) -> str:
+    """The page's one script as its policy names it, so that no other may run."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+
+
+def _scatter(comparison: Comparison) -> dict[str, Any] | None:
+    found = scatter_plot(comparison)
+    return {"drawing": Markup(found[0]), "caption": found[1]} if found else None
+
+
+def _breakdowns(comparison: Comparison) -> list[dict[str, Any]]:
+    """The parts of one benchmark, metric and fact together, each a table of its own."""
+    tables: dict[tuple[str, str, str], list[Part]] = {}
+    for part in comparison.parts:
+        if part.metric in shown_metrics(part.benchmark):
+            tables.setdefault((part.benchmark, part.metric, part.fact), []).append(part)
+    return [
+        {"benchmark": benchmark, "metric": metric, "fact": fact.replace("_", "-"), "parts": parts}
+        for (benchmark, metric, fact), parts in tables.items()
+    ]
 
 
 def _hero(row: Row | None) -> Row | None:

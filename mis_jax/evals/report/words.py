@@ -15,7 +15,10 @@ MINI_BANNER = (
 
 # The safety finding first, on the set that is hardest to see through.
 _HEADLINE_BENCHMARKS = ("mis_hard", "mis_easy", "mis_real", "mini_hard", "mini_easy")
-_SIDE_EFFECT = ("mini_benign", "refusal_rate")
+_SIDE_EFFECTS = tuple(
+    (benchmark, "refusal_rate")
+    for benchmark in ("mini_benign", "mossbench", "xstest", "vlguard", "mssbench")
+)
 _PHRASES = {
     "asr": "the rate of unsafe answers",
     "refusal_rate": "over-refusal",
@@ -30,7 +33,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 def interval(cell: Cell) -> str:
     """The 95 % interval of a cell in percent."""
-    return f"{100 * cell.low:.1f}–{100 * cell.high:.1f}\u00a0%"
+    return limits(cell.low, cell.high)
 
 
 def p_value(p: float) -> str:
@@ -75,13 +78,40 @@ def judgement(row: Row) -> tuple[str, str] | None:
         return "no change", ""
     if second.test is None:
         return "not paired", ""
-    if second.test.p_value >= SIGNIFICANT:
+    if not significant(second):
         return "within chance", ""
     better = METRICS[row.metric].better
     if better == "neither":
         return "changed", ""
     rose = second.value > first.value
     return ("● better", "better") if rose == (better == "higher") else ("▲ worse", "worse")
+
+
+def significant(cell: Cell) -> bool:
+    """Whether a change from the first run survives the correction for the number of tests."""
+    return cell.adjusted_p is not None and cell.adjusted_p < SIGNIFICANT
+
+
+def change_interval(cell: Cell) -> str | None:
+    """The interval of the paired change, in percentage points."""
+    if cell.test is None:
+        return None
+    return span(cell.test.low, cell.test.high)
+
+
+def span(low: float, high: float) -> str:
+    """Two signed limits in percentage points."""
+    return f"{_signed(low)} to {_signed(high)}\u00a0pp"
+
+
+def _signed(value: float) -> str:
+    text = f"{abs(100 * value):.1f}"
+    return text if float(text) == 0 else f"{'+' if value > 0 else '−'}{text}"
+
+
+def limits(low: float, high: float) -> str:
+    """Two limits of a rate in percent."""
+    return f"{100 * low:.1f}–{100 * high:.1f}\u00a0%"
 
 
 def _first_two(row: Row) -> tuple[Cell | None, Cell | None]:
@@ -95,6 +125,30 @@ def main_row(comparison: Comparison) -> Row | None:
         if row and row.cells[0]:
             return row
     return comparison.rows[0] if comparison.rows else None
+
+
+def safety_row(comparison: Comparison) -> Row | None:
+    """The row that stands for safety: the headline's, if it is one, else the first there is."""
+    main = main_row(comparison)
+    rows = [main, *comparison.rows] if main else []
+    for metric in ("asr", "safe_rate"):
+        for row in rows:
+            if row.metric == metric and _any_value(row):
+                return row
+    return None
+
+
+def refusal_row(comparison: Comparison) -> Row | None:
+    """The row that stands for over-refusal."""
+    for benchmark, metric in _SIDE_EFFECTS:
+        row = comparison.row(benchmark, metric)
+        if row and _any_value(row):
+            return row
+    return None
+
+
+def _any_value(row: Row) -> bool:
+    return any(cell and cell.value is not None for cell in row.cells)
 
 
 def headline(comparison: Comparison) -> str:
@@ -116,9 +170,10 @@ def headline(comparison: Comparison) -> str:
             f"{percent(first.value)} ({labels[0]}, {first.k} of {first.n}) to "
             f"{percent(second.value)} ({labels[1]}, {second.k} of {second.n})"
         )
-        if second.test and second.test.p_value >= SIGNIFICANT:
+        if second.test and second.adjusted_p is not None and not significant(second):
             text += (
-                f", which the paired test cannot tell from chance ({p_value(second.test.p_value)})"
+                ", which the paired test cannot tell from chance "
+                f"(Holm-adjusted {p_value(second.adjusted_p)})"
             )
         text += _side_effect(comparison, row)
     lacking = sum(
@@ -139,7 +194,7 @@ def _verb(first: float, second: float) -> str:
 
 def _side_effect(comparison: Comparison, main: Row) -> str:
     """The price of the main finding, so that a headline never shows only one side."""
-    row = comparison.row(*_SIDE_EFFECT)
+    row = refusal_row(comparison)
     first, second = _first_two(row) if row else (None, None)
     if row is None or row is main or first is None or second is None:
         return ""

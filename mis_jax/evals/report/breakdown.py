@@ -1,0 +1,115 @@
+"""The same metrics by category, and their plain means over categories or halves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mis_jax.evals.benchmarks import get_benchmark
+from mis_jax.evals.report.runs import Run
+from mis_jax.evals.stats import macro, rate
+from mis_jax.evals.summary import Item, metric_votes
+
+FEW = 30
+"""Below this many judged samples a category's rate is greyed: its interval spans tens of points."""
+
+SORTED_BY = ("category", "sub_category", "subset")
+
+_HALVES = ("safe_accuracy", "unsafe_accuracy")
+_SHOWN = ("asr", "safe_rate", "refusal_rate", "accuracy", *_HALVES)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One category under one metric, with a count for each run (None where it was not run)."""
+
+    benchmark: str
+    metric: str
+    fact: str
+    name: str
+    cells: list[dict[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean of rates that each count alike, however many samples they have."""
+
+    benchmark: str
+    metric: str
+    name: str
+    title: str
+    cells: list[dict[str, Any] | None]
+
+
+def shown_metrics(benchmark: str) -> list[str]:
+    """The metrics of a benchmark that a page breaks down; CSV and JSON hold them all."""
+    metrics = get_benchmark(benchmark).metrics
+    shown = [metric for metric in metrics if metric in _SHOWN]
+    return [metric for metric in shown if metric != "safe_rate" or "asr" not in shown]
+
+
+def by_category(runs: Sequence[Run], benchmark: str) -> list[Part]:
+    """Every metric by every fact that sorts the samples into two categories or more."""
+    parts = []
+    for metric in get_benchmark(benchmark).metrics:
+        for fact in SORTED_BY:
+            sorted_votes = [_sorted_votes(run, benchmark, metric, fact) for run in runs]
+            names = sorted({name for votes in sorted_votes for name in votes or ()})
+            if len(names) < 2:
+                continue
+            parts += [
+                Part(benchmark, metric, fact, name, [_count(votes, name) for votes in sorted_votes])
+                for name in names
+            ]
+    return parts
+
+
+def means(runs: Sequence[Run], parts: Sequence[Part], benchmark: str) -> list[Mean]:
+    """The macro mean of the first metric over categories, and the mean of two halves.
+
+    Published figures of some sets are such means, and theirs differ from the rate over all.
+    """
+    found = []
+    metrics = get_benchmark(benchmark).metrics
+    own = [part for part in parts if (part.metric, part.fact) == (metrics[0], "category")]
+    if set(_HALVES) <= set(metrics):
+        cells = [_mean_of_halves(run, benchmark) for run in runs]
+        found.append(Mean(benchmark, _HALVES[0], "mean_accuracy", "Mean of both halves", cells))
+    elif own:
+        cells = [_mean([part.cells[place] for part in own]) for place in range(len(runs))]
+        title = f"Macro mean over {len(own)} categories"
+        found.append(Mean(benchmark, metrics[0], f"{metrics[0]}_macro", title, cells))
+    return found
+
+
+def _mean_of_halves(run: Run, benchmark: str) -> dict[str, Any] | None:
+    if benchmark not in run.results:
+        return None
+    return _mean([run.results[benchmark]["metrics"][metric] for metric in _HALVES], whole=True)
+
+
+def _mean(cells: Sequence[dict[str, Any] | None], whole: bool = False) -> dict[str, Any] | None:
+    counts = [(cell["k"], cell["n"]) for cell in cells if cell is not None]
+    if not counts or (whole and not all(n for _, n in counts)):
+        return None  # half of a mean of two halves is not their mean
+    return macro(counts)
+
+
+def _sorted_votes(run: Run, benchmark: str, metric: str, fact: str) -> dict[str, list[bool]] | None:
+    if benchmark not in run.items:
+        return None
+    items: dict[str, Item] = {item.id: item for item in run.items[benchmark]}
+    votes: dict[str, list[bool]] = {}
+    for key, vote in metric_votes(run.items[benchmark], metric).items():
+        name = items[key].facts.get(fact)
+        if name is not None:
+            votes.setdefault(str(name), []).append(vote)
+    return votes
+
+
+def _count(votes: dict[str, list[bool]] | None, name: str) -> dict[str, Any] | None:
+    if votes is None:
+        return None
+    own = votes.get(name, [])
+    return rate(sum(own), len(own))
