@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from mis_jax.evals.judges.keywords import NAME as PHRASES
 from mis_jax.evals.report.collect import Comparison
+from mis_jax.evals.report.gold import METRIC
 from mis_jax.evals.report.paper import MODELS, PUBLISHED, SOURCE
 from mis_jax.evals.report.runs import Run
 from mis_jax.evals.report.words import headline
@@ -21,7 +23,8 @@ CSV_FIELDS = (
     "p_holm", "difference", "difference_low", "difference_high",
 )  # fmt: skip
 """``part_of`` is empty for a rate over all samples, ``category``, ``sub_category`` or ``subset``
-for a rate over the samples of one (its name in ``part``), ``mean`` for a mean of rates, and
+for a rate over the samples of one (its name in ``part``), ``mean`` for a mean of rates,
+``phrases`` for refusal phrases, ``corrected`` for a rate without its judge's errors, and
 ``published`` for a figure that the paper printed."""
 
 
@@ -125,6 +128,15 @@ def as_csv(comparison: Comparison) -> str:
             if cell is not None and cell["n"]:
                 place = {"part_of": part.fact, "part": part.name}
                 writer.writerow(_names(run, part.benchmark, part.metric) | cell | place)
+    runs = {run.label: run for run in comparison.runs}
+    for line in comparison.refusals:
+        names = _names(runs[line.label], line.benchmark, PHRASES)
+        writer.writerow(names | {"judge": None, "part_of": "phrases"} | line.rate)
+    for entry in comparison.corrections:
+        for run in entry.runs:
+            limits = {"value": run.value, "low": run.low, "high": run.high}
+            names = _names(runs[run.label], entry.benchmark, METRIC)
+            writer.writerow(names | {"n": run.n, "part_of": "corrected"} | limits)
     for figure in _published(comparison):
         writer.writerow(
             {

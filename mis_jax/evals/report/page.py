@@ -75,7 +75,7 @@ def as_html(
         models=MODELS,
         breakdowns=_breakdowns(comparison),
         few=FEW,
-        refusals=comparison.refusals,
+        refusals=[line for line in comparison.refusals if line.cells or line.rate["k"]],
         corrections=comparison.corrections,
         examples=[] if redact else choose_examples(comparison, known),
         choice=CHOICE,
