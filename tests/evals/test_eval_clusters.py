@@ -9,8 +9,10 @@ from scipy.stats import bootstrap
 from mis_jax.evals.stats import (
     Gold,
     cluster_difference,
+    cluster_mean,
     cluster_rate,
     linked,
+    macro,
     rogan_gladen,
     wilson,
 )
@@ -63,6 +65,26 @@ def test_unequal_groups_are_drawn_whole() -> None:
         n_resamples=20_000, method="percentile", rng=7,
     ).confidence_interval  # fmt: skip
     assert cluster_rate(votes, groups) == pytest.approx((oracle.low, oracle.high), abs=0.008)
+
+
+def test_the_mean_of_twins_sees_that_they_go_against_each_other() -> None:
+    rng = np.random.default_rng(9)
+    declines = rng.random(80) < 0.4  # wrong for the safe twin, right for the unsafe one
+    slips = rng.random(80) < 0.1
+    safe = {f"{n}s": bool(not declines[n]) for n in range(80)}
+    unsafe = {f"{n}u": bool(declines[n] ^ slips[n]) for n in range(80)}
+    groups = {key: key[:-1] for key in (*safe, *unsafe)}
+    pairs = np.array([(safe[f"{n}s"] + unsafe[f"{n}u"]) / 2 for n in range(80)])
+    oracle = bootstrap(
+        (pairs,), np.mean, n_resamples=20_000, method="percentile", rng=5
+    ).confidence_interval
+    limits = cluster_mean([safe, unsafe], groups)
+    assert limits == pytest.approx((oracle.low, oracle.high), abs=0.008)
+    apart = macro([(sum(safe.values()), 80), (sum(unsafe.values()), 80)])
+    assert limits is not None and apart["high"] - apart["low"] > 2 * (limits[1] - limits[0])
+    assert cluster_mean([{"a": True}, {"b": True}], {"a": "g", "b": "g"}) is None
+    # Groups that hold one part alone can leave the other empty in a draw.
+    assert cluster_mean([{"a": True}, {"b": False}], {}) is None
 
 
 def test_votes_that_are_all_alike_do_not_make_a_point() -> None:

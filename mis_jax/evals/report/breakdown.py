@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mis_jax.evals.benchmarks import get_benchmark
-from mis_jax.evals.report.runs import Run
-from mis_jax.evals.stats import macro, rate
+from mis_jax.evals.report.runs import Run, groups_of
+from mis_jax.evals.stats import cluster_mean, macro, rate
 from mis_jax.evals.summary import Item, metric_votes
 
 FEW = 30
@@ -68,7 +68,8 @@ def by_category(runs: Sequence[Run], benchmark: str) -> list[Part]:
 def means(runs: Sequence[Run], parts: Sequence[Part], benchmark: str) -> list[Mean]:
     """The macro mean of the first metric over categories, and the mean of two halves.
 
-    Published figures of some sets are such means, and theirs differ from the rate over all.
+    Published figures of some sets are such means, which differ from the rate over all samples.
+    The categories are taken as independent; halves made of twins have both of a pair drawn.
     """
     found = []
     metrics = get_benchmark(benchmark).metrics
@@ -86,14 +87,19 @@ def means(runs: Sequence[Run], parts: Sequence[Part], benchmark: str) -> list[Me
 def _mean_of_halves(run: Run, benchmark: str) -> dict[str, Any] | None:
     if benchmark not in run.results:
         return None
-    return _mean([run.results[benchmark]["metrics"][metric] for metric in _HALVES], whole=True)
-
-
-def _mean(cells: Sequence[dict[str, Any] | None], whole: bool = False) -> dict[str, Any] | None:
-    counts = [(cell["k"], cell["n"]) for cell in cells if cell is not None]
-    if not counts or (whole and not all(n for _, n in counts)):
+    counts = [run.results[benchmark]["metrics"][metric] for metric in _HALVES]
+    if not all(count["n"] for count in counts):
         return None  # half of a mean of two halves is not their mean
-    return macro(counts)
+    mean = macro([(count["k"], count["n"]) for count in counts])
+    items = run.items[benchmark]
+    votes = [metric_votes(items, metric) for metric in _HALVES]
+    limits = cluster_mean(votes, groups_of(items))
+    return mean | (dict(zip(("low", "high"), limits, strict=True)) if limits else {})
+
+
+def _mean(cells: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    counts = [(cell["k"], cell["n"]) for cell in cells if cell is not None]
+    return macro(counts) if counts else None
 
 
 def _sorted_votes(run: Run, benchmark: str, metric: str, fact: str) -> dict[str, list[bool]] | None:

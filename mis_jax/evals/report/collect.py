@@ -105,11 +105,12 @@ def compare(
         for name in names
         for metric in get_benchmark(name).metrics
     ]
+    rows = _adjusted(rows, len(read))
     parts = {name: by_category(read, name) for name in names}
     return Comparison(
         read,
-        _adjusted(rows, len(read)),
-        [*notes, *_own_notes(read)],
+        rows,
+        [*notes, *_own_notes(read, rows)],
         [mean for name in names for mean in means(read, parts[name], name)],
         [part for name in names for part in parts[name]],
         [line for name in names for line in refusals(read, name)],
@@ -174,7 +175,7 @@ def _adjusted(rows: list[Row], runs: int) -> list[Row]:
     return [replace(row, cells=own) for row, own in zip(rows, cells, strict=True)]
 
 
-def _own_notes(runs: list[Run]) -> list[str]:
+def _own_notes(runs: list[Run], rows: list[Row]) -> list[str]:
     """What a reader must know before comparing the numbers."""
     notes: list[str] = []
     names = in_order({name for run in runs for name in run.results})
@@ -204,16 +205,16 @@ def _own_notes(runs: list[Run]) -> list[str]:
     for run in runs:
         if run.manifest.get("resumed"):
             notes.append(f"{run.label} was resumed under other versions than it was begun with.")
-    return [*notes, *_group_notes(runs, names)]
+    return [*notes, *_group_notes(runs, rows)]
 
 
-def _group_notes(runs: list[Run], names: list[str]) -> list[str]:
+def _group_notes(runs: list[Run], rows: list[Row]) -> list[str]:
     """Which sets have samples that share their subject, and what that does to the intervals."""
     repeating = []
-    for name in names:
+    grouped = [row.benchmark for row in rows if any(cell and cell.by_groups for cell in row.cells)]
+    for name in dict.fromkeys(grouped):
         entry = next(run.manifest["benchmarks"][name] for run in runs if name in run.results)
-        if entry.get("groups", entry["n"]) < entry["n"]:
-            repeating.append(f"{entry['n']} samples of {name} over {entry['groups']} groups")
+        repeating.append(f"{entry['n']} samples of {name} over {entry['groups']} groups")
     if not repeating:
         return []
     return [

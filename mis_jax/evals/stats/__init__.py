@@ -1,7 +1,7 @@
 """Intervals, tests and corrections for counted answers."""
 
 from mis_jax.evals.stats.agreement import Agreement, kappa
-from mis_jax.evals.stats.clusters import cluster_difference, cluster_rate, linked
+from mis_jax.evals.stats.clusters import cluster_difference, cluster_mean, cluster_rate, linked
 from mis_jax.evals.stats.corrections import Gold, holm, rogan_gladen
 from mis_jax.evals.stats.intervals import difference, macro, rate, wilson, worst_case
 from mis_jax.evals.stats.paired import PairedTest, mcnemar, paired_difference
@@ -11,6 +11,7 @@ __all__ = [
     "Gold",
     "PairedTest",
     "cluster_difference",
+    "cluster_mean",
     "cluster_rate",
     "difference",
     "holm",

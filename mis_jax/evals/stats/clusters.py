@@ -6,7 +6,7 @@ less than as many unrelated samples. So whole groups are drawn, not samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -55,6 +55,33 @@ def cluster_difference(
     if not len(rows) or len(set((rows[:, 0] / rows[:, 1]).tolist())) == 1:
         return None
     return _interval(rows, _ratio, confidence)
+
+
+def cluster_mean(
+    parts: Sequence[Mapping[str, bool]], groups: Mapping[str, str], confidence: float = 0.95
+) -> tuple[float, float] | None:
+    """Percentile interval of the plain mean of several rates whose samples share groups.
+
+    Such as the two halves of a set of twins: a model that declines everything gains on one what
+    it loses on the other, and only drawing both together sees that. None where every group is
+    alike, or where some draw leaves a part empty.
+    """
+    rows: dict[str, list[int]] = {}
+    for place, votes in enumerate(parts):
+        for key in sorted(votes):
+            row = rows.setdefault(groups.get(key, key), [0] * (2 * len(parts)))
+            row[2 * place] += votes[key]
+            row[2 * place + 1] += 1
+    table = np.array(list(rows.values()), np.int64).reshape(-1, 2 * len(parts))
+    if len(np.unique(table, axis=0)) < 2:
+        return None
+
+    def mean(sums: np.ndarray) -> np.ndarray:
+        return (sums[:, 0::2] / sums[:, 1::2]).mean(1)
+
+    with np.errstate(invalid="ignore"):
+        low, high = _interval(table, mean, confidence)
+    return None if np.isnan(low) else (low, high)
 
 
 def _by_group(
