@@ -161,17 +161,24 @@ def _shared_votes(
 
 
 def _adjusted(rows: list[Row], runs: int) -> list[Row]:
-    """The rows with Holm's p-values; the tests of one run against the first are one family."""
+    """The rows with Holm's p-values; the tests of one run against the first are one family.
+
+    A test without a single differing sample is none of it: given how many samples differ, it
+    could not have found anything (Tarone), and would only weaken the others.
+    """
     cells = [list(row.cells) for row in rows]
     for place in range(runs):
         tested = [
             (own, cell, cell.test.p_value)
             for own in cells
-            if (cell := own[place]) is not None and cell.test is not None
+            if (cell := own[place]) is not None and cell.test and cell.test.differing
         ]
         p_values = holm([p_value for _, _, p_value in tested])
         for (own, cell, _), p_value in zip(tested, p_values, strict=True):
             own[place] = replace(cell, adjusted_p=p_value)
+        for own in cells:
+            if (cell := own[place]) is not None and cell.test and cell.adjusted_p is None:
+                own[place] = replace(cell, adjusted_p=1.0)
     return [replace(row, cells=own) for row, own in zip(rows, cells, strict=True)]
 
 

@@ -24,8 +24,8 @@ from mis_jax.evals.types import COUNT_STATES
 _LEGEND = (
     "Brackets hold Wilson 95 % intervals, then judged answers that count over all judged. "
     "The paired p is McNemar's exact test over the samples that both runs share, and p (Holm) is "
-    "it adjusted for all tests of the table; the interval of a change is Newcombe's for paired "
-    "rates."
+    "it adjusted for all tests of the table in which any sample differs; the interval of a change "
+    "is Newcombe's for paired rates."
 )
 _GROUPS = (
     " Where samples are linked, 'by groups' is the percentile interval of 10,000 cluster bootstrap "

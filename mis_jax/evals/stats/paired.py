@@ -24,6 +24,11 @@ class PairedTest:
     low: float
     high: float
 
+    @property
+    def differing(self) -> int:
+        """On how many items the runs differ; the others tell the test nothing."""
+        return self.only_first + self.only_second
+
 
 def mcnemar(first: Mapping[str, bool], second: Mapping[str, bool]) -> PairedTest:
     """Compare two runs on the same sample ids.
