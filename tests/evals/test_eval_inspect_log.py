@@ -39,4 +39,5 @@ def test_every_sample_is_there_and_only_verdicts_are_scores(tmp_path: Path) -> N
 def test_answers_are_withheld_by_default(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", {"mis_hard": [Made("0", "A kettle.", SAFE)]})
     (path,) = write_inspect_logs(run, tmp_path / "logs")
-    assert "kettle" not in path.read_text() and '"status": "success"' in path.read_text()
+    assert "kettle" not in path.read_text() and "label_str" not in path.read_text()
+    assert '"asr": 0' in path.read_text() and '"status": "success"' in path.read_text()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.evals.files import write_json
+from mis_jax.evals.hashing import digest
 from mis_jax.evals.report.runs import Run, read_run
 from mis_jax.evals.summary import Item
 
@@ -23,7 +24,7 @@ def write_inspect_logs(run_dir: Path, out: Path, *, redact: bool = True) -> list
     """Write ``out/<benchmark>.json`` for every benchmark of a run and return the paths.
 
     The input of a sample is its content hash, since a run does not hold its questions. With
-    ``redact`` the answers are withheld too.
+    ``redact`` the answers and the judge's labels are withheld too; what they count for stays.
     """
     run = read_run(run_dir.name, run_dir)
     paths = []
@@ -46,6 +47,7 @@ def inspect_log(run: Run, benchmark: str, *, redact: bool = True) -> dict[str, A
         "version": FORMAT_VERSION,
         "status": "success" if entry["counts"]["ok"] == entry["n"] else "error",
         "eval": {
+            "run_id": digest([model, manifest["model"].get("fingerprint"), created])[:22],
             "created": created,
             "task": benchmark,
             "task_id": entry["protocol"],
@@ -73,19 +75,22 @@ def inspect_log(run: Run, benchmark: str, *, redact: bool = True) -> dict[str, A
         "results": {
             "total_samples": entry["n"],
             "completed_samples": entry["counts"]["ok"],
-            "scores": [_score(name, judge, rate) for name, rate in entry["metrics"].items()],
+            "scores": [
+                _score(name, judge, rate, entry["n"]) for name, rate in entry["metrics"].items()
+            ],
         },
         "samples": [_sample(item, model, judge, redact) for item in items],
     }
 
 
-def _score(name: str, judge: str, rate: dict[str, Any]) -> dict[str, Any]:
+def _score(name: str, judge: str, rate: dict[str, Any], total: int) -> dict[str, Any]:
     metrics = {
         key: {"name": key, "value": rate[key], "params": {}}
         for key in ("value", "low", "high", "k", "n")
         if rate[key] is not None
     }
-    return {"name": name, "scorer": judge, "params": {}, "metrics": metrics}
+    counted = {"scored_samples": rate["n"], "unscored_samples": total - rate["n"]}
+    return {"name": name, "scorer": judge, **counted, "params": {}, "metrics": metrics}
 
 
 def _sample(item: Item, model: str, judge: str, redact: bool) -> dict[str, Any]:
@@ -101,7 +106,8 @@ def _sample(item: Item, model: str, judge: str, redact: bool) -> dict[str, Any]:
     scores = {}
     if item.labels is not None:
         value = {name: int(happened) for name, happened in (item.outcomes or {}).items()}
-        scores[judge] = {"value": value, "metadata": {"labels": dict(item.labels)}}
+        labels = {} if redact else {"labels": dict(item.labels)}  # a judge may quote the answer
+        scores[judge] = {"value": value, "metadata": labels}
     return {
         "id": item.id,
         "epoch": 1,
