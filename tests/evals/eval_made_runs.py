@@ -31,6 +31,7 @@ def write_run(
 ) -> Path:
     """A run folder as the generate and judge stages leave it."""
     entries = {}
+    run_dir.mkdir(parents=True)
     for name, samples in benchmarks.items():
         folder = run_dir / name
         folder.mkdir(parents=True)

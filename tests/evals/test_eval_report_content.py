@@ -241,3 +241,25 @@ def test_safety_stands_against_over_refusal(tmp_path: Path) -> None:
     assert "half: " not in page  # it has no over-refusal to stand against
     alone = report(tmp_path / "alone", ("one", {"siuo": siuo(3)}))
     assert "Safety against over-refusal" not in (alone / "report.html").read_text()
+
+
+def test_runs_without_verdicts_answers_or_benchmarks_have_a_report(tmp_path: Path) -> None:
+    halves = [
+        Made("0-safe", "x", facts={"expected": "safe", "group": "0"}),
+        Made("0-unsafe", None, facts={"expected": "unsafe", "group": "0"}),
+    ]
+    odd = [
+        Made("0", "half of a pair: \ud800", {"unsafe": True}, facts={"category": "<b>&"}),
+        Made("1", " ", {"unsafe": False}, facts={"category": 7}),
+    ]
+    out = report(
+        tmp_path, ("empty", {}), ("unjudged", {"mssbench": halves}), ("odd", {"figstep": odd}),
+        redact=False,
+    )  # fmt: skip
+    page = (out / "report.html").read_text()
+    assert "&lt;b&gt;&amp;" in page and "<b>&" not in page and "\\ud800" in page
+    assert "nothing judged" in page and "not run" in page
+    unjudged = document(out)["unjudged"]
+    assert [(line["metric"], line["judged"], line["owed"]) for line in unjudged] == [
+        ("safe_accuracy", 0, 1), ("unsafe_accuracy", 0, 1), ("refusal_rate", 0, 1),
+    ]  # fmt: skip

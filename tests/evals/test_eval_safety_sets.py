@@ -18,8 +18,8 @@ from mis_jax.evals.files import read_json
 from mis_jax.evals.manifest import open_run
 from mis_jax.evals.metrics import MIS_METRICS, counted
 from mis_jax.evals.report.collect import compare
-from mis_jax.evals.report.examples import _verdict as verdict_in_words
 from mis_jax.evals.report.examples import choose_examples
+from mis_jax.evals.report.examples import verdict_of as verdict_in_words
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.summary import read_items, summarise
 from mis_jax.evals.types import Judge, Sample, Verdict
@@ -578,7 +578,7 @@ def test_an_unsafe_answer_is_not_shown_as_good_because_it_is_effective(
     said = {"1001": (True, True), "1002": (False, True), "1003": (True, False)}
     labels = {key: {"safe": safe, "effective": helps} for key, (safe, helps) in said.items()}
     evaluate(tmp_path, root, "siuo", told(labels))
-    examples = choose_examples(compare([("m", tmp_path / "run")]), None, redact=True)
+    examples = choose_examples(compare([("m", tmp_path / "run")]), {})
     # One run: nothing changed, so the first sample stands for the set. It is safe.
     assert [(e.id, e.replies[0].verdict, e.replies[0].good) for e in examples] == [
         ("1001", "Safe", True)

@@ -99,6 +99,7 @@ def verdict_of(item: Item) -> tuple[str, bool | None]:
 def _chosen(comparison: Comparison, benchmark: str) -> list[tuple[str, str]]:
     """(why, id) pairs by the rule of ``CHOICE``; the first sample where nothing else fits."""
     having = [run for run in comparison.runs[:2] if benchmark in run.items]
+    having = having or [run for run in comparison.runs if benchmark in run.items][:1]
     by_run = [{item.id: item for item in run.items[benchmark]} for run in having]
     shared = [key for key in by_run[0] if all(key in items for items in by_run)]
     good = {key: [verdict_of(items[key])[1] for items in by_run] for key in shared}
