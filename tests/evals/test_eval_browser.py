@@ -120,6 +120,19 @@ def test_thumbnails_keep_to_their_budget_and_are_the_picture(tmp_path: Path) -> 
     assert thumbnails(paths, 60) == {}  # no picture fits into 20 characters
 
 
+def test_an_unreadable_picture_is_left_out_and_its_sample_stays(tmp_path: Path) -> None:
+    made_data(tmp_path / "data", 4, (64, 48), 3)
+    (tmp_path / "data/hard_image/0/object2.jpg").write_bytes(b"no picture")
+    benchmark = get_benchmark("mis_hard")
+    hashes = {s.id: sample_hash(benchmark, s) for s in benchmark.load(tmp_path / "data")}
+    runs = [("one", write_run(tmp_path / "one", {"mis_hard": [
+        Made(key, "A kettle.", UNSAFE, hash=hashes[key]) for key in hashes
+    ]}))]  # fmt: skip
+    write_report(runs, tmp_path / "out", samples_with_pictures=tmp_path / "data", redact=False)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<tr data-b=") == 4 and page.count("loading=") == 7
+
+
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     assert CHROMIUM, "no Chromium on this machine: apt-get install chromium"

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from mis_jax.data.images import open_image
 from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.hashing import sample_hash
 from mis_jax.evals.metrics import METRICS
@@ -133,8 +132,9 @@ def _example(
     if sample is None:
         return Example(benchmark, key, why, None, None, [], replies)
     pictures = [
-        (alternative(sample.meta, place), picture_url(path))
+        (alternative(sample.meta, place), url)
         for place, path in enumerate(sample.images)
+        if (url := picture_url(path)) is not None
     ]
     question, reference = sample.meta.get("question"), sample.meta.get("answer")
     return Example(benchmark, key, why, question, reference, pictures, replies)
@@ -151,11 +151,13 @@ def alternative(meta: Mapping[str, Any], place: int) -> str:
     return f"picture {place + 1}{known}"
 
 
-def picture_url(path: Path) -> str:
-    """A picture as a data URL, made smaller where that keeps the page small."""
-    with Image.open(path) as image:
-        small = max(image.size) <= PICTURE_SIZE
-        picture = image.convert("RGB")
+def picture_url(path: Path) -> str | None:
+    """A picture as a data URL, made smaller where that keeps the page small; None if unreadable."""
+    try:
+        picture = open_image(path)
+    except (ValueError, OSError):
+        return None
+    small = max(picture.size) <= PICTURE_SIZE
     stream = io.BytesIO()
     if small:
         picture.save(stream, "PNG", optimize=True)

@@ -19,8 +19,9 @@ _PREFIX = "data:image/webp;base64,"
 def thumbnails(paths: Sequence[Path], budget: int) -> dict[Path, str]:
     """A data URL for each picture, of at most ``budget`` characters in all.
 
-    Each picture gets an equal share and the largest size that fits it; a picture for which even
-    the smallest does not is left out. WebP, because the tables of a JPEG alone would take more
+    Each picture gets an equal share and the largest size that fits it. A picture for which even
+    the smallest does not, or that cannot be read, is left out: its sample ended as an error, and
+    a report has to show that. WebP, because the tables of a JPEG alone would take more
     than such a share.
     """
     different = list(dict.fromkeys(paths))
@@ -30,7 +31,10 @@ def thumbnails(paths: Sequence[Path], budget: int) -> dict[Path, str]:
 
 
 def _url(path: Path, share: int) -> str | None:
-    picture = open_image(path)
+    try:
+        picture = open_image(path)
+    except (ValueError, OSError):
+        return None
     for size in SIZES:
         picture.thumbnail((size, size))  # never enlarges
         stream = io.BytesIO()
