@@ -86,7 +86,7 @@ def quickstart(out: Path, *, controls: bool, seed: int, console: Console) -> Out
         say(f"control: the same fine-tuning with {name.replace('_', '-')} labels")
         trained = _fine_tune(out, f"train-{name}", data / labels, seed, console)
         results[name] = evaluate(trained.model, out / "controls" / name, data, console)
-        folders[name] = out / "controls" / name
+        folders[f"control: {name}"] = out / "controls" / name
     write_report(
         list(folders.items()),
         out,

@@ -215,29 +215,38 @@ def report(
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]")],
     *,
     out: Path,
-    show_samples: bool = False,
+    reveal: Annotated[bool, arg(aliases=["--show-samples"])] = False,
     data_root: Path | None = None,
+    gold: Path | None = None,
+    inspect_log: bool = False,
 ) -> None:
     """Tables with intervals, paired tests and a self-contained page over evaluation runs.
 
     Example: mis-jax report runs/eval-before runs/eval-after --out runs/report
 
     Args:
-        runs: Evaluation runs; the first is the reference, the second is compared with it.
+        runs: Evaluation runs; the first is the reference with which the others are compared.
         out: Folder for report.html, .md, .json, .csv and .tex.
-        show_samples: Show prompts and answers, which are redacted without it.
-        data_root: With --show-samples, the data root whose pictures are shown beside them.
+        reveal: Show prompts and answers, which are redacted without it.
+        data_root: With --reveal, the data root whose pictures are shown beside them.
+        gold: Labels by people as JSON, {run: {benchmark: {sample id: "unsafe" or "safe"}}}, by
+            which attack success is corrected for the errors of its judge.
+        inspect_log: Write every run as Inspect's logs too, into OUT/inspect/RUN.
     """
     from mis_jax.evals.report import write_report
+    from mis_jax.evals.report.inspect_log import write_inspect_logs
 
     if not runs:
         raise ValueError("name at least one evaluation run")
     written = write_report(
         [(run.name, run) for run in runs],
         out,
-        redact=not show_samples,
-        samples_with_pictures=data_root if show_samples else None,
+        redact=not reveal,
+        samples_with_pictures=data_root if reveal else None,
+        gold=gold,
     )
+    for run in runs if inspect_log else ():
+        written += write_inspect_logs(run, out / "inspect" / run.name, redact=not reveal)
     for path in written:
         console.print(str(path))
 
