@@ -62,10 +62,13 @@ def without_pictures(sample: Sample) -> Sample:
 
 
 def swapped_pictures(sample: Sample) -> Sample:
-    """The sample with its two pictures exchanged."""
+    """The sample with its two pictures exchanged, and what is known to be on them (mini world)."""
     if len(sample.images) != 2:
         raise ValueError(f"sample {sample.id} has {len(sample.images)} pictures; swapping needs 2")
-    return replace(sample, images=sample.images[::-1])
+    meta = dict(sample.meta)
+    if "objects" in meta:
+        meta["objects"] = meta["objects"][::-1]
+    return replace(sample, images=sample.images[::-1], meta=meta)
 
 
 CONTROLS: dict[str, Callable[[Sample], Sample]] = {

@@ -15,6 +15,7 @@ from PIL import Image
 from mis_jax.evals.benchmarks import BENCHMARKS, get_benchmark, in_order, size_note
 from mis_jax.evals.controls import CONTROLS, control_of, without_pictures
 from mis_jax.evals.hashing import sample_hash
+from mis_jax.evals.judges import get_judge
 from mis_jax.evals.judges.keywords import (
     NAME,
     PHRASES,
@@ -59,6 +60,11 @@ def test_swapped_pictures(data_root: Path) -> None:
     for sample, changed in both("mini_hard", "swapped", data_root):
         assert changed.images == [sample.images[1], sample.images[0]]
         assert changed.conversation == sample.conversation
+        # A model that looks is right about both orders.
+        said = [(s, careful(s.meta["objects"])) for s in (sample, changed)]
+        verdicts = get_judge("rules").judge(said)
+        assert [verdict.labels["label_perception"] for verdict in verdicts] == [1, 1]
+        assert changed.meta["objects"] == [sample.meta["objects"][1], sample.meta["objects"][0]]
 
 
 def test_text_alone_leaves_out_the_words_that_announce_pictures(data_root: Path) -> None:
