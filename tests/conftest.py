@@ -11,7 +11,9 @@ os.environ["OMP_NUM_THREADS"] = "2"
 # No hidden state of the developer's own in what the command line prints.
 os.environ.pop("FORCE_COLOR", None)
 
-import mis_jax  # noqa: F401, I001  first, so that its guard acts before JAX starts a back end
+import pytest  # noqa: I001
+
+import mis_jax  # noqa: F401  first, so that its guard acts before JAX starts a back end
 from tiny_world import (  # noqa: F401  fixtures that several folders share
     compiled_folder,
     quick_compile,
@@ -22,6 +24,18 @@ from tiny_world import (  # noqa: F401  fixtures that several folders share
 
 _HAS_TORCH = importlib.util.find_spec("torch") is not None
 collect_ignore = [] if _HAS_TORCH else ["parity"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def executables_given_back():
+    """XLA maps memory for every program it compiles, and Linux allows a process 65,530 maps.
+
+    Beyond that the process dies with a segmentation fault wherever it asks for the next one.
+    """
+    yield
+    import jax
+
+    jax.clear_caches()
 
 
 def pytest_report_header() -> str:
