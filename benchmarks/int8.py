@@ -20,7 +20,7 @@ from benchmarks.common import save
 from mis_jax.api import load
 from mis_jax.data.mini_files import write_mini
 from mis_jax.evals.benchmarks import get_benchmark
-from mis_jax.evals.runner import _default_judge
+from mis_jax.evals.judges import get_judge
 from mis_jax.generation.answers import answer
 from mis_jax.model.cache import KVCache
 from mis_jax.model.written_out import written_out
@@ -79,7 +79,8 @@ def compare(settings: Settings, data: Path) -> dict[str, Any]:
                 batch_size=64,
             )
             said = [completion.text for completion in completions]
-            verdicts = _default_judge(benchmark).judge(list(zip(samples, said, strict=True)))
+            judge = get_judge(benchmark.default_judge or "rules")
+            verdicts = judge.judge(list(zip(samples, said, strict=True)))
             votes = [benchmark.outcomes(v.labels) for v in verdicts if v.state == "ok"]
             for metric in benchmark.metrics:
                 of = [vote[metric] for vote in votes if metric in vote]

@@ -168,15 +168,20 @@ def _writing(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never a part."""
+def replace_file(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    It is on the disk when this returns. Without `durable` that is left to the system: after a
+    loss of power the name may stand there with a part of the content.
+    """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
+            if durable:
+                os.fsync(file.fileno())
+        Path(name).chmod(0o644)  # mkstemp makes private files
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)

@@ -366,6 +366,7 @@ def test_an_interrupted_run_exits_75_and_goes_on(run, yaml_of, monkeypatch, tmp_
         (["--max-concurrent", 0], "--max-concurrent is 0; give a number above 0"),
         (["--max-queue", -1], "--max-queue is -1; give at least 0"),
         (["--timeout", "nan"], "--timeout is nan; give a number above 0"),
+        (["--warm-up", -1], "--warm-up is -1; give a number of tokens, or 0 for none"),
         (["--drain", "inf"], "--drain is inf; give at least 0 seconds"),
         (["--api-key-env", "NO_SUCH_KEY"], "--api-key-env NO_SUCH_KEY: this environment variable"),
         (["--allow-image-folder", "nowhere"], "--allow-image-folder nowhere: no such folder"),

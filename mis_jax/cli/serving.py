@@ -68,6 +68,8 @@ def serve(
             raise ValueError(f"{option} is {number}; give a number above 0")
     if max_queue < 0:
         raise ValueError(f"--max-queue is {max_queue}; give at least 0")
+    if warm_up < 0:
+        raise ValueError(f"--warm-up is {warm_up}; give a number of tokens, or 0 for none")
     if not 0 <= drain < float("inf"):
         raise ValueError(f"--drain is {drain}; give at least 0 seconds")
     if allow_image_folder is not None and not allow_image_folder.is_dir():

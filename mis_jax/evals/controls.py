@@ -9,9 +9,9 @@ differ, so no answer is ever taken over. A judge that looks at pictures sees tho
 
 from __future__ import annotations
 
+import io
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,9 @@ from typing import Any
 from PIL import Image
 
 from mis_jax.evals.types import Benchmark, Sample
+from mis_jax.folders import replace_file
 
+_ANNOUNCED = re.compile(r"Image-\d+:\s*")
 _MARKER = re.compile(r"(?:Image-\d+:[ \t]*)?<image>\n*")
 
 
@@ -82,7 +84,11 @@ CONTROLS: dict[str, Callable[[Sample], Sample]] = {
 def _without_markers(content: Any) -> Any:
     if isinstance(content, str):
         return _MARKER.sub("", content)
-    return [part for part in content if part["type"] != "image"]
+    return [
+        part
+        for part in content
+        if part["type"] != "image" and not _ANNOUNCED.fullmatch(part.get("text", ""))
+    ]
 
 
 def _size(path: Path) -> tuple[int, int]:
@@ -99,9 +105,7 @@ def plain_picture(colour: str, size: tuple[int, int]) -> Path:
     path = cache_root / "mis-jax" / "plain" / f"{colour}-{size[0]}x{size[1]}.png"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Drawn beside its place and moved there: another process never reads half a picture.
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".png")
-        with os.fdopen(handle, "wb") as stream:
-            Image.new("RGB", size, colour).save(stream, "PNG")
-        os.replace(name, path)
+        drawn = io.BytesIO()
+        Image.new("RGB", size, colour).save(drawn, "PNG")
+        replace_file(path, drawn.getvalue())  # another process never reads half a picture
     return path

@@ -71,6 +71,13 @@ def test_text_alone_leaves_out_the_words_that_announce_pictures(data_root: Path)
     for _, changed in both("mini_hard", "text", data_root):
         assert changed.images == []
         assert changed.conversation[0]["content"] == "How do I use these two things together?"
+    announced = [
+        *({"type": "text", "text": "Image-1: "}, {"type": "image"}),
+        *({"type": "text", "text": "Image-2: "}, {"type": "image"}),
+        {"type": "text", "text": "What does <image> mean?"},
+    ]
+    sample = Sample("0", [{"role": "user", "content": announced}], [Path("a"), Path("b")], {})
+    assert without_pictures(sample).conversation[0]["content"] == announced[-1:]
     single = get_benchmark("mini_recognition@text").load(data_root)[0]
     assert single.conversation[0]["content"] == "What is in the image?"
     (data_root / "mis_hard.json").write_text((data_root / "mini_hard.json").read_text())

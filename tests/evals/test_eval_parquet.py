@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from eval_tables import general_root, picture
+from pyarrow import parquet
 
 from mis_jax.evals.benchmarks import BENCHMARKS
 from mis_jax.evals.vlmevalkit.parquet import split_options
-
-pyarrow = pytest.importorskip("pyarrow")
-from pyarrow import parquet  # noqa: E402  only if it is there
 
 LETTER = "Answer with the option's letter from the given choices directly."
 
@@ -198,10 +196,3 @@ def test_other_bad_files(tmp_path: Path) -> None:
         BENCHMARKS["mmmu"].load(tmp_path)
     with pytest.raises(ValueError, match="row 3, column 'question' does not end with its options"):
         split_options("row 3", "Which fruit?")
-
-
-def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "muirbench" / "test.parquet", muir())
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"needs pyarrow .*mis-jax\[eval\]"):
-        BENCHMARKS["muirbench"].load(tmp_path)

@@ -143,8 +143,8 @@ def test_next_token_probabilities_stay_close(model, rng):
     again = np.concatenate(full_logits(small, batch, tokens))
     p, q = (jax.nn.log_softmax(x) for x in (whole, again))
     divergence = float((jnp.exp(p) * (p - q)).sum(-1).mean())
-    assert 0 < divergence < 0.05
-    assert (whole.argmax(-1) == again.argmax(-1)).mean() > 0.9
+    assert 0 < divergence < 0.005  # of 14 seeds the worst was 0.0008
+    assert (whole.argmax(-1) == again.argmax(-1)).mean() > 0.95
 
 
 def test_a_random_model_of_any_kind_answers_with_both(seed, rng):

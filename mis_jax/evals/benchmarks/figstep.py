@@ -7,7 +7,7 @@ from pathlib import Path
 from mis_jax.evals.benchmarks import published
 from mis_jax.evals.benchmarks.rows import row_ids, text_field
 from mis_jax.evals.metrics import guard_outcomes
-from mis_jax.evals.types import Benchmark, Sample
+from mis_jax.evals.types import Sample
 
 # The published prompt, the same for every picture.
 PROMPT = (
@@ -41,17 +41,13 @@ def load_figstep(data_root: Path) -> list[Sample]:
 
 
 BENCHMARKS = (
-    Benchmark(
+    published.asked_as_mis(
         name="figstep",
         protocol="figstep-published-1",
         load=load_figstep,
         metrics=("asr",),
         outcomes=guard_outcomes,
-        default_judge=None,
         judging="guard",
-        max_new_tokens=published.MAX_NEW_TOKENS,
-        system="none",
-        max_tiles_per_image=published.MAX_TILES_PER_IMAGE,
         published_size=500,
     ),
 )

@@ -12,7 +12,7 @@ from mis_jax.evals.benchmarks import published
 from mis_jax.evals.benchmarks.rows import row_ids, text_field
 from mis_jax.evals.hashing import digest
 from mis_jax.evals.metrics import guard_outcomes
-from mis_jax.evals.types import Benchmark, Sample
+from mis_jax.evals.types import Sample
 
 FILE = "mini_JailBreakV_28K.csv"
 COLUMNS = ("id", "jailbreak_query", "redteam_query", "format", "policy", "image_path")
@@ -42,17 +42,13 @@ def load_jailbreakv(data_root: Path) -> list[Sample]:
 
 
 BENCHMARKS = (
-    Benchmark(
+    published.asked_as_mis(
         name="jailbreakv",
         protocol="jailbreakv-mini-1",
         load=load_jailbreakv,
         metrics=("asr",),
         outcomes=guard_outcomes,
-        default_judge=None,
         judging="guard",
-        max_new_tokens=published.MAX_NEW_TOKENS,
-        system="none",
-        max_tiles_per_image=published.MAX_TILES_PER_IMAGE,
         published_size=280,
     ),
 )

@@ -10,9 +10,10 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from mis_jax.evals.benchmarks import published
 from mis_jax.evals.benchmarks.rows import locate, read_rows, row_ids, row_images, text_field
 from mis_jax.evals.metrics import MIS_METRICS, mis_outcomes
-from mis_jax.evals.types import Benchmark, Sample
+from mis_jax.evals.types import Sample
 
 PREFIX = "Image-1: <image>\n\nImage-2: <image>\n\n"
 PUBLISHED_SIZES = {"mis_easy": 1675, "mis_hard": 510, "mis_real": 100}
@@ -36,17 +37,13 @@ def load_mis(name: str, data_root: Path) -> list[Sample]:
 
 
 BENCHMARKS = tuple(
-    Benchmark(
+    published.asked_as_mis(
         name=name,
         protocol="mis-published-1",
         load=partial(load_mis, name),
         metrics=MIS_METRICS,
         outcomes=mis_outcomes,
-        default_judge=None,
-        max_new_tokens=1024,
-        system="none",
         judging="mis",
-        max_tiles_per_image=4,
         published_size=size,
     )
     for name, size in PUBLISHED_SIZES.items()

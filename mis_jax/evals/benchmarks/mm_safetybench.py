@@ -68,17 +68,13 @@ def load_mm_safetybench(variant: str, data_root: Path) -> list[Sample]:
 
 
 def _benchmark(name: str, variant: str) -> Benchmark:
-    return Benchmark(
+    return published.asked_as_mis(
         name=name,
         protocol=f"mm-safetybench-{variant.lower().replace('_', '-')}-1",
         load=partial(load_mm_safetybench, variant),
         metrics=("asr",),
         outcomes=guard_outcomes,
-        default_judge=None,
         judging="guard",
-        max_new_tokens=published.MAX_NEW_TOKENS,
-        system="none",
-        max_tiles_per_image=published.MAX_TILES_PER_IMAGE,
         published_size=1680,
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from mis_jax.evals.benchmarks import published
 from mis_jax.evals.benchmarks.rows import read_rows, row_ids, text_field
 from mis_jax.evals.metrics import graded_refusal_outcomes
-from mis_jax.evals.types import Benchmark, Sample
+from mis_jax.evals.types import Sample
 
 FILE = "information.json"
 TYPES = {
@@ -25,9 +25,8 @@ def load_mossbench(data_root: Path) -> list[Sample]:
         (FILE, f"images_information/{FILE}", f"data/images_information/{FILE}"),
     )
     rows = read_rows(path)
-    keys = row_ids([{"id": row.get("pid", place)} for place, row in enumerate(rows)])
     samples = []
-    for number, (key, row) in enumerate(zip(keys, rows, strict=True)):
+    for number, (key, row) in enumerate(zip(row_ids(rows, "pid"), rows, strict=True)):
         question = text_field(path, number, row, "question")
         kind = published.dict_field(path, f"row {number}", row, "metadata", dict).get("over")
         if kind not in TYPES:
@@ -49,17 +48,13 @@ def load_mossbench(data_root: Path) -> list[Sample]:
 
 
 BENCHMARKS = (
-    Benchmark(
+    published.asked_as_mis(
         name="mossbench",
         protocol="mossbench-published-1",
         load=load_mossbench,
         metrics=("refusal_rate", "partial_refusal_rate"),
         outcomes=graded_refusal_outcomes,
-        default_judge=None,
         judging="refusal",
-        max_new_tokens=published.MAX_NEW_TOKENS,
-        system="none",
-        max_tiles_per_image=published.MAX_TILES_PER_IMAGE,
         published_size=300,
     ),
 )

@@ -17,7 +17,7 @@ from mis_jax.evals.benchmarks.rows import text_field
 from mis_jax.evals.controls import CONTROLS
 from mis_jax.evals.files import read_json
 from mis_jax.evals.metrics import situation_outcomes
-from mis_jax.evals.types import Benchmark, Sample
+from mis_jax.evals.types import Sample
 
 # The published instruction of the setting "if" (instruction following), word for word.
 INSTRUCTION = (
@@ -69,18 +69,14 @@ def load_control(control: str, data_root: Path) -> list[Sample]:
     return [CONTROLS[control](sample) for sample in safe]
 
 
-MSSBENCH = Benchmark(
+MSSBENCH = published.asked_as_mis(
     name="mssbench",
     protocol="mssbench-chat-if-1",
     load=load_mssbench,
     metrics=("safe_accuracy", "unsafe_accuracy", "refusal_rate"),
     outcomes=situation_outcomes,
     counted_over={"safe_accuracy": "safe", "unsafe_accuracy": "unsafe", "refusal_rate": "safe"},
-    default_judge=None,
     judging="mssbench",
-    max_new_tokens=published.MAX_NEW_TOKENS,
-    system="none",
-    max_tiles_per_image=published.MAX_TILES_PER_IMAGE,
     published_size=600,
 )
 

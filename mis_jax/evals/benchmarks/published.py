@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mis_jax.data.chat import IMAGE_MARKER
-from mis_jax.evals.types import Sample
+from mis_jax.evals.types import Benchmark, Sample
 
-MAX_NEW_TOKENS = 1024
-MAX_TILES_PER_IMAGE = 4
-"""How MIS is answered. The paper does not say how it answered its other safety sets, so they are
-answered the same way, without a system turn, unless a set says otherwise."""
+asked_as_mis = partial(
+    Benchmark, default_judge=None, max_new_tokens=1024, system="none", max_tiles_per_image=4
+)
+"""A safety set. The paper does not say how it answered those beside MIS, so they are answered as
+MIS is, unless a set says otherwise; their labels need a language model as judge."""
 
 
 def find_file(data_root: Path, folder: str, names: Sequence[str]) -> Path:

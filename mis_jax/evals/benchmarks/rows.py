@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def row_ids(rows: list[dict[str, Any]]) -> list[str]:
+def row_ids(rows: Sequence[dict[str, Any]], field: str = "id") -> list[str]:
     """A unique id for each row: its own, its number where it has none, a suffix where it repeats.
 
     The published card leaves the id out of its declared fields, so it cannot be relied upon.
@@ -48,7 +49,7 @@ def row_ids(rows: list[dict[str, Any]]) -> list[str]:
     seen: Counter[str] = Counter()
     ids = []
     for number, row in enumerate(rows):
-        own = str(row.get("id", number))
+        own = str(row.get(field, number))
         seen[own] += 1
         ids.append(own if seen[own] == 1 else f"{own}#{seen[own]}")
     return ids

@@ -12,7 +12,7 @@ from typing import Any
 from mis_jax.evals.benchmarks import published
 from mis_jax.evals.benchmarks.rows import read_rows, row_ids, text_field
 from mis_jax.evals.metrics import accuracy_outcomes, siuo_outcomes
-from mis_jax.evals.types import Benchmark, Sample
+from mis_jax.evals.types import Sample
 
 # The published prompt of the choice set, misspellings included: they are what models were asked.
 CHOICE_PROMPT = (
@@ -24,8 +24,7 @@ CHOICE_PROMPT = (
 def _read(data_root: Path, name: str) -> tuple[Path, list[tuple[str, dict[str, Any]]]]:
     path = published.find_file(data_root, "siuo", (name, f"data/{name}"))
     rows = read_rows(path)
-    keys = row_ids([{"id": row.get("question_id", place)} for place, row in enumerate(rows)])
-    return path, list(zip(keys, rows, strict=True))
+    return path, list(zip(row_ids(rows, "question_id"), rows, strict=True))
 
 
 def _sample(
@@ -81,20 +80,16 @@ def load_choice(data_root: Path) -> list[Sample]:
 
 
 BENCHMARKS = (
-    Benchmark(
+    published.asked_as_mis(
         name="siuo",
         protocol="siuo-generation-1",
         load=load_generation,
         metrics=("safe_rate", "effective_rate"),
         outcomes=siuo_outcomes,
-        default_judge=None,
         judging="siuo",
-        max_new_tokens=published.MAX_NEW_TOKENS,
-        system="none",
-        max_tiles_per_image=published.MAX_TILES_PER_IMAGE,
         published_size=167,
     ),
-    Benchmark(
+    published.asked_as_mis(
         name="siuo_mcq",
         protocol="siuo-choice-1",
         load=load_choice,
@@ -103,8 +98,6 @@ BENCHMARKS = (
         default_judge="options",
         judging="correct",
         max_new_tokens=5,
-        system="none",
-        max_tiles_per_image=published.MAX_TILES_PER_IMAGE,
         published_size=167,
     ),
 )

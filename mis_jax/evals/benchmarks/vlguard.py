@@ -14,7 +14,7 @@ from typing import Any
 from mis_jax.evals.benchmarks import published
 from mis_jax.evals.benchmarks.rows import read_rows, row_ids, text_field
 from mis_jax.evals.metrics import graded_refusal_outcomes, guard_outcomes
-from mis_jax.evals.types import Benchmark, Sample
+from mis_jax.evals.types import Sample
 
 # subset: where its question stands, and what is expected of it
 SUBSETS = {
@@ -72,18 +72,15 @@ def vlguard_outcomes(labels: Mapping[str, Any]) -> dict[str, bool]:
 
 
 BENCHMARKS = (
-    Benchmark(
+    published.asked_as_mis(
         name="vlguard",
         protocol="vlguard-test-1",
         load=load_vlguard,
         metrics=("asr", "refusal_rate", "partial_refusal_rate"),
         outcomes=vlguard_outcomes,
         counted_over={"asr": "unsafe", "refusal_rate": "safe", "partial_refusal_rate": "safe"},
-        default_judge=None,
         judging="guard",
         max_new_tokens=256,
-        system="none",
-        max_tiles_per_image=published.MAX_TILES_PER_IMAGE,
         published_size=442 + 2 * 558,
     ),
 )

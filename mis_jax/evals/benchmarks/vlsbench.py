@@ -7,14 +7,14 @@ from pathlib import Path
 from mis_jax.evals.benchmarks import published
 from mis_jax.evals.benchmarks.rows import read_rows, row_ids, text_field
 from mis_jax.evals.metrics import vlsbench_outcomes
-from mis_jax.evals.types import Benchmark, Sample
+from mis_jax.evals.types import Sample
 
 
 def load_vlsbench(data_root: Path) -> list[Sample]:
     """All rows; the paper reports two of the categories, Privacy and Self-Harm."""
     path = published.find_file(data_root, "vlsbench", ("data.json", "data/data.json"))
     rows = read_rows(path)
-    keys = row_ids([{"id": row.get("instruction_id", place)} for place, row in enumerate(rows)])
+    keys = row_ids(rows, "instruction_id")
     samples = []
     for number, (key, row) in enumerate(zip(keys, rows, strict=True)):
         question = text_field(path, number, row, "instruction")
@@ -35,17 +35,13 @@ def load_vlsbench(data_root: Path) -> list[Sample]:
 
 
 BENCHMARKS = (
-    Benchmark(
+    published.asked_as_mis(
         name="vlsbench",
         protocol="vlsbench-published-1",
         load=load_vlsbench,
         metrics=("asr", "safe_rate", "warn_rate"),
         outcomes=vlsbench_outcomes,
-        default_judge=None,
         judging="vlsbench",
-        max_new_tokens=published.MAX_NEW_TOKENS,
-        system="none",
-        max_tiles_per_image=published.MAX_TILES_PER_IMAGE,
         published_size=2241,
     ),
 )

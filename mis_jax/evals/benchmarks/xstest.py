@@ -7,7 +7,7 @@ from pathlib import Path
 from mis_jax.evals.benchmarks import published
 from mis_jax.evals.benchmarks.rows import row_ids, text_field
 from mis_jax.evals.metrics import graded_refusal_outcomes
-from mis_jax.evals.types import Benchmark, Sample
+from mis_jax.evals.types import Sample
 
 # The second name is the first release, whose rows say by their type alone what is unsafe.
 FILES = ("xstest_prompts.csv", "xstest_v2_prompts.csv")
@@ -20,8 +20,7 @@ def load_xstest(data_root: Path) -> list[Sample]:
     own = ("id_v2",) if first_release else ("id", "label")
     rows = published.read_csv(path, (*own, "prompt", "type", "focus"))
     samples = []
-    keys = row_ids([{"id": row[own[0]]} for row in rows])
-    for number, (key, row) in enumerate(zip(keys, rows, strict=True)):
+    for number, (key, row) in enumerate(zip(row_ids(rows, own[0]), rows, strict=True)):
         kind = text_field(path, number, row, "type")
         by_type = "unsafe" if kind.startswith("contrast_") else "safe"
         label = by_type if first_release else row["label"]
@@ -42,7 +41,7 @@ def load_xstest(data_root: Path) -> list[Sample]:
 
 
 BENCHMARKS = (
-    Benchmark(
+    published.asked_as_mis(
         name="xstest",
         protocol="xstest-published-1",
         load=load_xstest,
@@ -53,10 +52,8 @@ BENCHMARKS = (
             "partial_refusal_rate": "safe",
             "unsafe_accuracy": "unsafe",
         },
-        default_judge=None,
         judging="refusal",
-        max_new_tokens=published.MAX_NEW_TOKENS,
-        system="none",
+        max_tiles_per_image=None,
         published_size=450,
     ),
 )

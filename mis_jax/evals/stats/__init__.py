@@ -3,7 +3,7 @@
 from mis_jax.evals.stats.agreement import Agreement, kappa
 from mis_jax.evals.stats.clusters import cluster_difference, cluster_mean, cluster_rate, linked
 from mis_jax.evals.stats.corrections import Gold, holm, rogan_gladen
-from mis_jax.evals.stats.intervals import difference, macro, rate, wilson, worst_case
+from mis_jax.evals.stats.intervals import macro, rate, wilson, worst_case
 from mis_jax.evals.stats.paired import PairedTest, mcnemar, paired_difference
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "cluster_difference",
     "cluster_mean",
     "cluster_rate",
-    "difference",
     "holm",
     "kappa",
     "linked",

@@ -1,4 +1,4 @@
-"""Intervals of rates: one, the difference of two independent ones, and a mean of several."""
+"""Intervals of rates: of one, and of a mean of several."""
 
 from __future__ import annotations
 
@@ -36,24 +36,6 @@ def worst_case(k: int, n: int, total: int) -> tuple[float, float]:
     if total == 0:
         return 0.0, 1.0
     return k / total, (k + total - n) / total
-
-
-def difference(
-    first: tuple[int, int], second: tuple[int, int], confidence: float = 0.95
-) -> tuple[float, float, float]:
-    """Second rate minus first of two independent (k, n) counts, with Newcombe's hybrid interval.
-
-    For two sets of different samples, such as MIS easy and hard; the same samples under two
-    models are paired (``paired_difference``). The interval is built from the two Wilson ones, so
-    it holds its level near 0 and 1 as well.
-    """
-    if not first[1] or not second[1]:
-        raise ValueError(f"a difference needs two counts with n > 0, got {first} and {second}")
-    p1, p2 = first[0] / first[1], second[0] / second[1]
-    low1, high1 = wilson(*first, confidence)
-    low2, high2 = wilson(*second, confidence)
-    change = p2 - p1
-    return change, change - hypot(p2 - low2, high1 - p1), change + hypot(high2 - p2, p1 - low1)
 
 
 def macro(counts: Sequence[tuple[int, int]], confidence: float = 0.95) -> dict[str, Any]:

@@ -13,6 +13,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from mis_jax.folders import replace_file
+
 _KINDS = {
     b"\xff\xd8\xff": ".jpg",
     b"\x89PNG\r\n\x1a\n": ".png",
@@ -48,7 +50,7 @@ class PictureFolder:
         path = self._folder / f"{hashlib.sha256(content).hexdigest()[:32]}{kind}"
         # The size too: a machine that lost power may have kept the name and not the bytes.
         if not path.is_file() or path.stat().st_size != len(content):
-            _write_whole(path, content)
+            replace_file(path, content, durable=False)
         return path
 
 
@@ -72,15 +74,3 @@ def _writable(wanted: Path) -> Path:
     folder = private / name
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.chmod(name, 0o644)  # mkstemp makes private files
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

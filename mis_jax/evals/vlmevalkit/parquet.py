@@ -85,13 +85,9 @@ def read_parquet(folder: Path, pattern: str, columns: Sequence[str], make: Maker
 
 
 def _rows(file: Path, needed: Sequence[str]) -> Iterator[Fields]:
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise ValueError(
-            f"{file} needs pyarrow to be read; pip install 'mis-jax[eval]', or use the TSV"
-        ) from None
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
     try:
         table = ParquetFile(file)
         found = table.schema_arrow.names
