@@ -3,7 +3,15 @@
 import importlib
 import sys
 
-NAMES = ("convert", "data_pipeline", "generate", "int8", "train_step")
+NAMES = (
+    "convert",
+    "data_pipeline",
+    "generate",
+    "int8",
+    "roofline",
+    "train_step",
+    "vision_tower",
+)
 
 
 def main() -> None:

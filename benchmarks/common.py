@@ -37,6 +37,8 @@ def environment() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "device": f"CPU, {os.cpu_count()} cores, {platform.machine()}",
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load": round(os.getloadavg()[0], 2),  # processes that wanted a core, over a minute
+        "flags": os.environ.get("XLA_FLAGS", ""),
         "python": platform.python_version(),
         "versions": versions,
     }

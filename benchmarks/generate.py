@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import save
-from benchmarks.train_step import TILE, write_weights
+from benchmarks.peer import TILE, normalised, write_weights
 
 Side = Literal["ours", "theirs"]
 _SIDES: tuple[Side, ...] = ("ours", "theirs")
@@ -64,7 +64,7 @@ def main() -> None:
         return
     folder = Path(tempfile.mkdtemp(prefix="mis_jax_generate."))
     try:
-        write_weights(settings, folder / "weights")  # type: ignore[arg-type]  # asks for `model` alone
+        write_weights(settings.model, folder / "weights")
         found = compare(settings, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -178,7 +178,6 @@ def theirs(settings: Settings):
     import torch
     from transformers import InternVLForConditionalGeneration
 
-    from mis_jax.model.vision import IMAGENET_MEAN, IMAGENET_STD
     from mis_jax.weights.checkpoint import open_checkpoint
 
     torch.set_num_threads(2)
@@ -203,10 +202,9 @@ def theirs(settings: Settings):
                 own = made[row][0]
                 ids[place, longest - len(own) :], mask[place, longest - len(own) :] = own, 1
             tiles = np.concatenate([made[row][1] for row in rows])
-            pixels = (tiles / 255.0 - IMAGENET_MEAN) / IMAGENET_STD
             extra = {}
             if len(tiles):
-                values = torch.from_numpy(pixels.transpose(0, 3, 1, 2)).to(model.dtype)
+                values = torch.from_numpy(normalised(tiles)).to(model.dtype)
                 extra = {"pixel_values": values}
             count = max(new[row] for row in rows)
             output = model.generate(

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import run, save
+from benchmarks.peer import TILE, normalised, write_weights
 
-TILE = 448
 _LEARNING_RATE = 4e-5
 
 
@@ -71,7 +71,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="mis_jax_train_step."))
     try:
         if settings.peer:
-            write_weights(settings, folder / "weights")
+            write_weights(settings.model, folder / "weights")
         found = compare(settings, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -217,60 +217,6 @@ def ours(settings: Settings) -> dict[str, Any]:
     return report
 
 
-def write_weights(settings: Settings, folder: Path) -> None:
-    """Random weights in transformers' layout, from a process that gives its memory back."""
-    program = (
-        "from benchmarks.train_step import *; import torch; torch.manual_seed(0); "
-        f"torch_model({settings.model!r}).save_pretrained({str(folder)!r})"
-    )
-    run([sys.executable, "-c", program])
-
-
-def torch_model(name: str) -> Any:
-    import torch
-    from transformers import (
-        InternVLConfig,
-        InternVLForConditionalGeneration,
-        InternVLVisionConfig,
-        Qwen2Config,
-    )
-
-    from mis_jax.model.family import published
-
-    model = published(name)
-    vision, text = model.vision, model.text
-    if text.kind != "qwen2":
-        raise SystemExit(f"the peer is set up for models with Qwen2.5, not for {name}")
-    config = InternVLConfig(
-        vision_config=InternVLVisionConfig(
-            hidden_size=vision.hidden_size,
-            num_hidden_layers=vision.num_layers,
-            num_attention_heads=vision.num_heads,
-            intermediate_size=vision.mlp_size,
-            image_size=[vision.image_size] * 2,
-            patch_size=[vision.patch_size] * 2,
-            layer_norm_eps=vision.norm_eps,
-            norm_type=vision.norm,
-            attention_bias=vision.qkv_bias,
-            use_qk_norm=vision.qk_norm,
-        ),
-        text_config=Qwen2Config(
-            vocab_size=text.vocab_size,
-            hidden_size=text.hidden_size,
-            intermediate_size=text.mlp_size,
-            num_hidden_layers=text.num_layers,
-            num_attention_heads=text.num_heads,
-            num_key_value_heads=text.num_kv_heads,
-            rms_norm_eps=text.norm_eps,
-            rope_theta=text.rope_theta,
-            tie_word_embeddings=True,
-        ),
-        image_token_id=model.image_token_id,
-        tie_word_embeddings=True,
-    )
-    return InternVLForConditionalGeneration(config).to(torch.float32)
-
-
 def theirs(settings: Settings) -> dict[str, Any]:
     import torch
     from transformers import InternVLForConditionalGeneration
@@ -281,13 +227,11 @@ def theirs(settings: Settings) -> dict[str, Any]:
     ).train()
     config: Any = model.config
     made = numbers(settings, config.text_config.vocab_size, config.image_token_id)
-    pixels = made["tiles"].astype(np.float32) / 255
-    pixels = (pixels - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
     inputs = {
         "input_ids": torch.from_numpy(made["ids"]),
         "attention_mask": torch.ones(made["ids"].shape, dtype=torch.long),
         "labels": torch.from_numpy(np.where(made["loss"], made["ids"], -100)),
-        "pixel_values": torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()),
+        "pixel_values": torch.from_numpy(normalised(made["tiles"])),
     }
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05

@@ -18,7 +18,7 @@ from mis_jax.weights.checkpoint import load, open_checkpoint
 from mis_jax.weights.parameters import build
 
 sys.path.append(str(Path(__file__).parents[2]))
-from benchmarks.train_step import TILE, torch_model
+from benchmarks.peer import TILE, torch_model
 
 TEXTS, IMAGES = [30, 9, 60, 17], [1, 0, 2, 1]  # of each prompt; every image is one tile
 
