@@ -10,10 +10,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
-from mis_jax.model.attention import attend_xla
+from mis_jax.model.attention import attend_by_head, attend_xla
 from mis_jax.model.execution import Attend
 
-Kernel = Literal["xla", "cudnn", "splash"]
+Kernel = Literal["xla", "cudnn", "splash", "by_head"]
 _TILE_AXES = ("data", "fsdp", "context")
 
 
@@ -24,6 +24,8 @@ def choose(wanted: str, mesh: Mesh, compute_dtype: jnp.dtype) -> Kernel:
     if wanted == "auto":
         if platform == "tpu":
             return "splash"
+        if platform == "cpu" and mesh.size == 1:
+            return "by_head"
         narrow = compute_dtype == jnp.bfloat16
         return "cudnn" if platform in ("cuda", "gpu") and narrow and not split else "xla"
     if wanted == "cudnn" and (platform not in ("cuda", "gpu") or compute_dtype != jnp.bfloat16):
@@ -43,6 +45,8 @@ def attend_on(mesh: Mesh, kernel: Kernel, *, packed: bool) -> tuple[Attend, Atte
     """Attention of the decoder and of the vision tower."""
     if kernel == "xla":
         return attend_xla, attend_xla
+    if kernel == "by_head":
+        return attend_by_head, attend_by_head
     if kernel == "cudnn":
         from mis_jax.model.attention_cudnn import attend_cudnn, attend_cudnn_packed
 

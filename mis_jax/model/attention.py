@@ -89,6 +89,57 @@ def attend_xla(
     return attention(query_BTNH, key_BTKH, value_BTKH, mask)
 
 
+def attend_by_head(
+    query_BTNH: Float[Array, "batch length heads head_dim"],
+    key_BTKH: Float[Array, "batch length kv_heads head_dim"],
+    value_BTKH: Float[Array, "batch length kv_heads head_dim"],
+    segment_ids: Int[Array, "batch length"] | None,
+) -> Float[Array, "batch length heads head_dim"]:
+    """`attend_xla` one head after the other, for a CPU: a head's map stays in its cache.
+
+    The backward pass computes a head's map again, so that none is ever kept.
+    """
+    mask_BTS = None
+    if segment_ids is not None:
+        index = row_index(segment_ids)
+        mask_BTS = segment_mask(segment_ids, segment_ids, index, index)[:, 0]
+    key_BKTH, value_BKTH = key_BTKH.swapaxes(1, 2), value_BTKH.swapaxes(1, 2)
+    return by_head(query_BTNH, key_BKTH, value_BKTH, mask_BTS)
+
+
+def by_head(
+    query_BTNH: Float[Array, "batch queries heads head_dim"],
+    key_BKSH: Float[Array, "batch kv_heads keys head_dim"],
+    value_BKSH: Float[Array, "batch kv_heads keys head_dim"],
+    mask_BTS: Bool[Array, "batch queries keys"] | None,
+) -> Float[Array, "batch queries heads head_dim"]:
+    """`grouped_attention` one head after the other."""
+    batch, queries, heads, head_dim = query_BTNH.shape
+    group = heads // key_BKSH.shape[1]
+
+    @jax.checkpoint
+    def attend(one):
+        q_TH, k_SH, v_SH, row = one
+        logits_TS = jnp.dot(q_TH, k_SH.T, preferred_element_type=jnp.float32) * head_dim**-0.5
+        if mask_BTS is not None:
+            logits_TS = jnp.where(mask_BTS[row], logits_TS, jnp.finfo(jnp.float32).min)
+        weights_TS = jax.nn.softmax(logits_TS).astype(v_SH.dtype)
+        out_TH = jnp.dot(weights_TS, v_SH, preferred_element_type=jnp.float32)
+        return out_TH.astype(q_TH.dtype)
+
+    flat = (batch * heads, -1, head_dim)
+    out = jax.lax.map(
+        attend,
+        (
+            query_BTNH.swapaxes(1, 2).reshape(flat),
+            jnp.repeat(key_BKSH, group, axis=1).reshape(flat),
+            jnp.repeat(value_BKSH, group, axis=1).reshape(flat),
+            jnp.repeat(jnp.arange(batch), heads),
+        ),
+    )
+    return out.reshape(batch, heads, queries, head_dim).swapaxes(1, 2)
+
+
 def row_index(segment_ids: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
     """Place of every token in its row."""
     return jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)

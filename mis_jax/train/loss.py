@@ -33,17 +33,20 @@ def weighted_loss(
 
     The two are returned apart so that accumulated and sharded batches are divided once, by the
     weight of all their tokens. The logits of a position are `hidden @ table.T`, float32; rows of
-    the table from `vocab` on are no tokens. `chunk` positions of every row are taken at once;
-    `place_table` says where the gradient of the table lies while chunks are added up.
+    the table from `vocab` on are no tokens. `chunk` positions of every row are taken at once, or a
+    quarter of a short row, as answers are a part of it; `place_table` says where the gradient of
+    the table lies while chunks are added up.
     """
     targets_BT = jnp.roll(batch.input_ids, -1, axis=1)  # entry t is about token t + 1
     weights_BT = jnp.roll(batch.loss_weights, -1, axis=1).at[:, -1].set(0.0)
-    vocab, chunk = vocab or table_VD.shape[0], min(chunk, hidden_BTD.shape[1])
+    length = hidden_BTD.shape[1]
+    vocab, chunk = vocab or table_VD.shape[0], min(chunk, length, max(_SHORTEST, -(-length // 4)))
     rule = (vocab, chunk, constrain, place_table)
     total: Any = _total(rule, hidden_BTD, table_VD, targets_BT, weights_BT.astype(jnp.float32))
     return total, jnp.sum(weights_BT)
 
 
+_SHORTEST = 128  # positions of a chunk, the rows that a matrix unit takes
 _Rule = tuple[int, int, Constrain, Any]  # vocab, chunk, constrain, place_table: no arrays
 
 

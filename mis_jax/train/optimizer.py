@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mis_jax.config import DtypeConfig, OptimizerConfig
+from mis_jax.train import norms
 from mis_jax.train.rounding import stored_like
 
 
@@ -32,7 +33,8 @@ def make_optimizer(
 
     Gradients come in float32 and everything is computed in float32; AdamW's moments are stored in
     `dtype.moments`. Parameters are dicts by dotted path. With `taken=False` the state stays as it
-    was, whatever the gradient, and the update is not to be used.
+    was, whatever the gradient, and the update is not to be used. `norm` is the gradient's, where
+    it is known already.
     """
     schedule = learning_rate_schedule(config, steps)
     if config.name == "adafactor":  # Shazeer and Stern 2018, without relative step sizes
@@ -50,8 +52,10 @@ def make_optimizer(
     def init(params: Any) -> optax.OptState:
         return inner.init(_wide(params))
 
-    def update(updates: Any, state: Any, params: Any = None, *, taken: Any = True):
-        moved: Any = inner.update(updates, state, _wide(params), taken=taken)
+    def update(
+        updates: Any, state: Any, params: Any = None, *, taken: Any = True, norm: Any = None
+    ):
+        moved: Any = inner.update(updates, state, _wide(params), taken=taken, norm=norm)
         updates, after = moved
         choose = lambda new, old: jnp.where(taken, new, old)  # noqa: E731
         after = tuple(
@@ -75,7 +79,7 @@ def _adam(config: OptimizerConfig, dtype: jnp.dtype) -> optax.GradientTransforma
         zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)  # noqa: E731
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
-    def update(updates, state, params=None, *, taken=True):
+    def update(updates, state, params=None, *, taken=True, **_):
         del params
         count = state.count + jnp.asarray(taken, jnp.int32)
 
@@ -100,18 +104,19 @@ def _adam(config: OptimizerConfig, dtype: jnp.dtype) -> optax.GradientTransforma
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _clip(largest: float) -> optax.GradientTransformation:
+def _clip(largest: float) -> optax.GradientTransformationExtraArgs:
     """Scales gradients down to a global norm of `largest`.
 
     As optax's own, by one factor: its quotients are computed once more for all and kept.
     """
 
-    def clipped(updates, params=None):
+    def clipped(updates, state, params=None, *, norm=None, **_):
         del params
-        factor = jnp.minimum(largest / jnp.maximum(optax.tree.norm(updates), 1e-30), 1.0)
-        return jax.tree.map(lambda u: u * factor, updates)
+        length = norms.norm(updates) if norm is None else norm
+        factor = jnp.minimum(largest / jnp.maximum(length, 1e-30), 1.0)
+        return jax.tree.map(lambda u: u * factor, updates), state
 
-    return optax.stateless(clipped)
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), clipped)
 
 
 def _wide(params: Any) -> Any:

@@ -15,6 +15,7 @@ from mis_jax.model.internvl import InternVL
 from mis_jax.model.lora import DROPOUT_KEY
 from mis_jax.model.summing import LayerSums
 from mis_jax.train.loss import weighted_loss
+from mis_jax.train.norms import norm, sum_of_squares
 from mis_jax.train.rounding import apply_updates, round_stochastically, seed_of, stored_like
 
 Parameters = dict[str, jax.Array]  # by dotted path
@@ -156,24 +157,26 @@ def make_train_step(
         loss = total / weight
         # A product, which XLA computes where it is used: a quotient would be a second gradient.
         share = 1 / weight
+        length = norm(gradient) * share
         gradient = jax.tree.map(lambda g: g.astype(jnp.float32) * share, gradient)
-        norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(length)
         spike = jnp.zeros((), bool)
         if options.spike is not None:
-            spike = (state.step >= SPIKE_WARMUP) & (norm > options.spike * state.usual_norm)
+            spike = (state.step >= SPIKE_WARMUP) & (length > options.spike * state.usual_norm)
         taken = finite & ~spike
         moments = state.optimizer
         if options.device_moments is not None:
             moments = jax.device_put(moments, options.device_moments)
-        updates, optimizer = guarded.update(gradient, moments, state.trainable, taken=taken)
+        updates, optimizer = guarded.update(
+            gradient, moments, state.trainable, taken=taken, norm=length
+        )
         trainable, squares = _updated(state.trainable, updates, state.step, taken)
         decay = jnp.where(state.step == 0, 0.0, _NORM_DECAY)
-        usual_norm = decay * state.usual_norm + (1 - decay) * norm
+        usual_norm = decay * state.usual_norm + (1 - decay) * length
         metrics = {
             "loss": loss,
             "learning_rate": schedule(state.step),
-            "grad_norm": norm,
+            "grad_norm": length,
             "param_norm": jnp.sqrt(squares[0]),
             "update_norm": jnp.sqrt(squares[1]),
             "tokens": jnp.sum(batch.segment_ids > 0),
@@ -221,11 +224,11 @@ def _updated(
     """
     before, after, totals = {}, {}, [jnp.zeros(()), jnp.zeros(())]
     for name, value in trainable.items():
-        square = jnp.sum(jnp.square(updates[name]))
+        square = sum_of_squares(updates[name])
         before[name], square = jax.lax.optimization_barrier((value, square))
         totals[1] += square
     for name, value in apply_updates(before, updates, step).items():
         kept = jnp.where(taken, value, before[name])
         after[name] = jax.lax.optimization_barrier(kept)
-        totals[0] += jnp.sum(jnp.square(after[name].astype(jnp.float32)))
+        totals[0] += sum_of_squares(after[name])
     return after, totals

@@ -9,7 +9,7 @@ import pytest
 
 from mis_jax.config import MeshConfig
 from mis_jax.kernels import attend_on, choose
-from mis_jax.model.attention import attend_xla
+from mis_jax.model.attention import attend_by_head, attend_xla
 from mis_jax.model.attention_cudnn import attend_cudnn, attend_cudnn_packed, segment_places
 from mis_jax.sharding import make_mesh
 
@@ -40,6 +40,16 @@ def with_gradients(attend, inputs, segments):
 
     (_, out), gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*qkv)
     return [out, *gradients]
+
+
+@pytest.mark.parametrize("segments", [SEGMENTS, None], ids=["packed", "tiles"])
+def test_heads_one_by_one_are_the_reference(segments):
+    inputs = random_inputs(SEGMENTS)
+    expected = with_gradients(attend_xla, inputs, segments)
+    for mine, theirs in zip(
+        with_gradients(attend_by_head, inputs, segments), expected, strict=True
+    ):
+        np.testing.assert_allclose(mine, theirs, atol=2e-5)
 
 
 @pytest.mark.slow
@@ -113,7 +123,7 @@ def test_cudnn_gets_no_mask(monkeypatch, attend, segments):
 def test_a_kernel_that_the_devices_do_not_have():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     narrow = jnp.dtype(jnp.bfloat16)
-    assert choose("auto", mesh, narrow) == "xla"
+    assert choose("auto", mesh, narrow) == "by_head"
     with pytest.raises(ValueError, match=r"train.attention is cudnn.*not bfloat16 on cpu"):
         choose("cudnn", mesh, narrow)
 
