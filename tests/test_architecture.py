@@ -17,6 +17,9 @@ PACKAGE = ROOT / "mis_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 600
 
+# What as a whole needs the extra of this name; everything else works without it.
+NEEDS = {"serve/": "serve", "cli/lmms_eval_model.py": "lmms-eval"}
+
 # Distributions whose import name is not their own name.
 DISTRIBUTIONS = {
     "PIL": "pillow",
@@ -171,16 +174,22 @@ def _undeclared(modules: Iterator[str], declared: set[str]) -> set[str]:
     }
 
 
+def _needed(path: Path) -> set[str]:
+    inside = path.relative_to(PACKAGE).as_posix()
+    extras = [extra for start, extra in NEEDS.items() if inside.startswith(start)]
+    return {name for extra in extras for name in _optional(extra)}
+
+
 def test_every_import_is_a_declared_dependency() -> None:
     """An extra may be imported too, but only inside a function: without it the module loads.
 
-    The folder `serve` as a whole needs the extra of its name; the command imports it in a function.
+    Not so in `NEEDS`; what is there is imported by nothing else, or in a function.
     """
     core, optional, missing = _declared(), _optional(), set()
     for path in SOURCES:
         tree = _tree(path)
         top_level = ast.Module([node for node in tree.body if not _defines(node)], [])
-        at_top = core | _optional("serve") if path.is_relative_to(PACKAGE / "serve") else core
+        at_top = core | _needed(path)
         wrong = _undeclared(_imported(top_level), at_top)
         wrong |= _undeclared(_imported(tree), core | optional)
         missing |= {f"{_name(path)}: {module}" for module in wrong}
@@ -198,6 +207,13 @@ def test_only_the_command_knows_the_server() -> None:
     assert importers == {"mis_jax/cli/serving.py"}
     top_level = [node for node in _tree(PACKAGE / "cli/serving.py").body if not _defines(node)]
     assert not any(m.startswith("mis_jax.serve") for m in _imported(ast.Module(top_level, [])))
+
+
+def test_only_lmms_eval_loads_its_model() -> None:
+    """By the entry point in pyproject.toml; where lmms-eval is not installed nothing misses it."""
+    assert _importers("lmms_eval") == {"mis_jax/cli/lmms_eval_model.py"}
+    imported = {module for path in SOURCES for module in _imported(_tree(path))}
+    assert "mis_jax.cli.lmms_eval_model" not in imported
 
 
 def test_constraints_hold_every_dependency_and_no_address() -> None:
