@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,8 @@ def eval_(
     shard: str | None = None,
     batch_size: int = 32,
     dtype: Dtype | None = None,
+    int8_weights: bool = False,
+    int8_cache: bool = False,
     mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
     model_name: str | None = None,
     api_key_env: str | None = None,
@@ -57,6 +60,8 @@ def eval_(
         shard: i/n, to ask every n-th sample from the i-th on; see `mis-jax merge`.
         batch_size: Questions answered at once by a checkpoint.
         dtype: Number format; float32 on a CPU and the file's own elsewhere without it.
+        int8_weights: Keep the decoder's kernels in 8 bits: half the memory, answers may differ.
+        int8_cache: Keep keys and values in 8 bits: half the memory, answers may differ.
         mesh: Devices that share the model.
         model_name: What the server at http://host/v1 calls the model.
         api_key_env: Environment variable with the server's key.
@@ -77,15 +82,23 @@ def eval_(
     chosen = [get_benchmark(name) for name in benchmarks.split(",")]
     sets = [benchmark.load(data_root) for benchmark in chosen]
     if model.startswith(_HTTP):
+        if int8_weights or int8_cache:
+            raise ValueError("--int8-weights and --int8-cache belong to a checkpoint, not a server")
         client = _client(
             model, model_name, api_key_env, concurrency, requests_per_minute, timeout=_ANSWERING
         )
-        name, fingerprint, answers = _served(client, internvl_fields)
+        tested = _served(client, internvl_fields)
     elif model_name:
         raise ValueError("--model-name belongs to a server; give its http://host/v1 as MODEL")
     else:
-        name, fingerprint, answers = _local(Path(model), batch_size, dtype, mesh)
-    open_run(out, model=name, fingerprint=fingerprint, data_root=data_root)
+        tested = _local(Path(model), batch_size, dtype, mesh, int8_weights, int8_cache)
+    open_run(
+        out,
+        model=tested.name,
+        fingerprint=tested.fingerprint,
+        data_root=data_root,
+        conditions=tested.conditions,
+    )
     asked = [part.of(samples) for samples in sets]
     for benchmark, whole, samples in zip(chosen, sets, asked, strict=True):
         for note in (size_note(benchmark.name, len(whole)), md5_note(benchmark.name, data_root)):
@@ -93,7 +106,7 @@ def eval_(
                 err_console.print(note, markup=False)
         _say(answers_ahead(benchmark, samples))
     failed = 0
-    answer = answers()
+    answer = tested.load()
     with steps_bar(err_console) as bar:
         for benchmark, whole, samples in zip(chosen, sets, asked, strict=True):
             try:
@@ -251,34 +264,55 @@ def report(
         console.print(str(path))
 
 
-_AnswersOf = Callable[[], Callable[["Benchmark"], "AnswerFn"]]
+@dataclass(frozen=True)
+class _Model:
+    """What a run is a run of; `load` gives what answers, so that it is loaded last."""
+
+    name: str
+    fingerprint: str
+    conditions: tuple[str, ...]
+    load: Callable[[], Callable[["Benchmark"], "AnswerFn"]]
 
 
 def _local(
-    folder: Path, rows: int, dtype: Dtype | None, mesh: MeshSizes
-) -> tuple[str, str, _AnswersOf]:
-    """Name and fingerprint of a checkpoint, and what loads it to answer."""
+    folder: Path,
+    rows: int,
+    dtype: Dtype | None,
+    mesh: MeshSizes,
+    int8_weights: bool,
+    int8_cache: bool,
+) -> _Model:
+    """A checkpoint."""
     from mis_jax.evals.answering import answers_of
+    from mis_jax.evals.conditions import int8_conditions
     from mis_jax.evals.hashing import folder_fingerprint
 
     def load() -> Callable[["Benchmark"], "AnswerFn"]:
-        network, processor = load_quietly(folder, dtype, mesh)
-        return lambda benchmark: answers_of(network, processor, benchmark, rows=rows)
+        network, processor = load_quietly(folder, dtype, mesh, int8=int8_weights)
+        return lambda benchmark: answers_of(
+            network, processor, benchmark, rows=rows, int8_cache=int8_cache
+        )
 
-    return folder.name, folder_fingerprint(folder), load
+    conditions = int8_conditions(weights=int8_weights, cache=int8_cache)
+    return _Model(folder.name, folder_fingerprint(folder), conditions, load)
 
 
-def _served(client: "ChatClient", takes_settings: bool) -> tuple[str, str, _AnswersOf]:
-    """Name and fingerprint of a model behind an endpoint, and how it answers."""
+def _served(client: "ChatClient", takes_settings: bool) -> _Model:
+    """A model behind an endpoint."""
     from mis_jax.evals.endpoint import endpoint_answers, open_endpoint
 
     endpoint = open_endpoint(client, takes_settings=takes_settings)
     if not endpoint.takes_settings:
         _say(
             f"{client.base_url} does not say that it is mis-jax: tiles and system turn are its own "
-            "(see --internvl-fields)"
+            "(see --internvl-fields), which the run's protocol ids will say"
         )
-    return client.model, endpoint.fingerprint, lambda: lambda b: endpoint_answers(endpoint, b)
+    return _Model(
+        client.model,
+        endpoint.fingerprint,
+        endpoint.conditions,
+        lambda: lambda benchmark: endpoint_answers(endpoint, benchmark),
+    )
 
 
 def _client(

@@ -17,6 +17,7 @@ def answers_of(
     *,
     rows: int = 32,
     max_new_tokens: int | None = None,
+    int8_cache: bool = False,
 ) -> AnswerFn:
     """Greedy answers under the benchmark's protocol, `rows` at a time.
 
@@ -35,6 +36,7 @@ def answers_of(
                 system=benchmark.system,
                 max_tiles_per_image=tiles,
                 batch_size=rows,
+                int8_cache=int8_cache,
             )
             for i, c in zip(indices, completions, strict=True):
                 answers[i] = Answer(c.text, c.prompt_tokens, c.completion_tokens, c.finish_reason)

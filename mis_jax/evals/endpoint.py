@@ -3,7 +3,8 @@
 Pictures are sent as data URIs where the prompt has its ``<image>`` markers. Decoding is greedy.
 Two settings of a benchmark have no place in the chat API: tiles for each picture, and whether the
 checkpoint's own system turn is left out. Our server takes them as ``max_dynamic_patch`` and
-``system_prompt``; another one answers with settings of its own. Templates of InternVL, ours
+``system_prompt``; another one answers with settings of its own, which is a condition of the run.
+Templates of InternVL, ours
 among them, write a line break behind every picture of the chat API, so there the prompt's own is
 left out.
 """
@@ -19,6 +20,7 @@ from PIL import Image
 
 from mis_jax.data.chat import IMAGE_MARKER, insert_image_markers
 from mis_jax.evals.chat_client import ChatClient, Reply
+from mis_jax.evals.conditions import ENDPOINT_SETTINGS
 from mis_jax.evals.data_uris import picture_part
 from mis_jax.evals.hashing import digest
 from mis_jax.evals.pictures import shown_images
@@ -39,6 +41,11 @@ class Endpoint:
     def fingerprint(self) -> str:
         """The identity of what answers, as far as it shows from outside."""
         return digest([self.client.base_url, self.client.model, self.takes_settings])
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """That it answers with settings of its own, where it takes no others."""
+        return () if self.takes_settings else (ENDPOINT_SETTINGS,)
 
 
 def open_endpoint(client: ChatClient, *, takes_settings: bool = False) -> Endpoint:

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mis_jax.evals.conditions import conditions_of, same_conditions, with_conditions
 from mis_jax.evals.files import read_json, write_json
 from mis_jax.evals.hashing import sample_hash
 from mis_jax.evals.types import Benchmark, Sample
@@ -53,9 +54,16 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
 
 
 def open_run(
-    run_dir: Path, *, model: str, fingerprint: str, data_root: Path | None = None
+    run_dir: Path,
+    *,
+    model: str,
+    fingerprint: str,
+    data_root: Path | None = None,
+    conditions: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Begin a run or resume it; a run belongs to one model and refuses another.
+
+    So it does with ``conditions``, which are part of what the model is (``conditions.py``).
 
     ``data_root`` is remembered so that the judge stage finds the same files.
     ``model`` is a name for readers, ``fingerprint`` the identity (see
@@ -66,7 +74,7 @@ def open_run(
     now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
     if not path.exists():
         manifest = {
-            "model": {"name": model, "fingerprint": fingerprint},
+            "model": {"name": model, "fingerprint": fingerprint, "conditions": list(conditions)},
             **now,
             "resumed": [],
             "benchmarks": {},
@@ -75,6 +83,7 @@ def open_run(
         write_json(path, manifest)
         return manifest
     manifest = read_manifest(run_dir)
+    same_conditions(conditions_of(manifest), conditions, str(run_dir), "this call would have")
     known = manifest["model"].get("fingerprint")
     if known != fingerprint:
         raise ValueError(
@@ -117,7 +126,7 @@ def expect(run_dir: Path, benchmark: Benchmark, samples: Sequence[Sample]) -> di
     update_benchmark(
         run_dir,
         benchmark.name,
-        protocol=benchmark.protocol,
+        protocol=with_conditions(benchmark.protocol, conditions_of(read_manifest(run_dir))),
         system=benchmark.system,
         max_new_tokens=benchmark.max_new_tokens,
         max_tiles_per_image=benchmark.max_tiles_per_image,

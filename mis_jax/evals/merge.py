@@ -7,6 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from mis_jax.evals.conditions import conditions_of, same_conditions
 from mis_jax.evals.files import AppendLog, read_log, write_json
 from mis_jax.evals.manifest import expected, known_facts, manifest_path, read_manifest
 from mis_jax.evals.summary import summarise
@@ -30,6 +31,7 @@ def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
                 f"{run} is of model {manifest['model']['name']!r}, {runs[0]} of "
                 f"{first['model']['name']!r}, or of other weights; merge runs of one model"
             )
+        same_conditions(conditions_of(first), conditions_of(manifest), str(runs[0]), str(run))
     names = dict.fromkeys(name for manifest in manifests for name in manifest["benchmarks"])
     entries, owed = {}, {}
     for name in names:

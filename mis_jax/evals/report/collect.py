@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mis_jax.evals.benchmarks import get_benchmark, in_order, size_note
+from mis_jax.evals.conditions import condition_notes
 from mis_jax.evals.metrics import applies
 from mis_jax.evals.report.breakdown import Mean, Part, by_category, means
 from mis_jax.evals.report.gold import Correction, corrections, read_gold
@@ -210,6 +211,7 @@ def _own_notes(runs: list[Run], rows: list[Row]) -> list[str]:
                     "they are left out of the paired test."
                 )
     for run in runs:
+        notes += condition_notes(run.label, run.manifest)
         if run.manifest.get("resumed"):
             notes.append(f"{run.label} was resumed under other versions than it was begun with.")
     return [*notes, *_group_notes(runs, rows)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mis_jax.evals.conditions import condition_notes
 from mis_jax.evals.report.breakdown import FEW, Mean, shown_metrics
 from mis_jax.evals.report.collect import Cell, Comparison, Row
 from mis_jax.evals.report.paper import MODELS, PUBLISHED, SOURCE
@@ -290,6 +291,8 @@ def as_tex(comparison: Comparison, title: str) -> str:
     caption += "."
     if any((row.benchmark, row.metric) in PUBLISHED for row in comparison.rows):
         caption += f" In italics: as printed in {SOURCE}, not computed here."
+    for run in comparison.runs:
+        caption += "".join(f" {_tex(n)}" for n in condition_notes(run.label, run.manifest))
     return "\n".join(
         [
             "% needs \\usepackage{booktabs}",
