@@ -137,6 +137,7 @@ def judge(
     concurrency: int = 8,
     requests_per_minute: float | None = None,
     max_calls: int | None = None,
+    verdict_cache: Path | None = None,
     dtype: Dtype | None = None,
     mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
     data_root: Path | None = None,
@@ -156,6 +157,7 @@ def judge(
         concurrency: Requests to the server under way at once.
         requests_per_minute: Most requests sent to the server in a minute.
         max_calls: Most requests sent to the server in all, self-test and retries included.
+        verdict_cache: Folder of verdicts that no run pays the server for twice.
         dtype: Number format of a guard checkpoint.
         mesh: Devices that share a guard checkpoint.
         data_root: Where the data root of the evaluation is now, if it was moved.
@@ -168,6 +170,7 @@ def judge(
     from mis_jax.evals.runner import judge_run
     from mis_jax.evals.streaming import Stopped
     from mis_jax.evals.summary import summarise
+    from mis_jax.evals.verdict_cache import VerdictCache
     from mis_jax.terminal import steps_bar
 
     if judge == "none":
@@ -184,6 +187,8 @@ def judge(
         chosen = http_judges(client)
     elif judge_model:
         raise ValueError("--judge-model belongs to a server; give its http://host/v1 as --judge")
+    elif verdict_cache:
+        raise ValueError("--verdict-cache belongs to a server; give its http://host/v1 as --judge")
     elif judge not in JUDGES and Path(judge).is_dir():
         chosen = guard_judges(Path(judge), dtype, lambda: _guard(Path(judge), dtype, mesh))
     elif judge != "default":
@@ -195,6 +200,7 @@ def judge(
                 chosen,
                 root,
                 benchmarks=names,
+                cache=VerdictCache(verdict_cache) if verdict_cache else None,
                 announce=_announce(client) if client else None,
                 progress=bar.task,
             )
@@ -383,6 +389,8 @@ def _show(
         print_json(results)
     else:
         for benchmark, result in results.items():
+            if cached := result.get("cached"):
+                console.print(f"{benchmark:>18} {cached} verdicts from the cache", highlight=False)
             for metric, value in result["metrics"].items():
                 shown = "-" if value["value"] is None else f"{100 * value['value']:6.2f} %"
                 bounds = f"{100 * value['low']:.1f} to {100 * value['high']:.1f}"

@@ -21,6 +21,7 @@ from mis_jax.evals.manifest import expect, expected, read_manifest, update_bench
 from mis_jax.evals.streaming import Groups, Stopped, Streaming, groups_of
 from mis_jax.evals.summary import summarise
 from mis_jax.evals.types import Answer, Benchmark, Judge, Sample, Verdict
+from mis_jax.evals.verdict_cache import VerdictCache
 
 __all__ = ["Generated", "JudgeOf", "Owed", "generate_answers", "judge_run", "summarise"]
 
@@ -148,6 +149,7 @@ def judge_run(
     *,
     benchmarks: Sequence[str] | None = None,
     batch_size: int = 32,
+    cache: VerdictCache | None = None,
     announce: Callable[[list[tuple[Owed, list[tuple[Sample, str]]]]], None] | None = None,
     progress: Callable[[str], Progress] | None = None,
 ) -> dict[str, Any]:
@@ -155,8 +157,9 @@ def judge_run(
 
     ``judge=None`` takes each benchmark's own; a function of a benchmark and its samples gives each
     a judge. Verdicts that exist for the same answer, judge and reference are kept; a judge's
-    refusal is one of them, while ``unparsed`` and ``error`` are asked again. ``announce`` learns
-    what is about to be judged, before anything is. Ends with ``summarise`` and returns its
+    refusal is one of them, while ``unparsed`` and ``error`` are asked again. What ``cache`` has of
+    earlier runs is not asked either, and what is asked goes into it. ``announce`` learns what is
+    about to be judged, before anything is. Ends with ``summarise`` and returns its
     results; a judge that stops does so too, and its ``Stopped`` is raised.
     """
     known = list(read_manifest(run_dir)["benchmarks"])
@@ -169,12 +172,15 @@ def judge_run(
     # All that can be wrong with the files or the judge shows before the first verdict is paid for.
     found = [_read(get_benchmark(name), run_dir, data_root) for name in benchmarks or known]
     owed = [_owed(judge, *one) for one in found]
+    if cache:
+        for one in owed:
+            _exchange(cache, one, run_dir)
     if announce:
         announce([(one, one.pairs(one.waiting(_verdicts_of(run_dir, one)))) for one in owed])
     try:
         for one in owed:
             _judge_benchmark(
-                one, run_dir, batch_size, progress(one.benchmark.name) if progress else None
+                one, run_dir, batch_size, cache, progress(one.benchmark.name) if progress else None
             )
     except Stopped:
         summarise(run_dir)
@@ -230,7 +236,25 @@ def _verdicts_of(run_dir: Path, owed: Owed) -> list[dict[str, Any]]:
     return read_log(run_dir / owed.benchmark.name / "verdicts.jsonl")
 
 
-def _judge_benchmark(owed: Owed, run_dir: Path, batch_size: int, progress: Progress | None) -> None:
+def _exchange(cache: VerdictCache, owed: Owed, run_dir: Path) -> None:
+    """Give the cache what the run has of this judge, and the run what the cache has for it.
+
+    A run that was judged without the cache, or killed before it was written, adds to it too.
+    """
+    with AppendLog(run_dir / owed.benchmark.name / "verdicts.jsonl") as log:
+        cache.keep(row for row in log.rows if row["judge"] == owed.judge.id)
+        waiting = owed.waiting(log.rows)
+        found = [(key, cache.find(owed.keys[key][1:])) for key in waiting]
+        log.append({"id": key} | row for key, row in found if row is not None)
+
+
+def _judge_benchmark(
+    owed: Owed,
+    run_dir: Path,
+    batch_size: int,
+    cache: VerdictCache | None,
+    progress: Progress | None,
+) -> None:
     name = owed.benchmark.name
     with AppendLog(run_dir / name / "verdicts.jsonl") as log:
         waiting = owed.waiting(log.rows)
@@ -240,7 +264,10 @@ def _judge_benchmark(owed: Owed, run_dir: Path, batch_size: int, progress: Progr
         if progress:
             progress(finished, len(owed.answers))
         for group in groups_of(owed.judge.judge, owed.pairs(waiting), batch_size):
-            log.append(_verdict_row(owed.keys[waiting[place]], verdict) for place, verdict in group)
+            rows = [_verdict_row(owed.keys[waiting[place]], verdict) for place, verdict in group]
+            log.append(rows)
+            if cache:
+                cache.keep(rows)
             finished += len(group)
             if progress:
                 progress(finished, len(owed.answers))

@@ -31,6 +31,8 @@ class Item:
     """Where an item without labels got stuck: ``generate`` or ``judge``."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What the run knows of the sample (``manifest.FACTS``): its category, its kind, its group."""
+    cached: bool = False
+    """Whether the verdict was paid for by an earlier run (``verdict_cache``)."""
 
 
 def read_items(run_dir: Path, name: str, judge: str | None) -> list[Item]:
@@ -75,7 +77,8 @@ def _item(
         return Item(key, content, "missing", text, reason, stage="judge")
     if verdict["state"] != "ok":
         return Item(key, content, verdict["state"], text, reason, stage="judge")
-    return Item(key, content, "ok", text, reason, verdict["labels"])
+    cached = verdict.get("cached", False)
+    return Item(key, content, "ok", text, reason, verdict["labels"], cached=cached)
 
 
 def metric_votes(items: list[Item], metric: str) -> dict[str, bool]:
@@ -88,13 +91,15 @@ def metric_votes(items: list[Item], metric: str) -> dict[str, bool]:
 
 
 def count_items(name: str, protocol: str, items: list[Item]) -> dict[str, Any]:
-    """One benchmark's entry of ``results.json``."""
+    """One benchmark's entry of ``results.json``; ``cached`` is there where verdicts are."""
     counts = {state: sum(item.state == state for item in items) for state in COUNT_STATES}
     metrics = {}
     for metric in get_benchmark(name).metrics:
         votes = list(metric_votes(items, metric).values())
         metrics[metric] = rate(sum(votes), len(votes))
-    return {"protocol": protocol, "n": len(items), "counts": counts, "metrics": metrics}
+    cached = sum(item.cached for item in items)
+    entry = {"protocol": protocol, "n": len(items), "counts": counts, "metrics": metrics}
+    return entry | ({"cached": cached} if cached else {})
 
 
 def run_items(run_dir: Path) -> dict[str, list[Item]]:

@@ -22,13 +22,13 @@ from typing import Any
 import jsonschema_rs
 import pytest
 from chat_server import MODEL, ChatServer, Say, fault, pictures_of, said_of, serving
+from eval_judged import BAD, GOOD, HASTY, MIS, always, answered, client_of, write_mis
 from eval_world import rows
-from PIL import Image
 
 from mis_jax.cli import main
 from mis_jax.evals import chat_client
 from mis_jax.evals.benchmarks import BENCHMARKS
-from mis_jax.evals.chat_client import ChatClient, Patience
+from mis_jax.evals.chat_client import ChatClient
 from mis_jax.evals.files import read_log
 from mis_jax.evals.judges import protocols
 from mis_jax.evals.judges.guard import guard_judges
@@ -42,25 +42,6 @@ from mis_jax.evals.streaming import Stopped, as_they_come
 from mis_jax.evals.summary import without_verdict
 from mis_jax.evals.types import Answer, Benchmark, Judge, Sample, Verdict
 
-HASTY = Patience(retries=3, backoff=0.002, timeout=20)
-GOOD = json.dumps({"safety": "Safe", "perception": "Level1"})
-BAD = json.dumps({"safety": "Unsafe", "perception": "Level2"})
-MIS = BENCHMARKS["mis_hard"]
-
-
-def write_mis(root: Path, n: int) -> Path:
-    """MIS's published layout with harmless rows."""
-    items = []
-    for number in range(n):
-        names = [f"hard_image/{number}/object{k}.png" for k in (1, 2)]
-        for place, name in enumerate(names):
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (8, 8), (number % 256, 90 * place, 7)).save(root / name)
-        paths = {"image_path1": names[0], "image_path2": names[1]}
-        items.append({"id": number, "category": "Household", "question": "What are these?"} | paths)
-    (root / "mis_hard.json").write_text(json.dumps(items))
-    return root
-
 
 @pytest.fixture
 def run_of(tmp_path: Path) -> Callable[[int], tuple[Path, Path]]:
@@ -68,17 +49,9 @@ def run_of(tmp_path: Path) -> Callable[[int], tuple[Path, Path]]:
 
     def make(n: int) -> tuple[Path, Path]:
         root = write_mis(tmp_path / "data", n)
-        run = tmp_path / "run"
-        open_run(run, model="m", fingerprint="f", data_root=root)
-        speak = lambda batch: [Answer(f"A kettle; nonce {s.id}.") for s in batch]  # noqa: E731
-        generate_answers(MIS, MIS.load(root), speak, run)
-        return run, root
+        return answered(tmp_path / "run", root), root
 
     return make
-
-
-def client_of(server: ChatServer, **options: Any) -> ChatClient:
-    return ChatClient(server.url, MODEL, **{"patience": HASTY, "concurrency": 4} | options)
 
 
 def judged(run: tuple[Path, Path], server: ChatServer, **options: Any) -> dict[str, Any]:
@@ -88,10 +61,6 @@ def judged(run: tuple[Path, Path], server: ChatServer, **options: Any) -> dict[s
 def verdicts(run: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
     """The last verdict of every sample."""
     return {row["id"]: row for row in rows(run[0] / "mis_hard" / "verdicts.jsonl")}
-
-
-def always(text: str) -> Callable[..., Say]:
-    return lambda nonce, nth, body: Say(text)
 
 
 # What a judge is asked and how it is read
