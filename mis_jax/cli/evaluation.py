@@ -138,6 +138,7 @@ def judge(
     requests_per_minute: float | None = None,
     max_calls: int | None = None,
     verdict_cache: Path | None = None,
+    recheck: int = 0,
     dtype: Dtype | None = None,
     mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
     data_root: Path | None = None,
@@ -158,6 +159,8 @@ def judge(
         requests_per_minute: Most requests sent to the server in a minute.
         max_calls: Most requests sent to the server in all, self-test and retries included.
         verdict_cache: Folder of verdicts that no run pays the server for twice.
+        recheck: Ask the server again about so many answers of each benchmark, to report how far
+            the judge agrees with itself.
         dtype: Number format of a guard checkpoint.
         mesh: Devices that share a guard checkpoint.
         data_root: Where the data root of the evaluation is now, if it was moved.
@@ -176,6 +179,8 @@ def judge(
     if judge == "none":
         _show(summarise(run), run, json)
         return
+    if recheck < 0:
+        raise ValueError(f"--recheck is {recheck}; give a number of answers")
     root = data_root or data_root_of(run)
     names = benchmarks.split(",") if benchmarks else None
     client, chosen = None, None
@@ -187,8 +192,9 @@ def judge(
         chosen = http_judges(client)
     elif judge_model:
         raise ValueError("--judge-model belongs to a server; give its http://host/v1 as --judge")
-    elif verdict_cache:
-        raise ValueError("--verdict-cache belongs to a server; give its http://host/v1 as --judge")
+    elif verdict_cache or recheck:
+        option = "--verdict-cache" if verdict_cache else "--recheck"
+        raise ValueError(f"{option} belongs to a server; give its http://host/v1 as --judge")
     elif judge not in JUDGES and Path(judge).is_dir():
         chosen = guard_judges(Path(judge), dtype, lambda: _guard(Path(judge), dtype, mesh))
     elif judge != "default":
@@ -201,6 +207,7 @@ def judge(
                 root,
                 benchmarks=names,
                 cache=VerdictCache(verdict_cache) if verdict_cache else None,
+                recheck=recheck,
                 announce=_announce(client) if client else None,
                 progress=bar.task,
             )
@@ -383,14 +390,14 @@ def _show(
     results: dict[str, Any], run: Path, as_json: bool, judged: list[str] | None = None
 ) -> None:
     """Print results; Failed where a sample of the benchmarks that were judged has no verdict."""
-    from mis_jax.evals.summary import without_verdict
+    from mis_jax.evals.summary import verdict_notes, without_verdict
 
     if as_json:
         print_json(results)
     else:
         for benchmark, result in results.items():
-            if cached := result.get("cached"):
-                console.print(f"{benchmark:>18} {cached} verdicts from the cache", highlight=False)
+            for note in verdict_notes(result):
+                console.print(f"{benchmark:>18} {note}", highlight=False)
             for metric, value in result["metrics"].items():
                 shown = "-" if value["value"] is None else f"{100 * value['value']:6.2f} %"
                 bounds = f"{100 * value['low']:.1f} to {100 * value['high']:.1f}"

@@ -12,7 +12,7 @@ from mis_jax.evals.files import AppendLog, read_log, write_json
 from mis_jax.evals.manifest import expected, known_facts, manifest_path, read_manifest
 from mis_jax.evals.summary import summarise
 
-LOGS = ("samples.jsonl", "verdicts.jsonl")
+LOGS = ("samples.jsonl", "verdicts.jsonl", "rechecks.jsonl")
 
 
 def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:

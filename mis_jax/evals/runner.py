@@ -8,7 +8,7 @@ drops what was derived from it without anything being deleted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mis_jax.evals.files import AppendLog, read_log
 from mis_jax.evals.hashing import answer_hash, digest, sample_hash
 from mis_jax.evals.judges import JUDGES
 from mis_jax.evals.manifest import expect, expected, read_manifest, update_benchmark, write_facts
+from mis_jax.evals.recheck import drawn
 from mis_jax.evals.streaming import Groups, Stopped, Streaming, groups_of
 from mis_jax.evals.summary import summarise
 from mis_jax.evals.types import Answer, Benchmark, Judge, Sample, Verdict
@@ -137,6 +138,10 @@ class Owed:
         }
         return [key for key in self.answers if self.keys[key] not in settled]
 
+    def drawn(self, among: Iterable[str], count: int) -> list[str]:
+        """``count`` of these answers, the same ones every time."""
+        return drawn({key: self.keys[key][1] for key in among}, count)
+
     def pairs(self, keys: Sequence[str]) -> list[tuple[Sample, str]]:
         """What the judge gets."""
         return [(self.samples[key], self.answers[key]) for key in keys]
@@ -150,6 +155,7 @@ def judge_run(
     benchmarks: Sequence[str] | None = None,
     batch_size: int = 32,
     cache: VerdictCache | None = None,
+    recheck: int = 0,
     announce: Callable[[list[tuple[Owed, list[tuple[Sample, str]]]]], None] | None = None,
     progress: Callable[[str], Progress] | None = None,
 ) -> dict[str, Any]:
@@ -158,9 +164,11 @@ def judge_run(
     ``judge=None`` takes each benchmark's own; a function of a benchmark and its samples gives each
     a judge. Verdicts that exist for the same answer, judge and reference are kept; a judge's
     refusal is one of them, while ``unparsed`` and ``error`` are asked again. What ``cache`` has of
-    earlier runs is not asked either, and what is asked goes into it. ``announce`` learns what is
-    about to be judged, before anything is. Ends with ``summarise`` and returns its
-    results; a judge that stops does so too, and its ``Stopped`` is raised.
+    earlier runs is not asked either, and what is asked goes into it. ``recheck`` answers of each
+    benchmark are then judged a second time, into ``rechecks.jsonl`` and by the judge alone: see
+    ``recheck.py``. ``announce`` learns what is about to be judged, before anything is. Ends with
+    ``summarise`` and returns its results; a judge that stops does so too, and its ``Stopped`` is
+    raised.
     """
     known = list(read_manifest(run_dir)["benchmarks"])
     for name in benchmarks or ():
@@ -176,12 +184,12 @@ def judge_run(
         for one in owed:
             _exchange(cache, one, run_dir)
     if announce:
-        announce([(one, one.pairs(one.waiting(_verdicts_of(run_dir, one)))) for one in owed])
+        announce([(one, one.pairs(_ahead(one, run_dir, recheck))) for one in owed])
     try:
         for one in owed:
-            _judge_benchmark(
-                one, run_dir, batch_size, cache, progress(one.benchmark.name) if progress else None
-            )
+            _judge_benchmark(one, run_dir, batch_size, cache, progress)
+        for one in owed if recheck else ():
+            _judge_again(one, run_dir, recheck, batch_size, progress)
     except Stopped:
         summarise(run_dir)
         raise
@@ -232,8 +240,14 @@ def _owed(
     return Owed(benchmark, judge, samples, answers, keys)
 
 
-def _verdicts_of(run_dir: Path, owed: Owed) -> list[dict[str, Any]]:
-    return read_log(run_dir / owed.benchmark.name / "verdicts.jsonl")
+def _ahead(owed: Owed, run_dir: Path, recheck: int) -> list[str]:
+    """The answers that are about to be judged, those for the second time at the end."""
+    folder = run_dir / owed.benchmark.name
+    waiting = owed.waiting(read_log(folder / "verdicts.jsonl"))
+    if not recheck:
+        return waiting
+    again = set(owed.waiting(read_log(folder / "rechecks.jsonl")))
+    return [*waiting, *(key for key in owed.drawn(owed.answers, recheck) if key in again)]
 
 
 def _exchange(cache: VerdictCache, owed: Owed, run_dir: Path) -> None:
@@ -253,24 +267,52 @@ def _judge_benchmark(
     run_dir: Path,
     batch_size: int,
     cache: VerdictCache | None,
-    progress: Progress | None,
+    progress: Callable[[str], Progress] | None,
 ) -> None:
     name = owed.benchmark.name
     with AppendLog(run_dir / name / "verdicts.jsonl") as log:
         waiting = owed.waiting(log.rows)
-        finished = len(owed.answers) - len(waiting)
         # Only now: a judge that cannot start must not take the place of the one that finished.
         update_benchmark(run_dir, name, judge=owed.judge.id)
-        if progress:
-            progress(finished, len(owed.answers))
-        for group in groups_of(owed.judge.judge, owed.pairs(waiting), batch_size):
-            rows = [_verdict_row(owed.keys[waiting[place]], verdict) for place, verdict in group]
+        show = progress(name) if progress else None
+        for rows in _judged(owed, waiting, len(owed.answers), batch_size, show):
             log.append(rows)
             if cache:
                 cache.keep(rows)
-            finished += len(group)
-            if progress:
-                progress(finished, len(owed.answers))
+
+
+def _judge_again(
+    owed: Owed,
+    run_dir: Path,
+    count: int,
+    batch_size: int,
+    progress: Callable[[str], Progress] | None,
+) -> None:
+    """Second verdicts on ``count`` of the answers that have labels."""
+    name = owed.benchmark.name
+    verdicts = read_log(run_dir / name / "verdicts.jsonl")
+    unlabelled = set(owed.waiting([row for row in verdicts if row["state"] == "ok"]))
+    chosen = owed.drawn([key for key in owed.answers if key not in unlabelled], count)
+    with AppendLog(run_dir / name / "rechecks.jsonl") as log:
+        again = set(owed.waiting(log.rows))
+        waiting = [key for key in chosen if key in again]
+        show = progress(f"{name} again") if progress else None
+        for rows in _judged(owed, waiting, len(chosen), batch_size, show):
+            log.append(rows)
+
+
+def _judged(
+    owed: Owed, waiting: list[str], total: int, batch_size: int, show: Progress | None
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows of verdicts as they come; the next ones are asked for when these are dealt with."""
+    finished = total - len(waiting)
+    if show:
+        show(finished, total)
+    for group in groups_of(owed.judge.judge, owed.pairs(waiting), batch_size):
+        yield [_verdict_row(owed.keys[waiting[place]], verdict) for place, verdict in group]
+        finished += len(group)
+        if show:
+            show(finished, total)
 
 
 def _verdict_row(key: tuple[str, str, str, str], verdict: Verdict) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from mis_jax.evals.files import read_log, write_json
 from mis_jax.evals.hashing import answer_hash
 from mis_jax.evals.manifest import expected, known_facts, read_manifest
 from mis_jax.evals.metrics import counted
+from mis_jax.evals.recheck import Again, self_agreement
 from mis_jax.evals.stats import rate
 from mis_jax.evals.types import COUNT_STATES, Benchmark
 
@@ -33,6 +34,8 @@ class Item:
     """What the run knows of the sample (``manifest.FACTS``): its category, its kind, its group."""
     cached: bool = False
     """Whether the verdict was paid for by an earlier run (``verdict_cache``)."""
+    again: Again | None = None
+    """The second verdict of the same judge, where it was asked for one."""
 
 
 def read_items(run_dir: Path, name: str, judge: str | None) -> list[Item]:
@@ -42,43 +45,60 @@ def read_items(run_dir: Path, name: str, judge: str | None) -> list[Item]:
     for row in read_log(run_dir / name / "samples.jsonl"):
         if owed.get(row["id"]) == row["hash"]:
             answers[row["id"]] = row
-    verdicts = {
-        (row["id"], row["answer_hash"]): row
-        for row in read_log(run_dir / name / "verdicts.jsonl")
-        if row["judge"] == judge
-    }
+    verdicts = _verdicts(run_dir / name / "verdicts.jsonl", judge)
+    rechecks = _verdicts(run_dir / name / "rechecks.jsonl", judge)
     facts = known_facts(run_dir, name)
     benchmark = get_benchmark(name)
     return [
-        _counted(benchmark, _item(key, owed[key], answers.get(key), verdicts), facts.get(key, {}))
+        _counted(
+            benchmark,
+            _item(key, owed[key], answers.get(key), verdicts, rechecks),
+            facts.get(key, {}),
+        )
         for key in owed
     ]
+
+
+_Verdicts = Mapping[tuple[str, str], dict[str, Any]]
+
+
+def _verdicts(path: Path, judge: str | None) -> _Verdicts:
+    return {(row["id"], row["answer_hash"]): row for row in read_log(path) if row["judge"] == judge}
 
 
 def _counted(benchmark: Benchmark, item: Item, facts: Mapping[str, Any]) -> Item:
     if item.labels is None:
         return replace(item, facts=facts)
-    return replace(item, facts=facts, outcomes=counted(benchmark, item.labels, facts))
+    again = item.again
+    if again and again.labels is not None:
+        again = replace(again, outcomes=counted(benchmark, again.labels, facts))
+    outcomes = counted(benchmark, item.labels, facts)
+    return replace(item, facts=facts, outcomes=outcomes, again=again)
 
 
 def _item(
     key: str,
     content: str,
     answer: dict[str, Any] | None,
-    verdicts: Mapping[tuple[str, str], dict[str, Any]],
+    verdicts: _Verdicts,
+    rechecks: _Verdicts,
 ) -> Item:
     if answer is None:
         return Item(key, content, "missing", stage="generate")
     text, reason = answer["answer"], answer["finish_reason"]
     if answer["state"] != "ok":
         return Item(key, content, "error", finish_reason=reason, stage="generate")
-    verdict = verdicts.get((key, answer_hash(content, text)))
+    place = (key, answer_hash(content, text))
+    verdict, second = verdicts.get(place), rechecks.get(place)
     if verdict is None:
         return Item(key, content, "missing", text, reason, stage="judge")
     if verdict["state"] != "ok":
         return Item(key, content, verdict["state"], text, reason, stage="judge")
+    again = None
+    if second and second["reference"] == verdict["reference"]:
+        again = Again(second["state"], second["labels"] if second["state"] == "ok" else None)
     cached = verdict.get("cached", False)
-    return Item(key, content, "ok", text, reason, verdict["labels"], cached=cached)
+    return Item(key, content, "ok", text, reason, verdict["labels"], cached=cached, again=again)
 
 
 def metric_votes(items: list[Item], metric: str) -> dict[str, bool]:
@@ -91,7 +111,7 @@ def metric_votes(items: list[Item], metric: str) -> dict[str, bool]:
 
 
 def count_items(name: str, protocol: str, items: list[Item]) -> dict[str, Any]:
-    """One benchmark's entry of ``results.json``; ``cached`` is there where verdicts are."""
+    """One benchmark's entry of ``results.json``; ``cached`` and ``recheck`` where there is any."""
     counts = {state: sum(item.state == state for item in items) for state in COUNT_STATES}
     metrics = {}
     for metric in get_benchmark(name).metrics:
@@ -99,7 +119,8 @@ def count_items(name: str, protocol: str, items: list[Item]) -> dict[str, Any]:
         metrics[metric] = rate(sum(votes), len(votes))
     cached = sum(item.cached for item in items)
     entry = {"protocol": protocol, "n": len(items), "counts": counts, "metrics": metrics}
-    return entry | ({"cached": cached} if cached else {})
+    extra = {"cached": cached, "recheck": self_agreement(items, get_benchmark(name).metrics)}
+    return entry | {key: value for key, value in extra.items() if value}
 
 
 def run_items(run_dir: Path) -> dict[str, list[Item]]:
@@ -133,3 +154,17 @@ def summarise(run_dir: Path) -> dict[str, Any]:
 def without_verdict(results: Mapping[str, Any]) -> int:
     """How many samples ended without labels; ``judge`` and ``eval`` exit 1 unless it is zero."""
     return sum(entry["n"] - entry["counts"]["ok"] for entry in results.values())
+
+
+def verdict_notes(entry: Mapping[str, Any]) -> list[str]:
+    """What a benchmark's entry says of its verdicts besides the counts, in words."""
+    notes = []
+    if cached := entry.get("cached"):
+        notes.append(f"{cached} verdicts were paid for by earlier runs")
+    if recheck := entry.get("recheck"):
+        same, lost = recheck["labels"], recheck["n"] - recheck["labels"]["n"]
+        without = f", {lost} without labels the second time" if lost else ""
+        notes.append(
+            f"judged twice: {recheck['n']}; the same labels {same['k']}/{same['n']}{without}"
+        )
+    return notes

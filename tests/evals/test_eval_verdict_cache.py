@@ -137,7 +137,7 @@ def test_the_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
             main([*map(str, words), "--verdict-cache", str(tmp_path / "cache")])
         assert server.judged.total() == 6
     out, err = capsys.readouterr()
-    assert "6 verdicts from the cache" in out
+    assert "6 verdicts were paid for by earlier runs" in out
     assert "mis_hard: 6 calls of" in err and "mis_hard: nothing to judge with" in err
     assert json.loads((runs[1] / "results.json").read_text())["mis_hard"]["cached"] == 6
 
