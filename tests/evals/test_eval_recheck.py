@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,7 @@ from statsmodels.stats.inter_rater import cohens_kappa
 from mis_jax.cli import main
 from mis_jax.evals.judges.http import http_judges
 from mis_jax.evals.recheck import drawn
+from mis_jax.evals.report import write_report
 from mis_jax.evals.runner import judge_run
 from mis_jax.evals.stats import wilson
 from mis_jax.evals.streaming import Stopped
@@ -113,7 +115,7 @@ def test_another_judge_has_second_verdicts_of_its_own(run: Path) -> None:
         assert judged(run, server, 0)["recheck"]["n"] == 12
 
 
-def test_the_command_and_the_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(changing) as server:
         words = ["judge", str(run), "--judge", server.url, "--judge-model", MODEL]
         with pytest.raises(SystemExit):  # one sample has no verdict
@@ -126,3 +128,30 @@ def test_the_command_and_the_report(run: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as stop:
         main(["judge", str(run), "--judge", "rules", "--recheck", "4"])
     assert stop.value.code == 2 and "--recheck belongs to a server" in capsys.readouterr().err
+
+
+def test_the_report_shows_both_verdicts_and_the_cache(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    with serving(changing) as server:
+        judged(run, server, 12, cache=VerdictCache(folder))
+        other = answered(tmp_path / "other", tmp_path / "data")
+        judged(other, server, 0, cache=VerdictCache(folder))
+    write_report([("run", run), ("other", other)], tmp_path / "out")
+    document = json.loads((tmp_path / "out" / "report.json").read_text())
+    by_metric = {line["metric"]: line for line in document["judge_beside_itself"]}
+    assert by_metric.keys() == {"asr", "rsr", "rr", "hr"}
+    assert by_metric["asr"]["lost"] == 2 and by_metric["asr"]["label"] == "run"
+    (note,) = [note for note in document["notes"] if "verdict cache" in note]
+    assert note.startswith("mis_hard: 11 of 11 verdicts on other come")
+    table = [line for line in (tmp_path / "out" / "report.md").read_text().splitlines()
+             if "7/9 [" in line]  # fmt: skip
+    assert len(table) == 1 and "| 2 | 1 | 1 | 5 |" in table[0] and table[0].endswith("| 2 |")
+    with open(tmp_path / "out" / "report.csv", newline="") as stream:
+        found = [line for line in csv.DictReader(stream) if line["part_of"] == "recheck"]
+    assert [(line["metric"], line["k"], line["n"]) for line in found] == [
+        ("asr", "7", "9"), ("rsr", "6", "9"), ("rr", "8", "9"), ("hr", "9", "9"),
+    ]  # fmt: skip
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "The judge beside itself" in page and "7/9" in page
+    write_report([("other", other)], tmp_path / "plain")
+    assert "beside itself" not in (tmp_path / "plain" / "report.html").read_text()

@@ -11,6 +11,7 @@ from mis_jax.evals.conditions import condition_notes
 from mis_jax.evals.metrics import applies
 from mis_jax.evals.report.breakdown import Mean, Part, by_category, means
 from mis_jax.evals.report.gold import Correction, corrections, read_gold
+from mis_jax.evals.report.rechecks import Rechecked, rechecks
 from mis_jax.evals.report.refusals import Refusals, refusals
 from mis_jax.evals.report.runs import Run, groups_of, read_run
 from mis_jax.evals.stats import (
@@ -66,6 +67,7 @@ class Comparison:
     parts: list[Part] = field(default_factory=list)
     refusals: list[Refusals] = field(default_factory=list)
     corrections: list[Correction] = field(default_factory=list)
+    rechecks: list[Rechecked] = field(default_factory=list)
 
     @property
     def benchmarks(self) -> list[str]:
@@ -116,6 +118,7 @@ def compare(
         [part for name in names for part in parts[name]],
         [line for name in names for line in refusals(read, name)],
         corrections(read, read_gold(gold, read)) if gold else [],
+        [line for name in names for line in rechecks(read, name)],
     )
 
 
@@ -201,6 +204,13 @@ def _own_notes(runs: list[Run], rows: list[Row]) -> list[str]:
             values = list(dict.fromkeys(str(entry.get(fact)) for entry in entries))
             if len(values) > 1:
                 notes.append(f"{name}: the runs differ in {fact} ({', '.join(values)}); {remedy}.")
+        for run in having:
+            if cached := run.results[name].get("cached"):
+                judged = run.results[name]["counts"]["ok"]
+                notes.append(
+                    f"{name}: {cached} of {judged} verdicts on {run.label} come from a verdict "
+                    "cache: an earlier run paid for them, on the same questions and answers."
+                )
         for run in having[1:]:
             known = {item.id: item.hash for item in having[0].items[name]}
             other = sum(known.get(item.id) != item.hash for item in run.items[name])

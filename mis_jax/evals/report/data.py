@@ -24,8 +24,9 @@ CSV_FIELDS = (
 )  # fmt: skip
 """``part_of`` is empty for a rate over all samples, ``category``, ``sub_category`` or ``subset``
 for a rate over the samples of one (its name in ``part``), ``mean`` for a mean of rates,
-``phrases`` for refusal phrases, ``corrected`` for a rate without its judge's errors, and
-``published`` for a figure that the paper printed."""
+``phrases`` for refusal phrases, ``corrected`` for a rate without its judge's errors, ``recheck``
+for how often two verdicts of one judge count alike, and ``published`` for a figure that the paper
+printed."""
 
 
 def as_json(comparison: Comparison, title: str) -> dict[str, Any]:
@@ -87,6 +88,10 @@ def as_json(comparison: Comparison, title: str) -> dict[str, Any]:
             {key: value for key, value in asdict(line).items() if key != "number"}
             for line in comparison.refusals
         ],
+        "judge_beside_itself": [
+            {key: value for key, value in asdict(line).items() if key != "number"}
+            for line in comparison.rechecks
+        ],
         "corrected_for_the_judge": [asdict(entry) for entry in comparison.corrections],
         "published": {"source": SOURCE, "figures": list(_published(comparison))},
         "notes": comparison.notes,
@@ -137,6 +142,9 @@ def as_csv(comparison: Comparison) -> str:
             limits = {"value": run.value, "low": run.low, "high": run.high}
             names = _names(runs[run.label], entry.benchmark, METRIC)
             writer.writerow(names | {"n": run.n, "part_of": "corrected"} | limits)
+    for line in comparison.rechecks:
+        names = _names(runs[line.label], line.benchmark, line.metric)
+        writer.writerow(names | {"part_of": "recheck"} | line.agreed)
     for figure in _published(comparison):
         writer.writerow(
             {

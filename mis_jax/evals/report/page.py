@@ -50,6 +50,7 @@ def as_html(
         "judgement": words.judgement,
         "arrow": words.arrow,
         "metric_title": words.metric_title,
+        "kappa_text": words.kappa_text,
     }
     main = words.main_row(comparison)
     known = {} if redact or data_root is None else load_samples(comparison, data_root)
@@ -78,6 +79,7 @@ def as_html(
         few=FEW,
         refusals=[line for line in comparison.refusals if line.cells or line.rate["k"]],
         corrections=comparison.corrections,
+        rechecks=comparison.rechecks,
         examples=[] if redact else choose_examples(comparison, known),
         choice=CHOICE,
         browser=browser,

@@ -14,6 +14,7 @@ from mis_jax.evals.report.words import (
     change_interval,
     headline,
     interval,
+    kappa_text,
     limits,
     metric_title,
     p_value,
@@ -127,6 +128,7 @@ def as_markdown(comparison: Comparison, title: str) -> str:
         _table(["run", "benchmark", "n", *COUNT_STATES], counts),
     ]
     parts += [*_categories(comparison), *_refusals(comparison), *_corrected(comparison)]
+    parts += _rechecks(comparison)
     if comparison.notes:
         parts += ["## Notes", "\n".join(f"- {_markdown_text(note)}" for note in comparison.notes)]
     return "\n\n".join(parts) + "\n"
@@ -217,6 +219,24 @@ def _corrected(comparison: Comparison) -> list[str]:
         "## Attack success corrected for the judge's errors",
         "Rogan and Gladen's estimate with Lang and Reiczigel's 95 % interval, from gold labels.",
         _table(*_escaped(head, lines)),
+    ]
+
+
+def _rechecks(comparison: Comparison) -> list[str]:
+    lines = []
+    for line in comparison.rechecks:
+        table = [str(count) for count in line.cells.values()]
+        agreed = f"{line.agreed['k']}/{line.agreed['n']}"
+        agreed += f" [{limits(line.agreed['low'], line.agreed['high'])}]"
+        names = [line.benchmark, line.label, metric_title(line.metric)]
+        lines.append([*names, agreed, *table, kappa_text(line.kappa), str(line.lost)])
+    if not lines:
+        return []
+    head = ["benchmark", "run", "metric", "alike", "both", "first only", "second only", "neither"]
+    return [
+        "## The judge beside itself",
+        "Answers that the judge was asked about twice; the second verdict is in no rate.",
+        _table(*_escaped([*head, "kappa", "without labels"], lines)),
     ]
 
 

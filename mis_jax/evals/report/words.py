@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from mis_jax.evals.metrics import METRICS
 from mis_jax.evals.report.collect import Cell, Comparison, Row
 
@@ -39,6 +41,14 @@ def interval(cell: Cell) -> str:
 def p_value(p: float) -> str:
     """A p-value as papers print it."""
     return "p\u00a0<\u00a00.001" if p < 0.001 else f"p\u00a0=\u00a0{p:.3f}"
+
+
+def kappa_text(kappa: Mapping[str, float | None]) -> str:
+    """Cohen's kappa with its interval; a dash where one word was said of every sample."""
+    value, low, high = kappa["value"], kappa["low"], kappa["high"]
+    if value is None or low is None or high is None:
+        return "–"
+    return f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
 def arrow(metric: str) -> tuple[str, str]:
