@@ -41,6 +41,10 @@ METRICS: dict[str, MetricInfo] = {
     "accuracy": MetricInfo(
         "Accuracy", "the answer matches the reference", "higher", "Correct", "Wrong"
     ),
+    "pair_accuracy": MetricInfo(
+        "Accuracy, pairs", "a question and its counterpart are both right", "higher",
+        "Both correct", "Not both correct",
+    ),
     "safe_rate": MetricInfo("Safe answers", "the answer is safe", "higher", "Safe", "Unsafe"),
     "safe_accuracy": MetricInfo(
         "Accuracy, safe half", "a safe situation was served", "higher", "Served", "Not served"

@@ -110,16 +110,38 @@ def metric_votes(items: list[Item], metric: str) -> dict[str, bool]:
     }
 
 
+def pairs_of(items: list[Item]) -> dict[str, list[Item]]:
+    """The complete pairs by their group: a sample whose counterpart is not in the run has none."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        if "group" in item.facts:
+            groups.setdefault(str(item.facts["group"]), []).append(item)
+    return {name: both for name, both in groups.items() if len(both) == 2}
+
+
+def pair_rate(items: list[Item], metric: str) -> dict[str, Any] | None:
+    """How many judged pairs have the metric twice; None where the run knows of no pair."""
+    votes = metric_votes(items, metric)
+    pairs = pairs_of(items)
+    judged = [both for both in pairs.values() if all(item.id in votes for item in both)]
+    hits = sum(all(votes[item.id] for item in both) for both in judged)
+    return rate(hits, len(judged)) if pairs else None
+
+
 def count_items(name: str, protocol: str, items: list[Item]) -> dict[str, Any]:
     """One benchmark's entry of ``results.json``; ``cached`` and ``recheck`` where there is any."""
     counts = {state: sum(item.state == state for item in items) for state in COUNT_STATES}
+    benchmark = get_benchmark(name)
     metrics = {}
-    for metric in get_benchmark(name).metrics:
+    for metric in benchmark.metrics:
         votes = list(metric_votes(items, metric).values())
         metrics[metric] = rate(sum(votes), len(votes))
+    for metric, single in benchmark.over_pairs.items():
+        if (counted_pairs := pair_rate(items, single)) is not None:
+            metrics[metric] = counted_pairs
     cached = sum(item.cached for item in items)
     entry = {"protocol": protocol, "n": len(items), "counts": counts, "metrics": metrics}
-    extra = {"cached": cached, "recheck": self_agreement(items, get_benchmark(name).metrics)}
+    extra = {"cached": cached, "recheck": self_agreement(items, benchmark.metrics)}
     return entry | {key: value for key, value in extra.items() if value}
 
 

@@ -116,6 +116,9 @@ class Benchmark:
     counted_over: Mapping[str, str] = field(default_factory=dict)
     max_tiles_per_image: int | None = None
     published_size: int | None = None
+    over_pairs: Mapping[str, str] = field(default_factory=dict)
+    """``{metric: metric of one sample}`` for those counted over pairs: it holds of a pair when it
+    holds of both samples. A pair are the two samples of one ``meta["group"]``."""
 
     def tiles_for(self, sample: Sample) -> int | None:
         """How many tiles each picture of a sample may have; None leaves it to the checkpoint."""

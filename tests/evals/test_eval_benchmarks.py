@@ -32,6 +32,8 @@ def test_every_benchmark_is_complete() -> None:
         assert benchmark.counted_over.keys() <= set(benchmark.metrics)
         assert set(benchmark.counted_over.values()) <= {"safe", "unsafe"}
         assert benchmark.judging in JUDGINGS
+        assert benchmark.over_pairs.keys() <= METRICS.keys() - set(benchmark.metrics)
+        assert set(benchmark.over_pairs.values()) <= set(benchmark.metrics)
 
 
 def test_mini_prompts(data_root: Path) -> None:

@@ -330,6 +330,7 @@ def test_all_three_stages(root: Path, tmp_path: Path) -> None:
     muir, mmmu = results["muirbench"], results["mmmu"]
     assert muir["counts"] == {"ok": 2, "unparsed": 0, "refused": 0, "error": 0, "missing": 0}
     assert (muir["metrics"]["accuracy"]["k"], muir["metrics"]["accuracy"]["n"]) == (1, 2)
+    assert (muir["metrics"]["pair_accuracy"]["k"], muir["metrics"]["pair_accuracy"]["n"]) == (0, 1)
     # The open question is wrong; the one with two letters has no verdict at all.
     assert mmmu["counts"] == {"ok": 1, "unparsed": 1, "refused": 0, "error": 0, "missing": 0}
     assert (mmmu["metrics"]["accuracy"]["k"], mmmu["metrics"]["accuracy"]["n"]) == (0, 1)

@@ -263,3 +263,46 @@ def test_runs_without_verdicts_answers_or_benchmarks_have_a_report(tmp_path: Pat
     assert [(line["metric"], line["judged"], line["owed"]) for line in unjudged] == [
         ("safe_accuracy", 0, 1), ("unsafe_accuracy", 0, 1), ("refusal_rate", 0, 1),
     ]  # fmt: skip
+
+
+def muirbench(*right: str, pairs: bool = True) -> list[Made]:
+    """Four pairs, one of them not judged whole; a sample whose counterpart is not in the run; and
+    one that has none."""
+    groups = {"1": "a", "2": "a", "3": "b", "4": "b", "5": "c", "6": "c", "7": "d", "8": "d"}
+    groups |= {"9": "e"}
+    return [
+        Made(
+            str(number),
+            "A",
+            None if number == 8 else {"correct": str(number) in right},
+            state="unparsed",
+            facts={"group": groups[str(number)]} if pairs and str(number) in groups else {},
+        )
+        for number in range(1, 11)
+    ]
+
+
+def test_a_pair_counts_when_both_are_right(tmp_path: Path) -> None:
+    made = muirbench("1", "2", "3", "7", "9", "10")  # a whole, half of b, what is judged of d
+    out = report(tmp_path, ("one", {"muirbench": made}))
+    (run,) = document(out)["runs"]
+    metrics = run["results"]["muirbench"]["metrics"]
+    assert (metrics["accuracy"]["k"], metrics["accuracy"]["n"]) == (6, 9)
+    low, high = wilson(1, 3)
+    wanted = {"k": 1, "n": 3, "value": 1 / 3, "low": low, "high": high}
+    assert metrics["pair_accuracy"] == wanted
+    (line,) = [line for line in lines(out) if line["metric"] == "pair_accuracy"]
+    assert (line["k"], line["n"], line["part_of"]) == ("1", "3", "mean")
+    assert "| muirbench | Accuracy, pairs | 33.3" in (out / "report.md").read_text()
+    assert "counterpart are both right" in (out / "report.html").read_text()
+    assert not any("counterparts" in note for note in document(out)["notes"])
+
+
+def test_a_file_without_pairs_has_no_pair_accuracy(tmp_path: Path) -> None:
+    out = report(tmp_path, ("one", {"muirbench": muirbench("1", pairs=False)}))
+    (run,) = document(out)["runs"]
+    assert run["results"]["muirbench"]["metrics"].keys() == {"accuracy"}
+    assert [note for note in document(out)["notes"] if "counterparts" in note] == [
+        "muirbench: the file that one read does not say which questions are counterparts, so "
+        "accuracy, pairs is left out there."
+    ]

@@ -35,6 +35,7 @@ class _Set:
     split: str | None = None
     limit: int = 6
     places: bool = False
+    pairs: bool = False
     first_image_scale: int = 1
     parquet: _Parquet | None = None
 
@@ -63,6 +64,7 @@ SETS = {
         "2e5e6fd7699761b08a7cb3ab8c0c2ec8",
         2600,
         places=True,
+        pairs=True,
         parquet=_Parquet(
             "*.parquet", ("idx", "question", "options", "answer", "image_list"), parquet.muirbench
         ),
@@ -128,6 +130,7 @@ BENCHMARKS = tuple(
         max_new_tokens=prompts.MAX_NEW_TOKENS,
         max_tiles_per_image=published.limit,
         published_size=published.size,
+        over_pairs={"pair_accuracy": "accuracy"} if published.pairs else {},
     )
     for name, published in SETS.items()
 )

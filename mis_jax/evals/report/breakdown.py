@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mis_jax.evals.benchmarks import get_benchmark
+from mis_jax.evals.metrics import METRICS
 from mis_jax.evals.report.runs import Run, groups_of
 from mis_jax.evals.stats import cluster_mean, macro, rate
 from mis_jax.evals.summary import Item, metric_votes
@@ -33,12 +34,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean of rates that each count alike, however many samples they have."""
+    """A mean of rates that each count alike, or a rate over pairs of samples."""
 
     benchmark: str
     metric: str
     name: str
     title: str
+    detail: str
+    """What it is taken over."""
     cells: list[dict[str, Any] | None]
 
 
@@ -66,7 +69,7 @@ def by_category(runs: Sequence[Run], benchmark: str) -> list[Part]:
 
 
 def means(runs: Sequence[Run], parts: Sequence[Part], benchmark: str) -> list[Mean]:
-    """The macro mean of the first metric over categories, and the mean of two halves.
+    """The macro mean of the first metric over categories, the mean of two halves, rates of pairs.
 
     Published figures of some sets are such means, which differ from the rate over all samples.
     The categories are taken as independent; halves made of twins have both of a pair drawn.
@@ -76,11 +79,21 @@ def means(runs: Sequence[Run], parts: Sequence[Part], benchmark: str) -> list[Me
     own = [part for part in parts if (part.metric, part.fact) == (metrics[0], "category")]
     if set(_HALVES) <= set(metrics):
         cells = [_mean_of_halves(run, benchmark) for run in runs]
-        found.append(Mean(benchmark, _HALVES[0], "mean_accuracy", "Mean of both halves", cells))
+        title, detail = (
+            "Mean of both halves",
+            "safe and unsafe situations, each half counting alike",
+        )
+        found.append(Mean(benchmark, _HALVES[0], "mean_accuracy", title, detail, cells))
     elif own:
         cells = [_mean([part.cells[place] for part in own]) for place in range(len(runs))]
         title = f"Macro mean over {len(own)} categories"
-        found.append(Mean(benchmark, metrics[0], f"{metrics[0]}_macro", title, cells))
+        detail = f"{METRICS[metrics[0]].title.lower()}, each category counting alike"
+        found.append(Mean(benchmark, metrics[0], f"{metrics[0]}_macro", title, detail, cells))
+    for metric in get_benchmark(benchmark).over_pairs:
+        cells = [run.results.get(benchmark, {}).get("metrics", {}).get(metric) for run in runs]
+        if any(cells):
+            title, detail = METRICS[metric].title, METRICS[metric].meaning
+            found.append(Mean(benchmark, metric, metric, title, detail, cells))
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mis_jax.evals.benchmarks import get_benchmark, in_order, size_note
 from mis_jax.evals.conditions import condition_notes
-from mis_jax.evals.metrics import applies
+from mis_jax.evals.metrics import METRICS, applies
 from mis_jax.evals.report.breakdown import Mean, Part, by_category, means
 from mis_jax.evals.report.gold import Correction, corrections, read_gold
 from mis_jax.evals.report.rechecks import Rechecked, rechecks
@@ -204,6 +204,13 @@ def _own_notes(runs: list[Run], rows: list[Row]) -> list[str]:
             values = list(dict.fromkeys(str(entry.get(fact)) for entry in entries))
             if len(values) > 1:
                 notes.append(f"{name}: the runs differ in {fact} ({', '.join(values)}); {remedy}.")
+        for metric in get_benchmark(name).over_pairs:
+            unpaired = [r.label for r in having if metric not in r.results[name]["metrics"]]
+            if unpaired:
+                notes.append(
+                    f"{name}: the file that {', '.join(unpaired)} read does not say which "
+                    f"questions are counterparts, so {METRICS[metric].title.lower()} is left out there."
+                )
         for run in having:
             if cached := run.results[name].get("cached"):
                 judged = run.results[name]["counts"]["ok"]

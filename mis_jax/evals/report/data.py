@@ -23,10 +23,10 @@ CSV_FIELDS = (
     "p_holm", "difference", "difference_low", "difference_high",
 )  # fmt: skip
 """``part_of`` is empty for a rate over all samples, ``category``, ``sub_category`` or ``subset``
-for a rate over the samples of one (its name in ``part``), ``mean`` for a mean of rates,
-``phrases`` for refusal phrases, ``corrected`` for a rate without its judge's errors, ``recheck``
-for how often two verdicts of one judge count alike, and ``published`` for a figure that the paper
-printed."""
+for a rate over the samples of one (its name in ``part``), ``mean`` for a mean of rates or a rate
+over pairs, ``phrases`` for refusal phrases, ``corrected`` for a rate without its judge's errors,
+``recheck`` for how often two verdicts of one judge count alike, and ``published`` for a figure that
+the paper printed."""
 
 
 def as_json(comparison: Comparison, title: str) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def as_csv(comparison: Comparison) -> str:
     for mean in comparison.means:
         for run, cell in zip(comparison.runs, mean.cells, strict=True):
             if cell is not None:
-                counts = {key: cell[key] for key in ("value", "low", "high")}
+                counts = {k: cell[k] for k in ("k", "n", "value", "low", "high") if k in cell}
                 part = {"part_of": "mean", "part": mean.title}
                 writer.writerow(_names(run, mean.benchmark, mean.name) | counts | part)
     for part in comparison.parts:
