@@ -71,7 +71,7 @@ def eval_(
     """
     from mis_jax.evals.benchmarks import get_benchmark, size_note
     from mis_jax.evals.benchmarks.general import md5_note
-    from mis_jax.evals.estimate import answers_ahead
+    from mis_jax.evals.estimate import TimeAhead, answers_ahead
     from mis_jax.evals.manifest import open_run
     from mis_jax.evals.parts import part_from
     from mis_jax.evals.runner import generate_answers
@@ -107,6 +107,8 @@ def eval_(
         _say(answers_ahead(benchmark, samples))
     failed = 0
     answer = tested.load()
+    at_once = concurrency if model.startswith(_HTTP) else batch_size
+    ahead = TimeAhead(sum(map(len, asked)), at_once, _say)
     with steps_bar(err_console) as bar:
         for benchmark, whole, samples in zip(chosen, sets, asked, strict=True):
             try:
@@ -115,7 +117,7 @@ def eval_(
                     samples,
                     answer(benchmark),
                     out,
-                    bar.task(benchmark.name),
+                    ahead.watch(bar.task(benchmark.name)),
                     batch_size=batch_size,
                     part=part.described(len(whole)),
                 )

@@ -207,9 +207,10 @@ def _own_notes(runs: list[Run], rows: list[Row]) -> list[str]:
         for metric in get_benchmark(name).over_pairs:
             unpaired = [r.label for r in having if metric not in r.results[name]["metrics"]]
             if unpaired:
+                title = METRICS[metric].title.lower()
                 notes.append(
                     f"{name}: the file that {', '.join(unpaired)} read does not say which "
-                    f"questions are counterparts, so {METRICS[metric].title.lower()} is left out there."
+                    f"questions are counterparts, so {title} is left out there."
                 )
         for run in having:
             if cached := run.results[name].get("cached"):
