@@ -4,11 +4,18 @@ import importlib
 import sys
 
 NAMES = (
+    "all",
+    "compare",
     "convert",
     "data_pipeline",
+    "evaluation",
     "generate",
     "int8",
+    "preprocessing",
     "roofline",
+    "server",
+    "startup",
+    "table",
     "train_step",
     "vision_tower",
 )

@@ -37,6 +37,8 @@ class Cell:
     """That one timing must at least move; by number format where it depends on it."""
     target: float | None = None
     """How many times as fast as the peer we want to be."""
+    at_most_s: float | None = None
+    """Seconds that we want to stay under, where there is no peer."""
     reason: str = ""
     """What was found where the target is missed."""
     expensive: bool = False
@@ -125,6 +127,8 @@ def summed_up(cell: Cell, seconds: Mapping[str, Sequence[float]]) -> dict[str, A
         found["times_faster_rounds"] = [round_to(min(ratios)), round_to(max(ratios))]
     if cell.target is not None:
         found["target"] = cell.target
+    if cell.at_most_s is not None:
+        found["at_most_s"] = cell.at_most_s
     if cell.reason:
         found["reason"] = cell.reason
     if cell.flops:
@@ -138,6 +142,15 @@ def best(found: Mapping[str, Any], whose: str) -> str:
     """The name of a party's faster side; empty where it was not timed."""
     sides = {name: of for name, of in found["sides"].items() if name.split()[0] == whose}
     return min(sides, key=lambda name: sides[name]["median_s"], default="")
+
+
+def met(found: Mapping[str, Any]) -> bool | None:
+    """Whether a cell reaches its target; None where it has none, or no peer was timed."""
+    if "at_most_s" in found:
+        return found["sides"][best(found, "ours")]["median_s"] <= found["at_most_s"]
+    if "target" in found and "times_faster" in found:
+        return found["times_faster"] >= found["target"]
+    return None
 
 
 def shares(cells: Mapping[str, Any], limits: Mapping[str, float]) -> None:
@@ -178,10 +191,10 @@ def show(title: str, cells: Mapping[str, Any]) -> None:
             last = [""] * 3
             if side == mine:
                 ratio, share = found.get("times_faster"), found.get("share_of_limit")
-                wanted = found.get("target")
+                wanted, most = found.get("target"), found.get("at_most_s")
                 last = [
                     "" if ratio is None else f"{ratio:.2f}",
-                    "" if wanted is None else f"{wanted:g}",
+                    f"{most:g} s" if most else "" if wanted is None else f"{wanted:g}",
                     "" if share is None else f"{share:.0%} of {found['bound_by']}",
                 ]
             rate = f"{of['per_second']:.4g} {found['unit']}"
