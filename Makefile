@@ -19,10 +19,10 @@ DEV := $(VENV)/.installed-dev
 PYTEST_ARGS ?=
 ARGS ?=
 
-.PHONY: help setup quickstart test bench lint format docs clean
+.PHONY: help setup quickstart test bench bench-all lint format docs clean
 
 help:  ## this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 
 setup: $(DEV)  ## create .venv with everything a developer needs
 
@@ -32,8 +32,12 @@ quickstart: $(CORE)  ## the whole loop on the mini world, report in runs/quickst
 test: lint  ## lint, then every test
 	$(BIN)/pytest --durations=15 $(PYTEST_ARGS)
 
-bench: $(DEV)  ## conversion of a 1B-size checkpoint: time against a plain copy, memory, every bit
-	$(BIN)/python -m benchmarks convert internvl2_5-1b
+bench: $(DEV)  ## a quick look at every benchmark; conversion of a 1B-size checkpoint, every bit
+	$(BIN)/python -m benchmarks all --smoke
+
+bench-all: $(DEV)  ## the whole table of benchmarks/README.md, on a machine that does nothing else
+	$(BIN)/python -m benchmarks all
+	$(BIN)/python -m benchmarks table
 
 lint: $(DEV)  ## import order of the folders, style, format, types
 	$(BIN)/lint-imports
