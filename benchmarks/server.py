@@ -14,6 +14,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,17 +78,19 @@ def serving(model: Path) -> Iterator[str]:
     """The address of a server that answers."""
     command = [str(Path(sys.executable).parent / "mis-jax"), "serve", str(model), "--port", "0"]
     command += ["--warm-up", "32"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert child.stdout
-    try:
-        for told in child.stdout:
-            if found := re.search(r"is served at (\S+)", told):
-                yield found[1].rstrip("/")
-                return
-        raise RuntimeError(f"the server ended with {child.wait()}")
-    finally:
-        child.terminate()
-        child.wait()
+    with tempfile.TemporaryFile("w+") as log:  # a line for each answer
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert child.stdout
+        try:
+            for told in child.stdout:
+                if found := re.search(r"is served at (\S+)", told):
+                    yield found[1].rstrip("/")
+                    return
+            log.seek(0)
+            raise RuntimeError(f"the server ended with {child.wait()}: {log.read()[-2000:]}")
+        finally:
+            child.terminate()
+            child.wait()
 
 
 def load(url: str, settings: Settings) -> dict[str, Any]:
