@@ -57,7 +57,7 @@ class Workload:
 
 WORKLOADS = {
     "mis": Workload(  # 3 a picture: a square one is one tile
-        (1024, 1024), "png", 6, "both decode the PNG with Pillow, four fifths of a sample's time"
+        (1024, 1024), "png", 6, "both decode the PNG with Pillow, which is most of our time"
     ),
     "photos": Workload((1024, 768), "jpg", 12),  # 6 a picture: 4:3 becomes 6 tiles and a thumbnail
 }

@@ -54,7 +54,7 @@ WORKLOADS = {
         {
             "pillow": "the checksums of the pixels are compared, which Pillow leaves out: a "
             "damaged file would be trained on",
-            "transformers": "both decode the PNG with Pillow, four fifths of the time",
+            "transformers": "both decode the PNG with Pillow, about four fifths of our time",
         },
     ),
     "JPEG, 7 tiles": Workload((1024, 768), "jpg", 6, (3, 2)),
