@@ -20,6 +20,8 @@ from mis_jax.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from mis_jax.evals.chat_client import ChatClient
     from mis_jax.evals.runner import AnswerFn, Owed
     from mis_jax.evals.types import Benchmark, Sample
@@ -397,13 +399,10 @@ def _show(
     if as_json:
         print_json(results)
     else:
+        console.print(_rates(results))
         for benchmark, result in results.items():
             for note in verdict_notes(result):
-                console.print(f"{benchmark:>18} {note}", highlight=False)
-            for metric, value in result["metrics"].items():
-                shown = "-" if value["value"] is None else f"{100 * value['value']:6.2f} %"
-                bounds = f"{100 * value['low']:.1f} to {100 * value['high']:.1f}"
-                console.print(f"{benchmark:>18} {metric:<13} {shown}  ({bounds}; n {value['n']})")
+                console.print(f"{benchmark}: {note}", highlight=False)
     meant = {name: results[name] for name in judged or results}
     missing = without_verdict(meant)
     if missing:
@@ -415,3 +414,26 @@ def _show(
         raise Failed(
             f"{missing} sample(s) have no verdict ({shown}); see the counts in {run}/results.json"
         )
+
+
+def _rates(results: dict[str, Any]) -> "Table":
+    """Rates with their intervals; what has no verdict stands beside what was judged."""
+    from rich.table import Table
+
+    table = Table(box=None)
+    for column in ("benchmark", "metric", "rate", "95 % interval", "judged", "no verdict"):
+        table.add_column(column, justify="left" if column in ("benchmark", "metric") else "right")
+    for benchmark, result in results.items():
+        states = (f"{n} {state}" for state, n in result["counts"].items() if n and state != "ok")
+        without = ", ".join(states) or "0"
+        for index, (metric, value) in enumerate(result["metrics"].items()):
+            known = value["value"] is not None
+            table.add_row(
+                "" if index else benchmark,
+                metric,
+                f"{100 * value['value']:.2f} %" if known else "-",
+                f"{100 * value['low']:.1f} to {100 * value['high']:.1f}" if known else "-",
+                str(value["n"]),
+                "" if index else without,
+            )
+    return table
