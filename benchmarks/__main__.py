@@ -5,8 +5,10 @@ import sys
 
 NAMES = (
     "all",
+    "attention",
     "compare",
     "convert",
+    "cross_entropy",
     "data_pipeline",
     "evaluation",
     "generate",

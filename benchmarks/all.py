@@ -19,9 +19,12 @@ WHOLE = (
     "startup",
     "server",
     "evaluation",
+    "attention",
+    "cross_entropy",
     "vision_tower",
     "generate",
     "train_step",
+    "train_step --lora-rank 16 --dtypes bfloat16 --rounds 2",
     "int8",
 )
 #: The first tells peak memory and every bit of a real size.

@@ -1,34 +1,27 @@
 """Answering: our engine against transformers' `generate`, both greedy with the same weights.
 
-Every cell (prefill, decode at a batch size, a set of prompts of many lengths) is timed for both
-sides in turns, each side in a process of its own that lives as long as the benchmark does, so that
-neither is started or stopped while the other is timed. In float32 nine first tokens of ten and
-seven answers of ten must agree (random weights have near ties), or the figures mean nothing. Rates
-of decoding count the tokens after the first.
+Cells are a prefill, decoding at a batch size, and a set of prompts of many lengths. In float32 nine
+first tokens of ten and seven answers of ten must agree (random weights have near ties), or the
+figures mean nothing. Rates of decoding count the tokens after the first.
 """
 
 import dataclasses
-import json
 import shutil
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.common import save
+from benchmarks.harness import DTYPES, Cell, Dtype, Worker, in_turns, serve, shares, show
 from benchmarks.peer import TILE, normalised, write_weights
 
 Side = Literal["ours", "theirs"]
 _SIDES: tuple[Side, ...] = ("ours", "theirs")
-_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +37,15 @@ class Settings:
     new: int = 32
     """Tokens of an answer."""
     mixed: int = 64
-    """Prompts of the mixed set, from 16 to 128 new tokens; 0 leaves it out."""
+    """Prompts of the mixed set, from 16 to 128 new tokens; 0 leaves it out. Each side answers it in
+    the number format in which it decodes 16 rows faster."""
     rounds: int = 3
     """Turns of each side."""
     save: bool = False
     """Write the figures into benchmarks/results."""
     side: Side | None = None
     """Used by the benchmark itself: serve one side over stdin and stdout."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """Of one side; used by the benchmark itself."""
     folder: Path = Path()
     """Of the weights; used by the benchmark itself."""
@@ -60,17 +54,17 @@ class Settings:
 def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     if settings.side:
-        serve(settings)
+        serve(answers(settings))
         return
     folder = Path(tempfile.mkdtemp(prefix="mis_jax_generate."))
     try:
         write_weights(settings.model, folder / "weights")
-        found = compare(settings, folder)
+        found = compare(settings, folder / "weights")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    show(found)
+    show(f"prompts or tokens a second, {settings.model}", found["cells"])
     if settings.save:
-        save(f"generate-{settings.model}", {"benchmark": "generate", "cells": found})
+        save(f"generate-{settings.model}", {"benchmark": "generate"} | found)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -111,11 +105,11 @@ def prompts(cell: dict[str, Any], vocab: int, image_token: int) -> list[tuple[An
 # One side: reads the name of a cell, prints seconds and tokens
 
 
-def serve(settings: Settings) -> None:
+def answers(settings: Settings) -> Callable[[str], dict[str, Any]]:
     answer = (ours if settings.side == "ours" else theirs)(settings)
     compiled = compilations() if settings.side == "ours" else []
-    for line in sys.stdin:
-        name = line.strip()
+
+    def timed(name: str) -> dict[str, Any]:
         cell = cells(settings)[name]
         compiled.clear()
         began = time.perf_counter()
@@ -125,8 +119,9 @@ def serve(settings: Settings) -> None:
             began = time.perf_counter()
             answer(cell, [1] * len(cell["new"]))
             seconds -= time.perf_counter() - began
-        result = {"seconds": seconds, "tokens": tokens, "compiled": len(compiled)}
-        print("RESULT " + json.dumps(result), flush=True)
+        return {"seconds": seconds, "tokens": tokens, "compiled": len(compiled)}
+
+    return timed
 
 
 def compilations() -> list[str]:
@@ -151,7 +146,7 @@ def ours(settings: Settings):
     from mis_jax.weights.checkpoint import load, open_checkpoint
     from mis_jax.weights.parameters import build
 
-    checkpoint = load(open_checkpoint(settings.folder / "weights"), settings.dtype)
+    checkpoint = load(open_checkpoint(settings.folder), settings.dtype)
     config = checkpoint.config
     model = written_out(
         build(config, checkpoint.arrays, compute_dtype=settings.dtype), consume=True
@@ -181,9 +176,9 @@ def theirs(settings: Settings):
     from mis_jax.weights.checkpoint import open_checkpoint
 
     torch.set_num_threads(2)
-    config = open_checkpoint(settings.folder / "weights").config
+    config = open_checkpoint(settings.folder).config
     model = InternVLForConditionalGeneration.from_pretrained(
-        settings.folder / "weights", dtype=getattr(torch, settings.dtype)
+        settings.folder, dtype=getattr(torch, settings.dtype)
     ).eval()
     model.generation_config.eos_token_id = None
 
@@ -227,86 +222,64 @@ def theirs(settings: Settings):
 # Both sides
 
 
-class Process:
-    """A side that waits for the name of a cell."""
+def compare(settings: Settings, weights: Path) -> dict[str, Any]:
+    from benchmarks.roofline import limits
 
-    def __init__(self, settings: Settings, side: Side, dtype: str, folder: Path):
-        words = [f"--{key}={getattr(settings, key)}" for key in ("model", "text", "new", "mixed")]
-        words += ["--batches", *map(str, settings.batches)]
-        self.child = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "benchmarks", "generate", f"--side={side}"),
-                *(f"--dtype={dtype}", f"--folder={folder}", *words),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+    words = [f"--{key}={getattr(settings, key)}" for key in ("model", "text", "new", "mixed")]
+    words += ["--batches", *map(str, settings.batches)]
+    workers = {
+        f"{side} {dtype}": Worker(
+            "generate", [f"--side={side}", f"--dtype={dtype}", f"--folder={weights}", *words]
         )
-
-    def ask(self, cell: str) -> dict[str, Any]:
-        assert self.child.stdin and self.child.stdout
-        self.child.stdin.write(cell + "\n")
-        self.child.stdin.flush()
-        for line in self.child.stdout:
-            if line.startswith("RESULT "):
-                return json.loads(line.removeprefix("RESULT "))
-        raise RuntimeError(f"the process for {cell} ended with {self.child.wait()}")
-
-
-def compare(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Medians of every cell for both sides in both dtypes, and the ratio to the peer's better."""
-    sides = {
-        (side, dtype): Process(settings, side, dtype, folder)
         for side in _SIDES
-        for dtype in _DTYPES
+        for dtype in DTYPES
     }
-    found: dict[str, Any] = {}
+    found = in_turns(timed_cells(settings), workers, settings.rounds, agree)
+    for worker in workers.values():
+        worker.close()
+    measured = limits()
+    shares(found, measured)
+    return {"limits": measured, "cells": found}
+
+
+def timed_cells(settings: Settings) -> list[Cell]:
+    """Cells with what they compute and read at least: a token of a decode reads all kernels."""
+    from mis_jax.flops import forward, layer_parameters
+    from mis_jax.model.family import published
+
+    config = published(settings.model)
+    text = config.text
+    read = text.num_layers * layer_parameters(text) + text.vocab_size * text.hidden_size
+    timed = []
     for name, cell in cells(settings).items():
-        seconds: dict[tuple[str, str], list[float]] = {key: [] for key in sides}
-        for turn in range(settings.rounds + 1):
-            answers = {}
-            for key, process in sides.items():
-                result = process.ask(name)
-                answers[key] = result["tokens"]
-                if turn:  # the first one compiles
-                    seconds[key].append(result["seconds"])
-                    if result["compiled"]:
-                        raise RuntimeError(f"{key} compiled {result['compiled']} times again")
-            agree(answers["ours", "float32"], answers["theirs", "float32"])
-        made = 1 if name == "prefill" else sum(cell["new"])
-        if name.startswith("decode"):
-            made -= len(cell["new"])
-        rates = {key: made / statistics.median(values) for key, values in seconds.items()}
-        best = {side: max(rates[side, dtype] for dtype in _DTYPES) for side in _SIDES}
-        found[name] = {
-            "per_second": {" ".join(key): round(rate, 3) for key, rate in rates.items()},
-            "seconds": {" ".join(key): values for key, values in seconds.items()},
-            "times_faster": round(best["ours"] / best["theirs"], 3),
-        }
-        print(name, found[name]["per_second"], found[name]["times_faster"], flush=True)
-    for process in sides.values():
-        process.child.stdin.close()
-        process.child.wait()
-    return found
+        tokens = sum(cell["new"])
+        if name == "prefill":
+            length = settings.text + 512
+            work = forward(config, tokens=length, tiles=2, squares=length**2, head_tokens=1)
+            timed.append(Cell(name, unit="prompts", flops=work.total, target=1.0))
+        elif name == "mixed":
+            timed.append(Cell(name, tokens, "tokens", expensive=True))
+        else:
+            moved = {
+                dtype: 1.0 * settings.new * read * size
+                for dtype, size in (("float32", 4), ("bfloat16", 2))
+            }
+            timed.append(Cell(name, tokens - cell["rows"], "tokens", bytes=moved, target=1.5))
+    return timed
 
 
-def agree(ours: list[list[int]], theirs: list[list[int]]) -> None:
-    """Random weights have near ties: rows part there and go their own ways, but rarely."""
+def agree(cell: Cell, results: dict[str, dict[str, Any]]) -> None:
+    """Random weights have near ties: rows part there and go their own ways, but rarely.
+
+    Formats differ more than that, so only float32 is compared with float32.
+    """
+    if not {"ours float32", "theirs float32"} <= results.keys():
+        return
+    ours, theirs = results["ours float32"]["tokens"], results["theirs float32"]["tokens"]
     same = sum(mine == other for mine, other in zip(ours, theirs, strict=True))
     first = sum(mine[0] == other[0] for mine, other in zip(ours, theirs, strict=True))
     if same < 0.7 * len(ours) or first < 0.9 * len(ours):
         raise RuntimeError(f"only {same} of {len(ours)} answers agree; the figures mean nothing")
-
-
-def show(found: dict[str, Any]) -> None:
-    table = Table(title="per second: prompts for prefill, tokens elsewhere (medians)")
-    keys = list(next(iter(found.values()))["per_second"])
-    for column in ("", *keys, "times faster"):
-        table.add_column(column, justify="right")
-    for name, cell in found.items():
-        rates = [f"{cell['per_second'][key]:.2f}" for key in keys]
-        table.add_row(name, *rates, f"{cell['times_faster']:.2f}")
-    Console().print(table)
 
 
 if __name__ == "__main__":

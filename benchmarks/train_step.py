@@ -1,15 +1,15 @@
 """A train step: ours against transformers + torch, or ours alone on an accelerator.
 
-With the peer both sides take the same random weights and the same batch in float32: forward,
-backward, clipping and AdamW on every parameter. They run in turns, each in a process of its own, as
-two would not fit in memory together; the first step of a process, which compiles, does not count.
-Losses must agree, or the figures mean nothing.
+With the peer both sides take the same random weights and the same batch in the same number format:
+forward, backward, clipping and AdamW on every parameter, or on adapters alone (the peer's are
+PEFT's). They run in turns, each in a process of its own, as two would not fit in memory together;
+the first step of a process, which compiles, does not count. Losses must agree, or the figures mean
+nothing. Memory is the largest resident set of a process.
 """
 
 import dataclasses
 import json
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -18,10 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.common import run, save
+from benchmarks.harness import Cell, Dtype, round_to, shares, show, summed_up
 from benchmarks.peer import TILE, normalised, write_weights
 
 _LEARNING_RATE = 4e-5
@@ -44,11 +43,11 @@ class Settings:
     rounds: int = 3
     """Processes of each side, in turns."""
     peer: bool = True
-    """Run transformers + torch too (float32, CPU); False times ours on any device."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of parameters and computation; without the peer."""
+    """Run transformers + torch too (CPU); False times ours on any device."""
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
+    """Of parameters, moments and computation; one cell each."""
     lora_rank: int = 0
-    """Train adapters; without the peer."""
+    """Train adapters on the language model."""
     remat: Literal["none", "full", "dots", "attention", "offload"] = "none"
     """What ours computes again in the backward pass."""
     unroll: bool = False
@@ -56,7 +55,9 @@ class Settings:
     save: bool = False
     """Write the figures into benchmarks/results."""
     side: Literal["ours", "theirs"] | None = None
-    """Used by the benchmark itself: run one side and write what came of it to `report`."""
+    """Used by the benchmark itself: run one side and write what came of it into `folder`."""
+    dtype: Dtype = "float32"
+    """Of one side; used by the benchmark itself."""
     folder: Path = Path()
     """Of the weights; used by the benchmark itself."""
 
@@ -75,64 +76,86 @@ def main() -> None:
         found = compare(settings, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    show(settings, found)
+    title = f"a step of {settings.model}: {settings.rows} x {length(settings)} tokens"
+    show(title, found["cells"])
+    for name, cell in found["cells"].items():
+        print(name, {key: cell[key] for key in ("peak_gib", "memory_ratio") if key in cell})
     if settings.save:
-        name = f"train_step-{settings.model}-{settings.dtype}"
-        name += f"-lora{settings.lora_rank}" if settings.lora_rank else ""
-        save(name, {"benchmark": "train_step", "settings": plain(settings)} | found)
+        lora = f"-lora{settings.lora_rank}" if settings.lora_rank else ""
+        save(f"train_step-{settings.model}{lora}", {"benchmark": "train_step"} | found)
 
 
 def compare(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Both sides in turns; medians over all timed steps."""
+    """Both sides in turns, one number format after the other."""
+    from benchmarks.roofline import limits
+
+    cells = {f"step {dtype}": timed(settings, dtype, folder) for dtype in settings.dtypes}
+    measured = limits()
+    shares(cells, measured)
+    return {"settings": plain(settings), "limits": measured, "cells": cells}
+
+
+def timed(settings: Settings, dtype: Dtype, folder: Path) -> dict[str, Any]:
+    """Medians over all timed steps, and what a process held at most."""
     sides = ("ours", "theirs") if settings.peer else ("ours",)
-    found: dict[str, Any] = {side: {"seconds": [], "peak_gib": []} for side in sides}
+    seconds: dict[str, list[float]] = {f"{side} {dtype}": [] for side in sides}
+    peak: dict[str, float] = dict.fromkeys(seconds, 0.0)
+    losses: dict[str, list[float]] = {}
     for _ in range(settings.rounds):
         for side in sides:
             words = [f"--{k.replace('_', '-')}={v}" for k, v in plain(settings).items()]
-            command = [sys.executable, "-m", "benchmarks", "train_step", f"--side={side}"]
             words.append("--peer" if settings.peer else "--no-peer")
-            ran = run([*command, f"--folder={folder}", *words])
+            words.append("--unroll" if settings.unroll else "--no-unroll")
+            command = [sys.executable, "-m", "benchmarks", "train_step", f"--side={side}"]
+            ran = run([*command, f"--folder={folder}", f"--dtype={dtype}", *words])
             report = json.loads((folder / f"{side}.json").read_text())
-            found[side]["seconds"] += report.pop("seconds")
-            found[side]["peak_gib"].append(report.pop("peak_gib", None) or ran.peak_gib)
-            found[side] |= report
-    for side in sides:
-        found[side]["median_seconds"] = statistics.median(found[side]["seconds"])
+            name = f"{side} {dtype}"
+            seconds[name] += report["seconds"]
+            peak[name] = max(peak[name], report.get("peak_gib") or ran.peak_gib)
+            losses[side] = report["losses"]
+    if settings.peer:  # adapters begin at random, and bfloat16 has eight bits
+        shared = 1 if settings.lora_rank or dtype == "bfloat16" else None
+        loose = 1e-3 if dtype == "float32" else 2e-2
+        np.testing.assert_allclose(losses["ours"][:shared], losses["theirs"][:shared], rtol=loose)
+    found = summed_up(
+        Cell(
+            dtype,
+            work=settings.rows * length(settings),
+            unit="tokens",
+            flops=work(settings),
+            target=1.1 if dtype == "float32" else 1.0,
+        ),
+        seconds,
+    )
+    found["peak_gib"] = {name: round_to(value) for name, value in peak.items()}
     if settings.peer:
-        np.testing.assert_allclose(found["ours"]["losses"], found["theirs"]["losses"], rtol=1e-3)
-        mine, peer = found["ours"], found["theirs"]
-        found["times_faster"] = round(peer["median_seconds"] / mine["median_seconds"], 3)
-        found["memory_ratio"] = round(max(mine["peak_gib"]) / max(peer["peak_gib"]), 3)
+        found["memory_ratio"] = round_to(peak[f"ours {dtype}"] / peak[f"theirs {dtype}"])
+        found["memory_target"] = 0.8
     return found
+
+
+def work(settings: Settings) -> float:
+    """Operations of a step; the head sees the tokens under the loss alone."""
+    from mis_jax.flops import forward, training
+    from mis_jax.model.family import published
+
+    tokens = settings.rows * length(settings)
+    made = forward(
+        published(settings.model),
+        tokens=tokens,
+        tiles=settings.rows * settings.tiles,
+        squares=settings.rows * length(settings) ** 2,
+        head_tokens=settings.rows * 3 * settings.text // 4,
+    )
+    if settings.lora_rank:
+        return training(made, ("vision", "projector", "language"), lora_on=("language",))
+    return training(made)
 
 
 def plain(settings: Settings) -> dict[str, Any]:
     """What both sides must know, as words."""
-    names = ["model", "tiles", "text", "rows", "steps", "dtype", "lora_rank", "remat"]
+    names = ["model", "tiles", "text", "rows", "steps", "lora_rank", "remat"]
     return {name: getattr(settings, name) for name in names}
-
-
-def show(settings: Settings, found: dict[str, Any]) -> None:
-    table = Table(title=f"a step of {settings.model}: {settings.rows} x {length(settings)} tokens")
-    for column in ("", "s / step", "spread", "peak GiB", "tokens/s"):
-        table.add_column(column)
-    for side in ("ours", "theirs"):
-        if side in found:
-            seconds, median = found[side]["seconds"], found[side]["median_seconds"]
-            table.add_row(
-                side,
-                f"{median:.3f}",
-                f"{min(seconds):.3f} to {max(seconds):.3f}",
-                f"{max(found[side]['peak_gib']):.2f}",
-                f"{settings.rows * length(settings) / median:.0f}",
-            )
-    console = Console()
-    console.print(table)
-    for name in ("times_faster", "memory_ratio"):
-        if name in found:
-            console.print(f"{name.replace('_', ' ')}: {found[name]}")
-    if "mfu" in found["ours"]:
-        console.print(f"MFU {found['ours']['mfu']:.1%} (causal, vision included)")
 
 
 def length(settings: Settings) -> int:
@@ -223,18 +246,26 @@ def theirs(settings: Settings) -> dict[str, Any]:
 
     torch.set_num_threads(2)
     model = InternVLForConditionalGeneration.from_pretrained(
-        settings.folder / "weights", dtype=torch.float32
+        settings.folder / "weights", dtype=getattr(torch, settings.dtype)
     ).train()
+    if settings.lora_rank:
+        model = with_adapters(model, settings.lora_rank)
     config: Any = model.config
     made = numbers(settings, config.text_config.vocab_size, config.image_token_id)
     inputs = {
         "input_ids": torch.from_numpy(made["ids"]),
         "attention_mask": torch.ones(made["ids"].shape, dtype=torch.long),
         "labels": torch.from_numpy(np.where(made["loss"], made["ids"], -100)),
-        "pixel_values": torch.from_numpy(normalised(made["tiles"])),
+        "pixel_values": torch.from_numpy(normalised(made["tiles"])).to(
+            getattr(torch, settings.dtype)
+        ),
     }
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05
+        [p for p in model.parameters() if p.requires_grad],
+        lr=_LEARNING_RATE,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.05,
     )
     seconds, losses = [], []
     for _ in range(1 + settings.steps):
@@ -247,3 +278,12 @@ def theirs(settings: Settings) -> dict[str, Any]:
         losses.append(loss.item())
         seconds.append(time.perf_counter() - began)
     return {"seconds": seconds[1:], "losses": losses, "device": "CPU"}
+
+
+def with_adapters(model: Any, rank: int) -> Any:
+    """PEFT's adapters on every linear map of the language model, as ours."""
+    from peft import LoraConfig, get_peft_model
+
+    maps = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+    targets = rf".*language_model.*\.({maps})"
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
