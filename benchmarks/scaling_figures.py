@@ -52,7 +52,7 @@ def draw_mesh(points: Sequence[dict[str, Any]]) -> None:
             axis.set_xticks(sorted({p["chips"] for p in points}))
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
             axis.minorticks_off()
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.06 * axis.dataLim.y1)
         for axis in axes[1]:
             axis.set_xlabel("chips")
         axes[0, 0].legend(frameon=False)
@@ -95,7 +95,7 @@ def _grid(points: Sequence[dict[str, Any]], rows: Sequence[tuple[str, Get]], nam
                 else:
                     _line(axis, sorted(pairs), color="#0072b2", marker="o")
                     axis.set_xlim(left=0)
-                axis.set_ylim(bottom=0)
+                axis.set_ylim(0, 1.06 * max((y or 0 for _, y in pairs), default=1))
                 if not column:
                     axis.set_ylabel(label)
             words = title.format(tokens=f"{own[0]['tokens']:,}") if own else title
