@@ -4,6 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mis_jax.model.products import product
+
+_QUERIES = 512  # of a block
+
 
 def segment_mask(
     query_segments: Int[Array, "batch queries"],
@@ -97,14 +101,22 @@ def attend_by_head(
 ) -> Float[Array, "batch length heads head_dim"]:
     """`attend_xla` one head after the other, for a CPU: a head's map stays in its cache.
 
-    The backward pass computes a head's map again, so that none is ever kept.
+    Tokens that see only earlier ones go in blocks, and no block looks past its end. The backward
+    pass computes a head's map again, so that none is ever kept.
     """
-    mask_BTS = None
-    if segment_ids is not None:
-        index = row_index(segment_ids)
-        mask_BTS = segment_mask(segment_ids, segment_ids, index, index)[:, 0]
     key_BKTH, value_BKTH = key_BTKH.swapaxes(1, 2), value_BTKH.swapaxes(1, 2)
-    return by_head(query_BTNH, key_BKTH, value_BKTH, mask_BTS)
+    if segment_ids is None:
+        return by_head(query_BTNH, key_BKTH, value_BKTH, None)
+    index, length, outputs = row_index(segment_ids), query_BTNH.shape[1], []
+    for start in range(0, length, _QUERIES):  # tokens see none that come after their block
+        stop = min(start + _QUERIES, length)
+        own, seen = slice(start, stop), slice(0, stop)
+        mask = segment_mask(
+            segment_ids[:, own], segment_ids[:, seen], index[:, own], index[:, seen]
+        )
+        keys_BKSH, values_BKSH = key_BKTH[:, :, seen], value_BKTH[:, :, seen]
+        outputs.append(by_head(query_BTNH[:, own], keys_BKSH, values_BKSH, mask[:, 0]))
+    return jnp.concatenate(outputs, axis=1)
 
 
 def by_head(
@@ -120,12 +132,11 @@ def by_head(
     @jax.checkpoint
     def attend(one):
         q_TH, k_SH, v_SH, row = one
-        logits_TS = jnp.dot(q_TH, k_SH.T, preferred_element_type=jnp.float32) * head_dim**-0.5
+        logits_TS = product(q_TH, k_SH.T) * head_dim**-0.5
         if mask_BTS is not None:
             logits_TS = jnp.where(mask_BTS[row], logits_TS, jnp.finfo(jnp.float32).min)
         weights_TS = jax.nn.softmax(logits_TS).astype(v_SH.dtype)
-        out_TH = jnp.dot(weights_TS, v_SH, preferred_element_type=jnp.float32)
-        return out_TH.astype(q_TH.dtype)
+        return product(weights_TS, v_SH).astype(q_TH.dtype)
 
     flat = (batch * heads, -1, head_dim)
     out = jax.lax.map(

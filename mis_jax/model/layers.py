@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from mis_jax.model.config import Llama3Scaling
 from mis_jax.model.execution import Axes, Execution
+from mis_jax.model.products import product
 from mis_jax.model.summing import LayerSums, scan_and_sum
 
 #: Names of what a block computes, for policies that keep it.
@@ -59,10 +60,7 @@ class Linear(nnx.Module):
         self.stored_out_in = False  # `mis_jax.model.written_out` turns kernels round
 
     def __call__(self, x: Float[Array, "... in_size"]) -> Float[Array, "... out_size"]:
-        if self.stored_out_in:
-            y = self._from_left(x)
-        else:
-            y = jnp.dot(x, self.weight(x.dtype), preferred_element_type=jnp.float32)
+        y = self._from_left(x) if self.stored_out_in else product(x, self.weight(x.dtype))
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         if self.adapter is not None:

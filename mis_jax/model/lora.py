@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int8, PRNGKeyArray
 from mis_jax.config import LoraConfig
 from mis_jax.model.internvl import InternVL
 from mis_jax.model.layers import Linear, Verbatim
+from mis_jax.model.products import product
 
 _TILE = 64  # values along the inputs of a kernel that share a scale of nf4
 
@@ -52,8 +53,7 @@ class Adapter(nnx.Module):
         if key is not None:
             kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
-        thin = jnp.dot(x, a, preferred_element_type=jnp.float32).astype(x.dtype)
-        return jnp.dot(thin, b, preferred_element_type=jnp.float32) * self.scale
+        return product(product(x, a).astype(x.dtype), b) * self.scale
 
 
 class QuantisedKernel(nnx.Module):

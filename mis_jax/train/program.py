@@ -41,7 +41,14 @@ from mis_jax.weights.checkpoint import OpenCheckpoint, load
 
 #: In the order of its own choice XLA starts the optimizer on all parameters at once, to keep many
 #: cores busy, and holds what that needs of all of them: a model of 0.8 billion takes 2.3 GiB more.
-_CPU_COMPILER = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+#: And what a loop over layers converts of one layer it would convert of all of them before it:
+#: bfloat16 kernels and activations, where a CPU needs them in float32, 3.5 GiB for that model.
+_CPU_COMPILER = {
+    "xla_cpu_enable_concurrency_optimized_scheduler": False,
+    "xla_disable_hlo_passes": (
+        "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"
+    ),
+}
 
 
 @dataclass(frozen=True)
