@@ -79,7 +79,10 @@ def block(name: str, found: Mapping[str, Any]) -> str:
     load = f", load {found['load']:g}" if "load" in found else ""
     lines = [f"**{name}**: {found['date']}, {found['device']}{load}", ""]
     lines += [in_a_row(_HEAD), in_a_row(["---"] * len(_HEAD))]
-    lines += [in_a_row(row(cell, of)) for cell, of in found["cells"].items()]
+    for cell, of in found["cells"].items():
+        lines.append(in_a_row(row(cell, of)))
+        if "memory_ratio" in of:
+            lines.append(in_a_row(memory_row(cell, of)))
     return "\n".join(lines) + "\n"
 
 
@@ -97,6 +100,21 @@ def row(cell: str, found: Mapping[str, Any]) -> list[str]:
         target(found),
         outcome(found),
         "" if share is None else f"{share:.0%} of the {found['bound_by']}",
+    ]
+
+
+def memory_row(cell: str, found: Mapping[str, Any]) -> list[str]:
+    """What a process held at most; less is better here."""
+    peaks = {side.split()[0]: gib for side, gib in found["peak_gib"].items()}
+    reached = found["memory_ratio"] <= found["memory_target"]
+    return [
+        f"{cell}, memory",
+        f"{peaks['ours']:.3g} GiB",
+        f"{peaks['theirs']:.3g} GiB",
+        f"{found['memory_ratio']:.2f} of the peer's",
+        f"at most {found['memory_target']:g}",
+        "met" if reached else f"missed: {found.get('memory_reason') or 'reason not known yet'}",
+        "",
     ]
 
 
