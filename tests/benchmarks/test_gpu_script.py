@@ -54,7 +54,7 @@ def test_rows_of_noise_hold_what_they_say() -> None:
 def test_sections_run_and_are_written(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
     monkeypatch.setattr("benchmarks.common.RESULTS", tmp_path)
-    only = ("limits", "train_full", "decode", "cross_entropy")
+    only = ("limits", "train_full", "decode")
     run = gpu.measure(gpu.Settings(smoke=True, save=True, only=only, dump=tmp_path / "hlo"))
     assert run["problems"] == {} and set(only) <= set(SECTIONS)
     (written,) = tmp_path.glob("gpu-*.json")
