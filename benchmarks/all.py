@@ -27,8 +27,8 @@ WHOLE = (
     "train_step --lora-rank 16 --dtypes bfloat16 --rounds 2",
     "int8",
 )
-#: The first tells peak memory and every bit of a real size. What the tests start anyway (the server,
-#: a first training step) and what takes minutes (the models) is left out.
+#: The first tells peak memory and every bit of a real size. What tests start anyway (the server, a
+#: first training step) and what takes minutes (the models) is left out.
 SMOKE = (
     "convert internvl2_5-1b --rounds 1",
     "preprocessing --pictures 1 --rounds 1",
