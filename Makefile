@@ -32,7 +32,7 @@ quickstart: $(CORE)  ## the whole loop on the mini world, report in runs/quickst
 test: lint  ## lint, then every test
 	$(BIN)/pytest --durations=15 $(PYTEST_ARGS)
 
-bench: $(DEV)  ## a quick look at every benchmark; conversion of a 1B-size checkpoint, every bit
+bench: $(DEV)  ## a quick look at some benchmarks; conversion of a 1B-size checkpoint, every bit
 	$(BIN)/python -m benchmarks all --smoke
 
 bench-all: $(DEV)  ## the whole table of benchmarks/README.md, on a machine that does nothing else

@@ -9,17 +9,7 @@ import numpy as np
 import tyro
 
 from benchmarks.common import save
-from benchmarks.harness import (
-    DTYPES,
-    Cell,
-    Dtype,
-    Worker,
-    expect_close,
-    in_turns,
-    serve,
-    shares,
-    show,
-)
+from benchmarks.harness import Cell, Dtype, compared, expect_close, serve, show
 
 _REASON = (
     "torch's kernel keeps a block of the map in the cache; XLA:CPU writes it to memory between "
@@ -72,26 +62,15 @@ def main() -> None:
     if settings.side:
         serve((ours if settings.side == "ours" else theirs)(settings.dtype))
         return
-    from benchmarks.roofline import limits
-
     cells = [
         Cell(f"{name}, {what}", unit="calls", flops=shape.flops * times, target=1.0, reason=_REASON)
         for name, shape in SHAPES.items()
         for what, times in (("forward", 1), ("with gradients", 3))
     ]
-    workers = {
-        f"{side} {dtype}": Worker("attention", [f"--side={side}", f"--dtype={dtype}"])
-        for side in ("ours", "theirs")
-        for dtype in DTYPES
-    }
-    found = in_turns(cells, workers, settings.rounds, agree)
-    for worker in workers.values():
-        worker.close()
-    measured = limits()
-    shares(found, measured)
-    show("attention, calls a second", found)
+    found = compared("attention", cells, settings.rounds, agree)
+    show("attention, calls a second", found["cells"])
     if settings.save:
-        save("attention", {"benchmark": "attention", "limits": measured, "cells": found})
+        save("attention", {"benchmark": "attention"} | found)
 
 
 def agree(cell: Cell, results: dict[str, dict[str, Any]]) -> None:

@@ -13,17 +13,7 @@ import numpy as np
 import tyro
 
 from benchmarks.common import save
-from benchmarks.harness import (
-    DTYPES,
-    Cell,
-    Dtype,
-    Worker,
-    expect_close,
-    in_turns,
-    serve,
-    shares,
-    show,
-)
+from benchmarks.harness import Cell, Dtype, compared, expect_close, serve, show
 
 _VOCABULARY = {"1B": (151_674, 896)}  # words and width of InternVL2.5-1B
 #: Tokens of a row, and how many of them are under the loss: a sample of MIS is like the first.
@@ -49,26 +39,15 @@ def main() -> None:
     if settings.side:
         serve((ours if settings.side == "ours" else theirs)(settings.dtype))
         return
-    from benchmarks.roofline import limits
-
     words, width = _VOCABULARY["1B"]
     cells = [
         Cell(name, unit="calls", flops=6.0 * weighted * words * width, target=1.0)
         for name, (_, weighted) in ROWS.items()
     ]
-    workers = {
-        f"{side} {dtype}": Worker("cross_entropy", [f"--side={side}", f"--dtype={dtype}"])
-        for side in ("ours", "theirs")
-        for dtype in DTYPES
-    }
-    found = in_turns(cells, workers, settings.rounds, agree)
-    for worker in workers.values():
-        worker.close()
-    measured = limits()
-    shares(found, measured)
-    show("losses with gradients a second", found)
+    found = compared("cross_entropy", cells, settings.rounds, agree)
+    show("losses with gradients a second", found["cells"])
     if settings.save:
-        save("cross_entropy", {"benchmark": "cross_entropy", "limits": measured, "cells": found})
+        save("cross_entropy", {"benchmark": "cross_entropy"} | found)
 
 
 def agree(cell: Cell, results: dict[str, dict[str, Any]]) -> None:

@@ -17,11 +17,10 @@ import numpy as np
 import tyro
 
 from benchmarks.common import save
-from benchmarks.harness import DTYPES, Cell, Dtype, Worker, in_turns, serve, shares, show
+from benchmarks.harness import Cell, Dtype, compared, serve, show
 from benchmarks.peer import TILE, normalised, write_weights
 
 Side = Literal["ours", "theirs"]
-_SIDES: tuple[Side, ...] = ("ours", "theirs")
 _PREFILL = (
     "662 tokens are padded to 704, and XLA:CPU's row reductions (softmax, norms) read 2.4 GB/s"
 )
@@ -230,23 +229,10 @@ def theirs(settings: Settings):
 
 
 def compare(settings: Settings, weights: Path) -> dict[str, Any]:
-    from benchmarks.roofline import limits
-
     words = [f"--{key}={getattr(settings, key)}" for key in ("model", "text", "new", "mixed")]
     words += ["--batches", *map(str, settings.batches)]
-    workers = {
-        f"{side} {dtype}": Worker(
-            "generate", [f"--side={side}", f"--dtype={dtype}", f"--folder={weights}", *words]
-        )
-        for side in _SIDES
-        for dtype in DTYPES
-    }
-    found = in_turns(timed_cells(settings), workers, settings.rounds, agree)
-    for worker in workers.values():
-        worker.close()
-    measured = limits()
-    shares(found, measured)
-    return {"limits": measured, "cells": found}
+    words.append(f"--folder={weights}")
+    return compared("generate", timed_cells(settings), settings.rounds, agree, words)
 
 
 def timed_cells(settings: Settings) -> list[Cell]:

@@ -70,6 +70,32 @@ class Worker:
         self.child.wait()
 
 
+def compared(
+    benchmark: str,
+    cells: Iterable[Cell],
+    rounds: int,
+    agree: Callable[[Cell, dict[str, dict[str, Any]]], None],
+    words: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Cells of ours and of torch in both number formats, with the machine's limits.
+
+    A side is `python -m benchmarks BENCHMARK --side=ours --dtype=float32 WORDS...`.
+    """
+    from benchmarks.roofline import limits  # starts JAX
+
+    workers = {
+        f"{side} {dtype}": Worker(benchmark, [f"--side={side}", f"--dtype={dtype}", *words])
+        for side in ("ours", "theirs")
+        for dtype in DTYPES
+    }
+    found = in_turns(cells, workers, rounds, agree)
+    for worker in workers.values():
+        worker.close()
+    measured = limits()
+    shares(found, measured)
+    return {"limits": measured, "cells": found}
+
+
 def serve(answer: Callable[[str], dict[str, Any]]) -> None:
     """The worker's half: one line with a cell's name in, one line with its result out."""
     for line in sys.stdin:

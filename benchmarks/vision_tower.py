@@ -11,8 +11,7 @@ import numpy as np
 import tyro
 
 from benchmarks.common import save
-from benchmarks.harness import DTYPES, Cell, Dtype, Worker, expect_close, in_turns, serve, shares
-from benchmarks.harness import show as show_cells
+from benchmarks.harness import Cell, Dtype, compared, expect_close, serve, show
 from benchmarks.peer import TILE, normalised, write_weights
 
 _REASON = (
@@ -52,13 +51,12 @@ def main() -> None:
         found = compare(settings, folder / "weights")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    show_cells(f"tiles a second, {settings.model}", found["cells"])
+    show(f"tiles a second, {settings.model}", found["cells"])
     if settings.save:
         save(f"vision_tower-{settings.model}", {"benchmark": "vision_tower"} | found)
 
 
 def compare(settings: Settings, weights: Path) -> dict[str, Any]:
-    from benchmarks.roofline import limits
     from mis_jax.flops import projector_work, tile_work
     from mis_jax.model.family import published
 
@@ -75,19 +73,8 @@ def compare(settings: Settings, weights: Path) -> dict[str, Any]:
         )
         for tiles in settings.tiles
     ]
-    workers = {
-        f"{side} {dtype}": Worker(
-            "vision_tower", [f"--side={side}", f"--dtype={dtype}", f"--folder={weights}"]
-        )
-        for side in ("ours", "theirs")
-        for dtype in DTYPES
-    }
-    found = in_turns(cells, workers, settings.rounds, agree)
-    for worker in workers.values():
-        worker.close()
-    measured = limits()
-    shares(found, measured)
-    return {"limits": measured, "cells": found}
+    words = [f"--folder={weights}"]
+    return compared("vision_tower", cells, settings.rounds, agree, words)
 
 
 def agree(cell: Cell, results: dict[str, dict[str, Any]]) -> None:

@@ -1,9 +1,10 @@
 """Matrix products that are accumulated in float32, and whose gradients are products of their kind.
 
 JAX would multiply the float32 gradient of a bfloat16 product by its bfloat16 operands: a mixed
-product, which a compiler widens to float32, at a fraction of the matrix unit's rate. Here the
-gradient is rounded to the operands' dtype first. Where the result was rounded to that dtype anyway
-its gradient is such a number already, and nothing changes.
+product, which a compiler may widen to float32, at a fraction of the rate (XLA does so on a CPU;
+other devices were not measured). Here the gradient is rounded to the operands' dtype first. Where
+the result was rounded to that dtype anyway its gradient is such a number already, and nothing
+changes.
 """
 
 import jax

@@ -122,10 +122,14 @@ def test_padding_never_counts():
     assert float(weighted_loss(jnp.asarray(logits), other)[0]) == float(got)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 10, 64])
+@pytest.mark.parametrize(("chunk", "shortest"), [(1, 128), (3, 128), (10, 128), (64, 128), (64, 1)])
 @pytest.mark.parametrize("vocab", [VOCAB, VOCAB - 4])
-def test_chunks_have_the_loss_and_gradients_of_whole_logits(chunk, vocab):
-    """Against logits of all positions by autodiff; the table may have more rows than tokens."""
+def test_chunks_have_the_loss_and_gradients_of_whole_logits(chunk, shortest, vocab, monkeypatch):
+    """Against logits of all positions by autodiff; the table may have more rows than tokens.
+
+    The last pair takes a quarter of a row at a time.
+    """
+    monkeypatch.setattr(loss_module, "_SHORTEST", shortest)
     rng = np.random.default_rng(1)
     batch = batch_of(EXAMPLES, "square")
     batch = dataclasses.replace(batch, input_ids=batch.input_ids % vocab)
