@@ -125,6 +125,11 @@ def answers(settings: Settings) -> Callable[[str], dict[str, Any]]:
             began = time.perf_counter()
             answer(cell, [1] * len(cell["new"]))
             seconds -= time.perf_counter() - began
+            if seconds <= 0:
+                raise RuntimeError(
+                    f"{name}: {settings.new} tokens are lost in the noise of their prompt; "
+                    "raise --new"
+                )
         return {"seconds": seconds, "tokens": tokens, "compiled": len(compiled)}
 
     return timed
