@@ -35,13 +35,23 @@ def environment() -> dict[str, Any]:
             continue
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": f"CPU, {os.cpu_count()} cores, {platform.machine()}",
+        "device": f"CPU, {os.cpu_count()} cores, {platform.machine()}{vectors()}",
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load": round(os.getloadavg()[0], 2),  # processes that wanted a core, over a minute
         "flags": os.environ.get("XLA_FLAGS", ""),
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def vectors(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The best vector instructions, where Linux tells: whether bfloat16 is fast hangs on them."""
+    try:
+        flags = cpuinfo.read_text().split()
+    except OSError:
+        return ""
+    known = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+    return next((f", {name}" for name in known if name in flags), "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +65,30 @@ class Ran:
 
 def run(command: Sequence[str]) -> Ran:
     """Run a child to its end; RuntimeError when it fails."""
-    began = time.perf_counter()
+    began, peak, finished = time.perf_counter(), 0.0, 0
     child = subprocess.Popen(command)
-    _, status, usage = os.wait4(child.pid, 0)
+    while not finished:
+        peak = max(peak, resident_peak(child.pid))
+        time.sleep(0.005)
+        finished, status, usage = os.wait4(child.pid, os.WNOHANG)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}")
     cpu = usage.ru_utime + usage.ru_stime
-    return Ran(time.perf_counter() - began, cpu, usage.ru_maxrss / 2**20)
+    return Ran(time.perf_counter() - began, cpu, peak or usage.ru_maxrss / 2**20)
+
+
+def resident_peak(process: int) -> float:
+    """GiB that a process held at most so far, 0 where Linux does not tell.
+
+    `ru_maxrss` of a child would not do: it begins with what its parent holds.
+    """
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0.0
+    lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(lines[0].split()[1]) / 2**20 if lines else 0.0
 
 
 def save(name: str, results: dict[str, Any]) -> Path:

@@ -55,6 +55,9 @@ class Workload:
     reason: str = ""
 
 
+#: Ours are fresh processes, as forked ones may hang under JAX; torch's are forks.
+_START = "each reading process takes about 2 s to start, and an epoch here is short"
+
 WORKLOADS = {
     "mis": Workload(  # 3 a picture: a square one is one tile
         (1024, 1024), "png", 6, "both decode the PNG with Pillow, which is most of our time"
@@ -137,7 +140,7 @@ def measure(name: str, settings: Settings, folder: Path) -> tuple[dict[str, Any]
                 work=settings.samples,
                 unit="samples",
                 target=target,
-                reason=workload.reason,
+                reason="; ".join(filter(None, [workload.reason, _START if workers else ""])),
             )
             seconds = {side: [one[side][index] for one in rounds] for side in sides}
             cells[cell.name] = summed_up(cell, seconds)

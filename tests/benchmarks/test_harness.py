@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 try:
     from benchmarks import compare, table
+    from benchmarks.common import run, vectors
     from benchmarks.harness import Cell, best, expect_close, met, shares, summed_up
 finally:
     sys.path.pop(0)
@@ -174,3 +175,20 @@ def test_a_table_is_put_between_its_marks() -> None:
 def test_the_readme_says_what_the_results_say(monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["table", "--check"])
     table.main()
+
+
+def test_the_best_vector_instructions_are_named(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor : 0\nflags : fpu avx2 avx512f avx512_bf16\n", encoding="utf-8")
+    assert vectors(cpuinfo) == ", avx512_bf16"
+    cpuinfo.write_text("flags : fpu avx2\n", encoding="utf-8")
+    assert vectors(cpuinfo) == ", avx2"
+    assert vectors(tmp_path / "none") == ""
+
+
+def test_the_peak_of_a_child_is_its_own() -> None:
+    held = bytearray(b"x") * 2**28
+    ran = run([sys.executable, "-c", "x = bytearray(b'x') * 2**26"])
+    assert 2**-4 < ran.peak_gib < 2**-2 and held[-1]  # GiB; Linux's count begins with the parent's
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        run([sys.executable, "-c", "raise SystemExit(3)"])
