@@ -153,7 +153,7 @@ def test_replies_are_those_of_transformers(folder, guard, reference, monkeypatch
     stops = [tokenizer.added[token] for token in CONTROL]
     rows = [[*ids, *tokenizer.encode_text("unsafe")] for ids in their_prompts(folder, EXCHANGES)]
     replies = guard._continue(rows, max(map(len, rows)) + 8)
-    compared = 0
+    offered, compared = 0, 0
     for row, reply in zip(rows, replies, strict=True):
         made = reference.generate(
             torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.long),
@@ -168,8 +168,9 @@ def test_replies_are_those_of_transformers(folder, guard, reference, monkeypatch
             assert reply == tokenizer.decode(expected)
         else:  # a character may end beyond the tie
             assert reply.startswith(tokenizer.decode(expected).rstrip("\ufffd"))
-        compared += len(expected)
-    assert compared >= 16, "hardly any token was compared"
+        offered, compared = offered + len(best_two), compared + clear
+    # Of what the random model says, however soon it stops: one of 50 says less than 16 tokens.
+    assert 2 * compared >= offered, "ties hide most of the replies"
 
 
 def scripted(folder: Path, chain: dict[int, int]) -> None:
