@@ -18,6 +18,8 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 9,
     "grid.color": "#e5e5e5",
     "svg.hashsalt": "mis-jax",  # the same points give the same file
     "svg.fonttype": "path",
