@@ -17,7 +17,11 @@ DEV := $(VENV)/.installed-dev
 
 # Passed on, for example: make test PYTEST_ARGS="-m 'not slow'"; make quickstart ARGS=--controls
 PYTEST_ARGS ?=
+# Most of a test's time is one thread compiling. The largest takes half of 24 GiB: more of them want more memory.
+TEST_PROCESSES ?= 2
 ARGS ?=
+# Most of a test's time is one thread compiling. The largest takes half of 24 GiB: more of them want more memory.
+TEST_PROCESSES ?= 2
 
 .PHONY: help setup quickstart test bench bench-all lint format docs clean
 
@@ -30,7 +34,7 @@ quickstart: $(CORE)  ## the whole loop on the mini world, report in runs/quickst
 	$(BIN)/mis-jax quickstart $(ARGS)
 
 test: lint  ## lint, then every test
-	$(BIN)/pytest --durations=15 $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=15 $(PYTEST_ARGS)
 
 bench: $(DEV)  ## a quick look at some benchmarks; conversion of a 1B-size checkpoint, every bit
 	$(BIN)/python -m benchmarks all --smoke

@@ -38,6 +38,12 @@ def executables_given_back():
     jax.clear_caches()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: a long one begun last would have one core work alone."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 def pytest_report_header() -> str:
     """Say which JAX runs, and say it when a part of the tests is left out."""
     import jax
