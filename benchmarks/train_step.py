@@ -28,10 +28,10 @@ _MEMORY = (
     "at its peak a step holds the decoder's gradients, two copies of the table's gradient and what "
     "the tower keeps for its own, all at once"
 )
-_LORA = (
-    "a profile of a step of 25 s: products are 9.5 s of each core, copies of transposed activations "
-    "(for the adapters' gradients and the heads) 1.6, and for a third of the time the trace shows "
-    "nothing on a core but what it may do for the other's product"
+_LORA = (  # float32
+    "a profile of a step of 25 s: products are 9.5 s of each core, copies of transposed "
+    "activations (for the adapters' gradients and the heads) 1.6, and for a third of the time the "
+    "trace shows nothing on a core but what it may do for the other's product"
 )
 _REASONS = {
     "float32": "",
@@ -140,7 +140,7 @@ def timed(settings: Settings, dtype: Dtype, folder: Path) -> dict[str, Any]:
             unit="tokens",
             flops=work(settings),
             target=1.1 if dtype == "float32" else 1.0,
-            reason=_LORA if settings.lora_rank else _REASONS[dtype],
+            reason=_LORA if settings.lora_rank and dtype == "float32" else _REASONS[dtype],
         ),
         seconds,
     )
