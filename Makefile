@@ -17,11 +17,9 @@ DEV := $(VENV)/.installed-dev
 
 # Passed on, for example: make test PYTEST_ARGS="-m 'not slow'"; make quickstart ARGS=--controls
 PYTEST_ARGS ?=
-# Most of a test's time is one thread compiling. The largest takes half of 24 GiB: more of them want more memory.
+# Compiling, which is much of a test's time, keeps one core busy. The largest test takes half of 24 GiB.
 TEST_PROCESSES ?= 2
 ARGS ?=
-# Most of a test's time is one thread compiling. The largest takes half of 24 GiB: more of them want more memory.
-TEST_PROCESSES ?= 2
 
 .PHONY: help setup quickstart test bench bench-all lint format docs clean
 
