@@ -13,29 +13,23 @@ os.environ.pop("FORCE_COLOR", None)
 
 import pytest  # noqa: I001
 
-import mis_jax  # noqa: F401  first, so that its guard acts before JAX starts a back end
-from tiny_world import (  # noqa: F401  fixtures that several folders share
-    compiled_folder,
-    quick_compile,
-    tiny_checkpoint,
-    tiny_data,
-    tiny_processor,
-)
+from compilation import mappings_bounded, optimized, remove_cache  # noqa: F401  before mis_jax
+import mis_jax  # noqa: F401  before JAX starts a back end, so that its guard acts
+from time_report import TimeReport, pytest_addoption  # noqa: F401
+from tiny_world import tiny_checkpoint, tiny_data, tiny_processor  # noqa: F401
 
 _HAS_TORCH = importlib.util.find_spec("torch") is not None
 collect_ignore = [] if _HAS_TORCH else ["parity"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def executables_given_back():
-    """XLA maps memory for every program it compiles, and Linux allows a process 65,530 maps.
+def pytest_configure(config: pytest.Config) -> None:
+    """Count where the time goes."""
+    config.pluginmanager.register(TimeReport(config))
 
-    Beyond that the process dies with a segmentation fault wherever it asks for the next one.
-    """
-    yield
-    import jax
 
-    jax.clear_caches()
+def pytest_unconfigure() -> None:
+    """Leave no compiled programs behind."""
+    remove_cache()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

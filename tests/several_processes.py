@@ -39,7 +39,7 @@ def run_together(program: str, *words: object, count: int = 2) -> None:
 class Job:
     """`mis-jax train` in several processes; as a context it ends what is left of them."""
 
-    def __init__(self, config: Path, count: int, environment: dict[str, str], *options: str):
+    def __init__(self, config: Path, count: int, *options: str):
         self._errors = [config.with_suffix(f".{i}.err") for i in range(count)]
         command = [sys.executable, "-c", _TRAIN, "train", str(config), *options]
         coordinator = ["--distributed.coordinator", f"127.0.0.1:{free_port()}"]
@@ -50,7 +50,7 @@ class Job:
                 self.processes.append(
                     subprocess.Popen(
                         [*command, *coordinator, *place],
-                        env=_environment(devices=1) | environment,
+                        env=_environment(devices=1),
                         stdout=subprocess.DEVNULL,
                         stderr=errors,
                     )
@@ -91,5 +91,5 @@ def free_port() -> int:
 
 
 def _environment(devices: int) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

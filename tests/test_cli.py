@@ -16,7 +16,6 @@ from tiny_world import read_lines, run_config, sample, write_yaml
 
 from mis_jax import __version__, cli
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 VERBS = [
     "quickstart", "convert", "inspect", "verify", "data", "train", "plan", "generate", "chat",
     "serve", "eval", "judge", "merge", "report",

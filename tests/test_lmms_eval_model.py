@@ -18,8 +18,6 @@ from PIL import Image
 
 from mis_jax import generate, load
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "mis_jax.cli.lmms_eval_model"
 

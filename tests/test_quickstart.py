@@ -7,6 +7,8 @@ import pytest
 from mis_jax.cli import main
 from mis_jax.quickstart import BASE_MODEL
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def test_the_shipped_model_is_small():
     size = sum(path.stat().st_size for path in BASE_MODEL.rglob("*") if path.is_file())

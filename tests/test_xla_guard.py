@@ -70,8 +70,12 @@ def test_what_the_guard_does_to_the_flags(
 
 
 def _fresh_python(program: str, **environment: str) -> str:
-    """What a new interpreter prints; it inherits no XLA flags from these tests."""
-    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    """What a new interpreter prints; it inherits nothing of how these tests compile."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "JAX_PLATFORMS" or not name.startswith(("XLA_", "JAX_"))
+    }
     finished = subprocess.run(
         [sys.executable, "-c", program],
         env=inherited | environment,

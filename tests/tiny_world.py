@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,43 +154,6 @@ def write_yaml(config: Any, path: Path, **changes: Any) -> Path:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a jsonl file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-@pytest.fixture(scope="session")
-def compiled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where compiled programs are kept, for subprocesses to share (`compiled_env`)."""
-    return tmp_path_factory.mktemp("compiled")
-
-
-def compiled_env(folder: Path) -> dict[str, str]:
-    """Environment of a subprocess that compiles as `quick_compile` does."""
-    return {name.upper(): str(value) for name, value in _compile_settings(folder).items()}
-
-
-def _compile_settings(folder: Path) -> dict[str, Any]:
-    return {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-
-
-@pytest.fixture(scope="module")
-def quick_compile(compiled_folder: Path) -> Iterator[None]:
-    """Compiling is most of what a short run does: do it plainly, and equal programs once."""
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
-    settings = _compile_settings(compiled_folder)
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_world import compiled_env
 
 from benchmarks import gpu
 from benchmarks.gpu_sections import SECTIONS, model_of
@@ -52,9 +51,7 @@ def test_rows_of_noise_hold_what_they_say() -> None:
 
 
 @pytest.mark.slow
-def test_sections_run_and_are_written(tmp_path: Path, compiled_folder: Path, monkeypatch) -> None:
-    for name, value in compiled_env(compiled_folder).items():
-        monkeypatch.setenv(name, value)
+def test_sections_run_and_are_written(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
     monkeypatch.setattr("benchmarks.common.RESULTS", tmp_path)
     only = ("limits", "train_full", "decode")

@@ -259,9 +259,7 @@ def test_a_wrong_key_is_one_line(data_root: Path, capsys) -> None:
 
 
 @pytest.mark.slow
-def test_our_own_server_answers_as_the_checkpoint_does(
-    data_root: Path, tmp_path: Path, quick_compile
-) -> None:
+def test_our_own_server_answers_as_the_checkpoint_does(data_root: Path, tmp_path: Path) -> None:
     """The shipped tiny model, behind its server and without it: the same words."""
     import numpy as np
     import uvicorn

@@ -656,7 +656,7 @@ def test_a_guard_s_probability_decides(toy: tuple[Path, Path], tmp_path: Path) -
 
 
 def test_a_guard_checkpoint_from_the_command(
-    toy: tuple[Path, Path], tmp_path: Path, quick_compile, capsys
+    toy: tuple[Path, Path], tmp_path: Path, capsys
 ) -> None:
     import numpy as np
     from guard_world import write_guard

@@ -18,8 +18,6 @@ from mis_jax.cli import main
 from mis_jax.evals.benchmarks import BENCHMARKS
 from mis_jax.evals.judges.protocols import PROTOCOLS
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 MINI = Path(__file__).parents[2] / "mis_jax" / "assets" / "mini"
 BUILT_IN = [b.name for b in BENCHMARKS.values() if b.default_judge]
 BY_MODEL = [b.name for b in BENCHMARKS.values() if not b.default_judge]

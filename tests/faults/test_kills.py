@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_world import TIMES, compiled_env, read_lines, run_config, write_yaml
+from tiny_world import TIMES, read_lines, run_config, write_yaml
 
 from mis_jax.train.loop import train
 from mis_jax.weights.checkpoint import read_checkpoint
@@ -39,10 +39,9 @@ for line in sys.stdin:
 class Starter:
     """Makes processes that train, one after the other."""
 
-    def __init__(self, config: Path, environment: dict[str, str]):
+    def __init__(self, config: Path):
         self._process = subprocess.Popen(
             [sys.executable, "-c", STARTER, str(config)],
-            env=os.environ | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -95,8 +94,7 @@ def moments(rng: random.Random, output: Path) -> list[Callable[[int], Callable[[
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
-def test_sigkill_at_random_moments(tiny_checkpoint, tiny_data, compiled_folder, tmp_path):
+def test_sigkill_at_random_moments(tiny_checkpoint, tiny_data, tmp_path):
     seed = random.randrange(2**32)
     print("seed", seed)
     rng = random.Random(seed)
@@ -104,7 +102,7 @@ def test_sigkill_at_random_moments(tiny_checkpoint, tiny_data, compiled_folder, 
     straight = run_config(tiny_checkpoint, tiny_data, tmp_path / "straight", **often)
     train(straight)
     config = run_config(tiny_checkpoint, tiny_data, tmp_path / "run", **often)
-    starter = Starter(write_yaml(config, tmp_path / "run.yaml"), compiled_env(compiled_folder))
+    starter = Starter(write_yaml(config, tmp_path / "run.yaml"))
     kinds, hit_saves, kills = moments(rng, config.output), 0, 0
     for number in range(KILLS):
         before = logged(config.output)

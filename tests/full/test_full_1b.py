@@ -20,6 +20,8 @@ from mis_jax.weights.checkpoint import find_problems, read_checkpoint
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import make_random_checkpoint
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:

@@ -32,8 +32,6 @@ from mis_jax.model.cache import KVCache
 from mis_jax.model.layers import rotary_angles
 from mis_jax.model.written_out import written_out
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 HOT = Sampling(temperature=1.0)
 
 

@@ -15,8 +15,6 @@ from mis_jax.model.layers import Linear
 from mis_jax.model.lora import QuantisedKernel
 from mis_jax.model.written_out import written_out
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def normal(rng, *shape):
     return jnp.asarray(rng.standard_normal(shape), jnp.float32)

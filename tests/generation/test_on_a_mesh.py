@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_world import compiled_env
 
 PROGRAM = """
 import json
@@ -59,13 +58,12 @@ MESHES = {
 
 
 @pytest.mark.slow
-def test_answers_on_a_mesh_are_those_of_one_device(compiled_folder: Path) -> None:
+def test_answers_on_a_mesh_are_those_of_one_device() -> None:
     here = Path(__file__).parent
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(MESHES)],
         env=os.environ
-        | compiled_env(compiled_folder)
         | {"XLA_FLAGS": flags.strip(), "PYTHONPATH": f"{here}:{here.parent}:{here.parent.parent}"},
         capture_output=True,
         text=True,

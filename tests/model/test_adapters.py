@@ -16,7 +16,6 @@ from mis_jax.model.layers import Linear, Verbatim
 from mis_jax.model.lora import Adapter, QuantisedKernel, quantise, set_dropout
 from mis_jax.weights import parameters
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 WIDTH, RANK = 24, 4
 
 

@@ -13,6 +13,8 @@ from mis_jax.model.attention import attend_by_head, attend_xla
 from mis_jax.model.attention_cudnn import attend_cudnn, attend_cudnn_packed, segment_places
 from mis_jax.sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 SEGMENTS = np.array([[1] * 40 + [2] * 70 + [3] * 20 + [0] * 10, [1] * 140], np.int32)
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 128
 

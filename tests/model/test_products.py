@@ -21,6 +21,8 @@ from mis_jax.model.products import product
 from mis_jax.sharding import make_mesh
 from mis_jax.train.program import make_program
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5), (5,)])
 def test_gradients_are_those_of_wide_products_of_the_rounded_numbers(shape):

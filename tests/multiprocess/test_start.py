@@ -46,7 +46,7 @@ def test_processes_that_do_not_come_together(tiny_checkpoint, tiny_data, tmp_pat
     """Waits ten seconds for a second process that never comes."""
     config = run_config(tiny_checkpoint, tiny_data, tmp_path / "run", distributed__timeout=10)
     path = write_yaml(config, tmp_path / "run.yaml")
-    with Job(path, 2, {}) as job:
+    with Job(path, 2) as job:
         job.processes[1].kill()
         assert job.codes()[0] == 1
         (line,) = job.errors()[0].splitlines()

@@ -12,28 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from several_processes import Job, free_port
-from tiny_world import TIMES, compiled_env, read_lines, run_config, write_yaml
+from tiny_world import TIMES, read_lines, run_config, write_yaml
 
 from mis_jax.config import load_config
 from mis_jax.data.pipeline import TrainingData
 from mis_jax.train.loop import train
 from mis_jax.weights.checkpoint import read_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
+pytestmark = pytest.mark.slow
 STEPS = 24
 
 
 @pytest.fixture(scope="module")
-def one(tiny_checkpoint, tiny_data, tmp_path_factory, quick_compile) -> Path:
+def one(tiny_checkpoint, tiny_data, tmp_path_factory) -> Path:
     """The folder of a run in one process."""
     output = tmp_path_factory.mktemp("one") / "run"
     train(settings(tiny_checkpoint, tiny_data, output))
     return output
-
-
-@pytest.fixture(scope="module")
-def environment(compiled_folder) -> dict[str, str]:
-    return compiled_env(compiled_folder)
 
 
 def settings(checkpoint: Path, data: Path, output: Path, **changes):
@@ -78,31 +73,27 @@ def assert_same_bits(a: Path, b: Path) -> None:
         assert np.array_equal(ours[name], value), name
 
 
-def rehearse(config: Path, count: int, environment: dict[str, str]) -> None:
+def rehearse(config: Path, count: int) -> None:
     """What docs/pods.md shows."""
     script = Path(__file__).resolve().parents[2] / "tools" / "launch" / "local.sh"
     found = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PORT": str(free_port()),
     }
-    done = subprocess.run(
-        ["sh", script, str(count), config], env=os.environ | environment | found, timeout=180
-    )
+    done = subprocess.run(["sh", script, str(count), config], env=os.environ | found, timeout=180)
     assert done.returncode == 0
 
 
-def test_a_lost_worker_and_the_same_bits_afterwards(
-    one, tiny_checkpoint, tiny_data, environment, tmp_path
-):
+def test_a_lost_worker_and_the_same_bits_afterwards(one, tiny_checkpoint, tiny_data, tmp_path):
     straight = settings(tiny_checkpoint, tiny_data, tmp_path / "straight")
-    rehearse(write_yaml(straight, tmp_path / "straight.yaml"), 2, environment)
+    rehearse(write_yaml(straight, tmp_path / "straight.yaml"), 2)
     assert_like_one(straight.output, one)
 
     config = settings(tiny_checkpoint, tiny_data, tmp_path / "run")
     path = write_yaml(config, tmp_path / "run.yaml")
     step, victim = random.randrange(5, STEPS - 4), random.randrange(2)
     print(f"process {victim} is killed once step {step} is logged")
-    with Job(path, 2, environment) as job:
+    with Job(path, 2) as job:
         job.wait_for(lambda: logged(config.output) >= step)
         job.processes[victim].kill()
         began = time.monotonic()
@@ -113,19 +104,19 @@ def test_a_lost_worker_and_the_same_bits_afterwards(
         assert "lost contact with another process" in line
         assert f"newest checkpoint is of step {saved(config.output)}: run the same" in line
     assert saved(config.output) < STEPS
-    with Job(path, 2, environment) as job:
+    with Job(path, 2) as job:
         assert job.codes() == [0, 0], job.errors()
     assert_same_bits(config.output, straight.output)
     assert (config.output / "samples.jsonl").read_bytes() == (one / "samples.jsonl").read_bytes()
 
 
-def test_four_processes_then_two_then_one(one, tiny_checkpoint, tiny_data, environment, tmp_path):
+def test_four_processes_then_two_then_one(one, tiny_checkpoint, tiny_data, tmp_path):
     """SIGTERM reaches one process, and all of them stop at one step."""
     config = settings(tiny_checkpoint, tiny_data, tmp_path / "run")
     path = write_yaml(config, tmp_path / "run.yaml")
     before = 0
     for count in (4, 2):
-        with Job(path, count, environment) as job:
+        with Job(path, count) as job:
             job.wait_for(lambda: logged(config.output) > before)  # noqa: B023
             job.processes[-1].terminate()
             assert job.codes() == [75] * count, job.errors()
@@ -140,7 +131,7 @@ def test_four_processes_then_two_then_one(one, tiny_checkpoint, tiny_data, envir
 
 
 def test_a_refusal_on_one_process_is_the_line_of_all(
-    tiny_checkpoint, tiny_data, tiny_processor, environment, tmp_path
+    tiny_checkpoint, tiny_data, tiny_processor, tmp_path
 ):
     """A picture that only one process reads is damaged; with `skip` process 0 tells of it."""
     data = tmp_path / "data"
@@ -151,7 +142,7 @@ def test_a_refusal_on_one_process_is_the_line_of_all(
     bad = next(i for i in first[2:] if "image" in rows[i])  # rows 2 and 3 are of process 1
     picture = data / rows[bad]["image"][0]
     picture.write_bytes(picture.read_bytes()[:200])
-    with Job(write_yaml(config, tmp_path / "stop.yaml"), 2, environment) as job:
+    with Job(write_yaml(config, tmp_path / "stop.yaml"), 2) as job:
         assert job.codes() == [2, 2], job.errors()
         (theirs,), (own,) = (text.splitlines() for text in job.errors())
         assert f"image {picture}" in own
@@ -160,7 +151,7 @@ def test_a_refusal_on_one_process_is_the_line_of_all(
     skip = settings(
         tiny_checkpoint, data, tmp_path / "run", train__steps=2, data__on_bad_sample="skip"
     )
-    with Job(write_yaml(skip, tmp_path / "skip.yaml"), 2, environment) as job:
+    with Job(write_yaml(skip, tmp_path / "skip.yaml"), 2) as job:
         assert job.codes() == [0, 0], job.errors()
     line, numbers = read_lines(config.output / "samples.jsonl")[0], lines_of(config.output)[0]
     assert line["ids"] == [i for i in first if i != bad]

@@ -11,6 +11,8 @@ from mis_jax.generation.engine import Engine
 from mis_jax.model.written_out import written_out
 from mis_jax.weights.parameters import build
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 PROMPTS = 200
 
 

@@ -16,6 +16,8 @@ from mis_jax.model.internvl import row_lengths
 from mis_jax.weights.checkpoint import Checkpoint, read_checkpoint
 from mis_jax.weights.parameters import build
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 TOLERANCE = 1e-4
 # tiles of every image of every row
 PADDED = [[2, 3], [], [5], [1, 1]]

@@ -20,6 +20,8 @@ from mis_jax.weights.parameters import build
 sys.path.append(str(Path(__file__).parents[2]))
 from benchmarks.peer import TILE, torch_model
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 TEXTS, IMAGES = [30, 9, 60, 17], [1, 0, 2, 1]  # of each prompt; every image is one tile
 
 

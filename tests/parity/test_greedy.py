@@ -9,6 +9,8 @@ from test_forward import checkpoint_of, our_batch
 
 from mis_jax.weights.parameters import build
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 NEW_TOKENS = 64
 TIE = 1e-4  # where the two best logits lie closer, either token is right
 ROWS = [[], [3], [2, 4], [5], [1, 1]]  # tiles of every image of every row

@@ -16,12 +16,10 @@ import pytest
 from PIL import Image
 from scripted_engine import CONTEXT
 from serve_world import MODEL, World, body, data_uri, image, serving
-from tiny_world import compiled_env
 
 import mis_jax
 from mis_jax.serve.program import engine_for
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 TOKENS = 12
 
 
@@ -31,7 +29,7 @@ def loaded(tiny_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def world(loaded, quick_compile) -> Iterator[World]:
+def world(loaded) -> Iterator[World]:
     model, processor = loaded
     engine = engine_for(model, processor, rows=4, max_length=CONTEXT)
     with serving(engine, processor, rows=4) as world:
@@ -119,7 +117,7 @@ def test_logprobs_are_those_of_the_answer(world, expected):
         )
 
 
-def test_the_command(tiny_checkpoint: Path, compiled_folder: Path):
+def test_the_command(tiny_checkpoint: Path):
     program = "from mis_jax.cli import main; main()"
     options = f"--port 0 --name {MODEL} --api-key-env K --max-concurrent 4".split()
     words = ["serve", str(tiny_checkpoint), *options]
@@ -127,7 +125,7 @@ def test_the_command(tiny_checkpoint: Path, compiled_folder: Path):
         [sys.executable, "-c", program, *words],
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | compiled_env(compiled_folder) | {"K": "the-key"},
+        env=os.environ | {"K": "the-key"},
     ) as server:
         assert server.stdout is not None
         url = re.search(r"http://127\.0\.0\.1:\d+/v1", server.stdout.readline())[0]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_world import TIMES, compiled_env, picture, read_lines, run_config, sample, write_yaml
+from tiny_world import TIMES, picture, read_lines, run_config, sample, write_yaml
 
 from mis_jax.config import load_config
 from mis_jax.data.processor import Processor
@@ -25,7 +25,6 @@ from mis_jax.train.loop import FailedRun, Interrupted, train
 from mis_jax.weights.checkpoint import read_checkpoint
 from mis_jax.weights.convert import write_checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 STEPS = 6  # with a checkpoint every 2
 CONTRACT = {"step", "loss", "learning_rate", "grad_norm", "tokens", "samples", "seconds"}
 PACKED = dict(data__packing=True, data__max_length=200, train__global_batch=2)
@@ -59,7 +58,7 @@ def config(tiny_checkpoint, tiny_data, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def straight(tiny_checkpoint, tiny_data, tmp_path_factory, quick_compile) -> Path:
+def straight(tiny_checkpoint, tiny_data, tmp_path_factory) -> Path:
     """The folder of a run that nothing disturbed."""
     output = tmp_path_factory.mktemp("straight") / "run"
     seen = []
@@ -212,7 +211,7 @@ def test_a_crash_between_saves_and_a_torn_line(config, straight):
     assert_same_run(config.output, straight)
 
 
-def test_sigkill(config, straight, compiled_folder, tmp_path):
+def test_sigkill(config, straight, tmp_path):
     """Killed twice: before anything was saved, and later."""
     program = (
         "import os, sys; sys.path.insert(0, sys.argv[2])\n"
@@ -224,9 +223,8 @@ def test_sigkill(config, straight, compiled_folder, tmp_path):
     )
     path = write_yaml(config, tmp_path / "run.yaml")
     command = [sys.executable, "-c", program, str(path), str(Path(__file__).parents[1])]
-    environment = os.environ | compiled_env(compiled_folder)
     for step in (1, 5):
-        done = subprocess.run([*command, str(step)], env=environment, capture_output=True)
+        done = subprocess.run([*command, str(step)], capture_output=True)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
         assert metrics_of(config.output)[-1]["step"] == step  # what was logged is on disk
     assert saved_steps(config.output) in ([2], [2, 4])  # the last may have been on its way
@@ -235,7 +233,7 @@ def test_sigkill(config, straight, compiled_folder, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def packed(tiny_checkpoint, tiny_data, tmp_path_factory, quick_compile) -> Path:
+def packed(tiny_checkpoint, tiny_data, tmp_path_factory) -> Path:
     """The folder of a run on packed rows that nothing disturbed."""
     output = tmp_path_factory.mktemp("packed") / "run"
     train(run_config(tiny_checkpoint, tiny_data, output, **PACKED))

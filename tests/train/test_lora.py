@@ -19,7 +19,6 @@ from mis_jax.weights import parameters
 from mis_jax.weights.checkpoint import Checkpoint, read_checkpoint
 from mis_jax.weights.peft_files import read_adapter
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 BOTH = ("vision", "language")
 RANK = 4
 TARGETS = (  # every linear map of the blocks, in transformers' names

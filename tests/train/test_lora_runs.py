@@ -23,11 +23,9 @@ from mis_jax.train.program import make_program
 from mis_jax.weights import parameters
 from mis_jax.weights.checkpoint import load, open_checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
-def run(tiny_checkpoint, tiny_data, quick_compile):
+def run(tiny_checkpoint, tiny_data):
     """What a run compiles, a function that gives its first state, and a batch."""
     config = run_of(tiny_checkpoint, tiny_data, tiny_data, train__steps=3)
     opened = open_checkpoint(config.model)

@@ -11,6 +11,8 @@ from mis_jax.data.collate import Example, collate
 from mis_jax.model.batch import Batch
 from mis_jax.train import loss as loss_module
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 VOCAB = 17
 
 

@@ -15,7 +15,7 @@ from mis_jax.model.vision import drop_path_factors
 from mis_jax.sharding import make_mesh, put_batch
 from mis_jax.train.program import Program, make_program
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
+pytestmark = pytest.mark.slow
 
 
 def program_of(

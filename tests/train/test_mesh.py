@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from tiny_world import compiled_env
 
 from mis_jax.config import MeshConfig
 from mis_jax.sharding import AXES, FSDP, FSDP_TENSOR, REPLICATED, Rules, make_mesh
@@ -91,14 +90,14 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_checkpoint, tiny_data, compiled_folder, tmp_path_factory) -> dict:
+def runs(tiny_checkpoint, tiny_data, tmp_path_factory) -> dict:
     """The same three steps on three meshes, in a process that sees eight devices."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     work = tmp_path_factory.mktemp("meshes")
     tests = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *map(str, (tests, tiny_checkpoint, tiny_data, work))],
-        env=os.environ | compiled_env(compiled_folder) | {"XLA_FLAGS": flags.strip()},
+        env=os.environ | {"XLA_FLAGS": flags.strip()},
         capture_output=True,
         text=True,
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_world import compiled_env
 
 from mis_jax.config import MeshConfig
 from mis_jax.model.family import FAMILY
@@ -35,11 +34,11 @@ COLLECTIVES = {
 
 
 @pytest.fixture(scope="module")
-def runs(compiled_folder) -> dict:
+def runs() -> dict:
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("mesh_runs.py"))],
-        env=os.environ | compiled_env(compiled_folder) | {"XLA_FLAGS": flags.strip()},
+        env=os.environ | {"XLA_FLAGS": flags.strip()},
         capture_output=True,
         text=True,
     )

@@ -5,6 +5,8 @@ import pytest
 
 from mis_jax.train.norms import norm, sum_of_squares
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(

@@ -15,8 +15,6 @@ from mis_jax.train.loop import train
 from mis_jax.train.meter import Meter
 from mis_jax.train.metrics import MetricsLog
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def test_mfu_is_what_the_formula_says():
     """The 8B on one H100: 4,184 tokens and 14 tiles of a MIS sample take 229.6 TFLOPs to train."""

@@ -12,8 +12,6 @@ from mis_jax.model.internvl import InternVL, row_lengths
 from mis_jax.weights import parameters
 from mis_jax.weights.checkpoint import Checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def batch_of(rows: list[list[Example]], tiles: int, reduction) -> Batch:
     flat = collate(

@@ -10,6 +10,8 @@ from mis_jax.config import DtypeConfig, OptimizerConfig
 from mis_jax.train.optimizer import make_optimizer
 from mis_jax.train.rounding import apply_updates, round_stochastically, seed_of
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def test_the_mean_over_seeds_is_the_value():
     x = jnp.asarray(np.random.default_rng(0).normal(0, 10, 200), jnp.float32)

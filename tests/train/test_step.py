@@ -18,8 +18,6 @@ from mis_jax.train.step import TrainState, make_train_step, split_parameters
 from mis_jax.weights import parameters
 from mis_jax.weights.checkpoint import Checkpoint, read_checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 # What a gradient is made of: rows of different lengths, numbers of answer tokens and tiles.
 TILES = [[2, 1], [], [1], [1, 1]]
 ANSWERS = (3, 9, 1, 5)
