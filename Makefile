@@ -15,13 +15,14 @@ LISTS := pyproject.toml constraints.txt
 CORE := $(VENV)/.installed-core
 DEV := $(VENV)/.installed-dev
 
-# Passed on, for example: make test PYTEST_ARGS="-m 'not slow'"; make quickstart ARGS=--controls
+# Passed on, for example: make test PYTEST_ARGS='-k packing'; make quickstart ARGS=--controls
 PYTEST_ARGS ?=
 # Compiling, which is much of a test's time, keeps one core busy. The largest test takes half of 24 GiB.
 TEST_PROCESSES ?= 2
+PYTEST = $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=20
 ARGS ?=
 
-.PHONY: help setup quickstart test bench bench-all lint format docs clean
+.PHONY: help setup quickstart test test-all bench bench-all lint format docs clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -31,8 +32,11 @@ setup: $(DEV)  ## create .venv with everything a developer needs
 quickstart: $(CORE)  ## the whole loop on the mini world, report in runs/quickstart
 	$(BIN)/mis-jax quickstart $(ARGS)
 
-test: lint  ## lint, then every test
-	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=15 $(PYTEST_ARGS)
+test: lint  ## lint, then the tests that are not marked slow: every part, in minutes
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+test-all: test  ## and the slow ones: real sizes, the quickstart, processes killed, hosts, meshes
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 bench: $(DEV)  ## a quick look at some benchmarks; conversion of a 1B-size checkpoint, every bit
 	$(BIN)/python -m benchmarks all --smoke

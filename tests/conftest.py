@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,7 +24,12 @@ collect_ignore = [] if _HAS_TORCH else ["parity"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Count where the time goes."""
+    """Count where the time goes; and let Ctrl-C through.
+
+    A shell starts jobs in the background with SIGINT ignored, which is inherited by every process
+    that a test starts.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(TimeReport(config))
 
 

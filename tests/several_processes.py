@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from waiting import DEADLINE, until
+
 _START = """
 import sys
 
@@ -29,7 +31,7 @@ def run_together(program: str, *words: object, count: int = 2) -> None:
         for i in range(count)
     ]
     try:
-        assert [process.wait(timeout=120) for process in processes] == [0] * count
+        assert [process.wait(timeout=DEADLINE) for process in processes] == [0] * count
     finally:
         for process in processes:
             process.kill()
@@ -64,16 +66,17 @@ class Job:
             process.kill()
             process.wait()
 
-    def wait_for(self, happened: Callable[[], bool], seconds: float = 120) -> None:
+    def wait_for(self, happened: Callable[[], bool]) -> None:
         """Return once something happened; no process may end before."""
-        end = time.monotonic() + seconds
-        while not happened():
-            assert time.monotonic() < end, "nothing happened"
+
+        def running() -> bool:
             codes = [process.poll() for process in self.processes]
             assert codes == [None] * len(codes), (codes, self.errors())
-            time.sleep(0.01)
+            return True
 
-    def codes(self, seconds: float = 120) -> list[int]:
+        until(happened, still=running)
+
+    def codes(self, seconds: float = DEADLINE) -> list[int]:
         """Exit codes, which all processes must give in so many seconds."""
         end = time.monotonic() + seconds
         return [process.wait(max(0.1, end - time.monotonic())) for process in self.processes]

@@ -102,11 +102,14 @@ def test_every_shown_verb_has_help_with_an_example(verb: tuple[str, ...]) -> Non
     assert f"mis-jax {' '.join(verb)}" in text
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: f"{c.where} {' '.join(c.verb)}")
-def test_every_shown_option_exists(command: Command) -> None:
-    _, text = _help(command.verb)
-    known = set(re.findall(r"--[a-z][a-z0-9.-]*", text))
-    assert set(command.options) <= known
+def test_every_shown_option_exists() -> None:
+    unknown = []
+    for command in COMMANDS:
+        _, text = _help(command.verb)
+        known = set(re.findall(r"--[a-z][a-z0-9.-]*", text))
+        if left := set(command.options) - known:
+            unknown.append((command.where, command.verb, left))
+    assert unknown == []
 
 
 def test_every_shown_make_target_exists() -> None:
@@ -126,13 +129,11 @@ def test_the_readme_starts_with_the_two_commands() -> None:
     assert lines[:2] == ["$ make quickstart", "$ make test"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_to_files_lead_somewhere(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    links = re.findall(r"\]\(([^)#\s]+)", text)
+def test_links_to_files_lead_somewhere() -> None:
     gone = [
-        link
-        for link in links
+        (page.name, link)
+        for page in PAGES
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
         if not link.startswith(("http://", "https://")) and not (page.parent / link).exists()
     ]
     assert gone == []
@@ -165,13 +166,6 @@ def test_the_example_configuration_is_accepted(tmp_path: Path) -> None:
     text = "\n".join(line for _, language, line in _fenced(page) if language == "yaml")
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
-    load_config(path)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
-def test_every_shipped_configuration_is_accepted(path: Path) -> None:
-    from mis_jax.config import load_config
-
     load_config(path)
 
 

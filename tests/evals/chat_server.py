@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from waiting import DEADLINE
+
 MODEL = "judge-model"
 NONCE = re.compile(r"nonce (\d+)")
 
@@ -93,6 +95,7 @@ class ChatServer:
         self.bodies: list[tuple[str, dict[str, Any]]] = []
         self.keys: list[str | None] = []
         self.at_once = self.most_at_once = 0
+        self.last_moment = 0.0  # of an answer or a question
         self.lock = threading.Lock()
         self.url = ""
 
@@ -104,14 +107,21 @@ class ChatServer:
             self.bodies.append((nonce, body))
             self.keys.append(key)
             self.at_once += 1
+            self.last_moment = time.monotonic()
             self.most_at_once = max(self.most_at_once, self.at_once)
             said = self.script(nonce, self.calls[nonce], body)
         time.sleep(said.delay)
         if said.until:
-            said.until.wait(30)
+            said.until.wait(DEADLINE)
         with self.lock:
             self.at_once -= 1
+            self.last_moment = time.monotonic()
         return said
+
+    def quiet_for(self, seconds: float) -> bool:
+        """Whether nothing is under way, and was not for so long."""
+        with self.lock:
+            return not self.at_once and time.monotonic() - self.last_moment >= seconds
 
     @property
     def judged(self) -> Counter[str]:

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 from chat_server import MODEL, Say, fault, pictures_of, said_of, serving
 from eval_world import rows
 from PIL import Image
+from waiting import DEADLINE, until
 
 from mis_jax.cli import main
 from mis_jax.evals import chat_client
@@ -290,8 +290,7 @@ def test_our_own_server_answers_as_the_checkpoint_does(data_root: Path, tmp_path
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    until(lambda: server.started)
     try:
         client = ChatClient(f"{address_of(bound)}/v1", "mini")
         endpoint = open_endpoint(client)
@@ -300,7 +299,7 @@ def test_our_own_server_answers_as_the_checkpoint_does(data_root: Path, tmp_path
     finally:
         service.close()
         server.should_exit = True
-        thread.join(10)
+        thread.join(DEADLINE)
     assert [answer.text for answer in answers] == [answer.text for answer in wanted]
     assert [a.prompt_tokens for a in answers] == [a.prompt_tokens for a in wanted]
     assert len({answer.text for answer in answers}) > 1

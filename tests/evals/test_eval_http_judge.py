@@ -24,6 +24,7 @@ import pytest
 from chat_server import MODEL, ChatServer, Say, fault, pictures_of, said_of, serving
 from eval_judged import BAD, GOOD, HASTY, MIS, always, answered, client_of, write_mis
 from eval_world import rows
+from waiting import until
 
 from mis_jax.cli import main
 from mis_jax.evals import chat_client
@@ -544,11 +545,12 @@ def test_a_killed_judge_pays_twice_for_what_was_under_way_alone(run_of, tmp_path
         command = [sys.executable, "-c", program, *words, "--concurrency", "3"]
         for wanted in (6, 15):  # killed twice
             with subprocess.Popen(command, env=os.environ, stderr=subprocess.DEVNULL) as process:
-                while not log.exists() or log.read_bytes().count(b"\n") < wanted:
-                    assert process.poll() is None
-                    time.sleep(0.005)
+                until(
+                    lambda: log.exists() and log.read_bytes().count(b"\n") >= wanted,  # noqa: B023
+                    still=lambda: process.poll() is None,
+                )
                 process.send_signal(signal.SIGKILL)
-            time.sleep(0.3)  # calls of the dead process come to their end
+            until(lambda: server.quiet_for(0.3))  # calls of the dead process come to their end
             kept = {row["id"] for row in read_log(log)}
             paid = Counter(server.judged)
             assert wanted <= len(kept) < 40

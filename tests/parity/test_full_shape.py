@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from engine_runs import letters, run_all
-from test_greedy import NEW_TOKENS, their_tokens
+from test_greedy import their_tokens
 
 from mis_jax.data.collate import Example
 from mis_jax.generation.engine import Engine
@@ -22,6 +22,7 @@ from benchmarks.peer import TILE, torch_model
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
+NEW_TOKENS = 24
 TEXTS, IMAGES = [30, 9, 60, 17], [1, 0, 2, 1]  # of each prompt; every image is one tile
 
 
@@ -41,7 +42,9 @@ def test_four_prompts_in_one_batch(tmp_path, seed, rng):
         ids = rng.integers(10, image_token - 100, text)
         rows.append(np.insert(ids, 4, [image_token] * (256 * images)))
         tiles.append(rng.integers(0, 256, (images, TILE, TILE, 3), dtype=np.uint8))
-    expected = [their_tokens(theirs, *prompt) for prompt in zip(rows, tiles, strict=True)]
+    expected = [
+        their_tokens(theirs, *prompt, NEW_TOKENS) for prompt in zip(rows, tiles, strict=True)
+    ]
     theirs.save_pretrained(tmp_path / "hf")
     del theirs
     gc.collect()

@@ -16,7 +16,7 @@ TIE = 1e-4  # where the two best logits lie closer, either token is right
 ROWS = [[], [3], [2, 4], [5], [1, 1]]  # tiles of every image of every row
 
 
-def their_tokens(model, row: np.ndarray, tiles: np.ndarray) -> np.ndarray:
+def their_tokens(model, row: np.ndarray, tiles: np.ndarray, count=NEW_TOKENS) -> np.ndarray:
     """Greedy tokens of one row, unpadded and alone, up to the first near tie."""
     ids = torch.from_numpy(row)[None]
     model.generation_config.eos_token_id = None
@@ -26,13 +26,13 @@ def their_tokens(model, row: np.ndarray, tiles: np.ndarray) -> np.ndarray:
         attention_mask=torch.ones_like(ids),
         **({} if pixels is None else {"pixel_values": pixels}),
         do_sample=False,
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
+        max_new_tokens=count,
+        min_new_tokens=count,
         output_logits=True,
         return_dict_in_generate=True,
     )
     tokens = output.sequences[0, len(row) :].numpy()
-    assert len(tokens) == NEW_TOKENS
+    assert len(tokens) == count
     best_two = torch.stack(output.logits)[:, 0].topk(2).values
     ties = np.flatnonzero((best_two[:, 0] - best_two[:, 1]).numpy() <= TIE)
     return tokens[: ties[0]] if len(ties) else tokens

@@ -4,8 +4,7 @@ import base64
 import contextlib
 import io
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import openai
 import uvicorn
 from PIL import Image
 from scripted_engine import CONTEXT, ScriptedEngine
+from waiting import DEADLINE, until
 
 from mis_jax.generation.service import Service
 from mis_jax.serve.app import create_app
@@ -75,14 +75,6 @@ def image(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def until(holds: Callable[[], bool], seconds: float = 5.0) -> None:
-    """Wait for something that another thread brings about."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.005)
-
-
 @contextlib.contextmanager
 def running(
     processor: Any, *, rows: int = 4, queue: int = 64, pause: float = 0.0, **settings: Any
@@ -111,9 +103,9 @@ def serving(
     thread.start()
     until(lambda: server.started)
     url = address_of(bound)
-    with httpx2.Client(base_url=url, timeout=60) as client:
+    with httpx2.Client(base_url=url, timeout=DEADLINE) as client:
         yield World(url, engine, service, client, settings.get("image_folder"))
     service.close()
     server.should_exit = True
-    thread.join(10)
+    thread.join(DEADLINE)
     assert not thread.is_alive()

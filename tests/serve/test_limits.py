@@ -18,8 +18,9 @@ import httpx2
 import openai
 import pytest
 from scripted_engine import CONTEXT, FAIL, ScriptedEngine
-from serve_world import MODEL, World, body, error_of, running, until
+from serve_world import MODEL, World, body, error_of, running
 from starlette.types import Message
+from waiting import until
 
 from mis_jax.generation.service import Service
 from mis_jax.serve import streaming

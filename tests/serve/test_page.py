@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from scripted_engine import FAIL
-from serve_world import World, running, until
+from serve_world import World, running
+from waiting import until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from scripted_engine import CONTEXT, FAIL, ScriptedEngine
-from serve_world import until
+from waiting import DEADLINE, until
 
 from mis_jax.generation.requests import Piece, Request
 from mis_jax.generation.sampling import Sampling
@@ -49,7 +49,7 @@ class Heard:
     def answer(self) -> str:
         text = ""
         while True:
-            what = self._told.get(timeout=5)
+            what = self._told.get(timeout=DEADLINE)
             if isinstance(what, Exception):
                 raise what
             text += what.text

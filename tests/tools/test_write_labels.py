@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from waiting import DEADLINE, until
 
 from mis_jax.config import Source
 from mis_jax.data.chat import count_images, from_sharegpt
@@ -327,10 +328,10 @@ def start(data: Path, teacher: Teacher) -> subprocess.Popen:
         [*command, "--concurrency", "1"], stderr=subprocess.PIPE, text=True, env=dict(os.environ)
     )
     path = data.parent / "labels" / "labels.jsonl"
-    until = time.monotonic() + 30
-    while not path.exists() or path.read_bytes().count(b"\n") < 2:
-        assert time.monotonic() < until and process.poll() is None
-        time.sleep(0.01)
+    until(
+        lambda: path.exists() and path.read_bytes().count(b"\n") >= 2,
+        still=lambda: process.poll() is None,
+    )
     return process
 
 
@@ -354,7 +355,7 @@ def test_a_killed_run_goes_on(data, teacher):
 def test_ctrl_c_keeps_what_is_done(data, teacher):
     process = start(data, teacher)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=50)  # a busy disk; the teacher waits for longer
+    _, said = process.communicate(timeout=DEADLINE)
     teacher.go_on.set()
     assert process.returncode == 1 and "run the same command again" in said
     assert "Traceback" not in said

@@ -10,12 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_world import TIMES, picture, read_lines, run_config, sample, write_yaml
+from waiting import until
 
 from mis_jax.config import load_config
 from mis_jax.data.processor import Processor
@@ -435,8 +435,7 @@ def test_a_full_disk_under_a_checkpoint(config, straight):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill() -> None:
-        while not (config.output / "checkpoints" / "2").exists():  # written in the background
-            time.sleep(0.01)
+        until((config.output / "checkpoints" / "2").exists)  # written in the background
         resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, hard))
 
     try:
