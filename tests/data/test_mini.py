@@ -239,6 +239,7 @@ def test_every_picture_exists_and_is_used_once(folder: Path) -> None:
         assert picture.size == (112, 112) and picture.mode == "RGB"
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_and_nothing_left_beside(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,7 @@ def made_runs(root: Path, hashes: dict[str, str], words: int) -> list[tuple[str,
     return [run("before", lambda n: n % 5 != 0), run("after", lambda n: n == 7)]
 
 
+@pytest.mark.slow
 def test_two_thousand_samples_with_pictures_stay_under_5_mb(tmp_path: Path) -> None:
     hashes = made_data(tmp_path / "data", 2000, (96, 72), 24)
     runs = made_runs(tmp_path, hashes, 60)  # 1,500 characters an answer, 6 MB in all

@@ -73,7 +73,7 @@ def made(model, batch, *, limit=24, **how) -> list[list[int]]:
     return [[token.id for piece in pieces for token in piece.tokens] for pieces in answers]
 
 
-@pytest.mark.parametrize("layers", ["scanned", "written out"])
+@pytest.mark.parametrize("layers", [pytest.param("scanned", marks=pytest.mark.slow), "written out"])
 def test_most_answers_are_those_of_a_whole_cache(model, rng, layers):
     model = model if layers == "scanned" else written_out(model)
     batch = random_batch(rng, [5, 30, 3, 150, 9, 140, 20, 60], [2, 0, 1, 3, 0, 2, 1, 0])
@@ -147,6 +147,7 @@ def test_next_token_probabilities_stay_close(model, rng):
     assert (whole.argmax(-1) == again.argmax(-1)).mean() > 0.95
 
 
+@pytest.mark.slow
 def test_a_random_model_of_any_kind_answers_with_both(seed, rng):
     for changes in (dict(kind="qwen3"), dict(kind="internlm2")):
         model = written_out(random_model(tiny_config(**changes), seed), int8=True)

@@ -211,6 +211,7 @@ def test_a_crash_between_saves_and_a_torn_line(config, straight):
     assert_same_run(config.output, straight)
 
 
+@pytest.mark.slow
 def test_sigkill(config, straight, tmp_path):
     """Killed twice: before anything was saved, and later."""
     program = (

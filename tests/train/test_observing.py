@@ -80,6 +80,7 @@ def test_answers_are_logged_and_the_best_checkpoint_stays(observed):
     assert kept == {4}  # the newest is the best
 
 
+@pytest.mark.slow
 def test_held_out_answers_of_the_mini_model(tmp_path):
     """The shipped model before fine-tuning, which helps with most of what it should not."""
     from mis_jax.api import load

@@ -23,7 +23,17 @@ TEXT = "Describe the two pictures, 图中有什么？ 🙂"
 CUT = dict(layers=2, vision_layers=2, shrink=16, vocabulary=1200, image_size=56)
 
 
-@pytest.mark.parametrize("name", FAMILY)
+#: Each kind of decoder with each kind of tower.
+_EVERY_RUN = {
+    "internvl2_5-1b", "internvl3-38b", "internvl2_5-8b", "internvl2_5-26b", "internvl3_5-1b",
+    "internvl3_5-38b",
+}  # fmt: skip
+_NAMES = [
+    pytest.param(name, marks=() if name in _EVERY_RUN else pytest.mark.slow) for name in FAMILY
+]
+
+
+@pytest.mark.parametrize("name", _NAMES)
 def test_transformers_opens_every_model_of_the_family(name, rng, tmp_path):
     """Plain `from_pretrained`, nothing missing, the same ids and logits; and the way back."""
     config = tool.cut(FAMILY[name], **CUT)

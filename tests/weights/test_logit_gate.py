@@ -124,7 +124,7 @@ STAGES = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tower", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("tower", ["layer_norm", pytest.param("rms_norm", marks=pytest.mark.slow)])
 def test_one_layer_at_a_time_gives_the_same_logits(kind, tower, rng, tmp_path):
     config = dataclasses.replace(
         tiny_config(kind, tower), select_layer=-1 if kind != "llama" else -2
