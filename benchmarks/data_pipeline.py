@@ -275,7 +275,10 @@ class Peer:
         import torch
 
         row = self.rows[index]
-        images = [Image.open(self.folder / name).convert("RGB") for name in row["image"]]
+        images = [
+            Image.open(self.folder / name, formats=("PNG", "JPEG")).convert("RGB")
+            for name in row["image"]
+        ]
         made = self.processor(images, return_tensors="pt")
         question, answer = (turn["value"] for turn in row["conversations"])
         for count in made["num_patches"]:

@@ -167,7 +167,7 @@ def side_of(side: str, workload: Workload) -> Callable[[Path], np.ndarray]:
     processor, _ = image_processor(workload.budget)
 
     def by_transformers(file: Path) -> np.ndarray:
-        picture = Image.open(file).convert("RGB")
+        picture = Image.open(file, formats=("PNG", "JPEG")).convert("RGB")
         return processor([picture], return_tensors="np")["pixel_values"]
 
     return by_transformers
@@ -175,7 +175,7 @@ def side_of(side: str, workload: Workload) -> Callable[[Path], np.ndarray]:
 
 def by_pillow(file: Path, columns: int, rows: int) -> np.ndarray:
     """The floor: decode, resize, crop."""
-    picture = Image.open(file).convert("RGB")
+    picture = Image.open(file, formats=("PNG", "JPEG")).convert("RGB")
     whole = picture.resize((columns * TILE, rows * TILE), Image.Resampling.BICUBIC)
     tiles = [
         whole.crop((x * TILE, y * TILE, (x + 1) * TILE, (y + 1) * TILE))

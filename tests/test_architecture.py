@@ -143,6 +143,19 @@ def test_no_call_can_run_code_from_a_file() -> None:
     assert found == set()
 
 
+def test_every_image_is_opened_in_an_allowed_format() -> None:
+    """Without `formats` Pillow opens 43, some of which run programs."""
+    open_calls = [
+        (f"{_name(path)}:{call.lineno}", {word.arg for word in call.keywords})
+        for folder in (PACKAGE, ROOT / "tools", ROOT / "benchmarks")
+        for path in sorted(folder.rglob("*.py"))
+        for call in _calls(path)
+        if ast.unparse(call.func) in {"Image.open", "PIL.Image.open"}
+    ]
+    assert {where.partition(":")[0] for where, _ in open_calls} >= {"mis_jax/data/images.py"}
+    assert [where for where, words in open_calls if "formats" not in words] == []
+
+
 def _plain(requirement: str) -> str:
     """'Etils[epath]>=1.13' -> 'etils', with the dashes of the index."""
     return re.split(r"[\[<>=!~; ]", requirement)[0].lower().replace("_", "-")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from label_prompt import PROMPT_VERSION
-from PIL import Image
 
 from mis_jax.data.chat import IMAGE_MARKER
+from mis_jax.data.images import image_size
 from mis_jax.evals.benchmarks.rows import row_ids
 from mis_jax.evals.hashing import digest, file_digest
 
@@ -137,12 +137,9 @@ def _relative(image: str, root: Path, where: str) -> str:
 def _look_at(path: Path, where: str) -> None:
     """Only the header: decoding ten thousand pictures would hold up every restart."""
     try:
-        with Image.open(path):
-            pass
-    except FileNotFoundError:
-        raise ValueError(f"{where}: {path} does not exist; check it and --root") from None
-    except Exception as error:  # Pillow's decoders raise many types for damaged files
-        raise ValueError(f"{where}: {path} is not a readable image ({error}); replace it") from None
+        image_size(path)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def sample_key(sample: Sample, model: str) -> str:

@@ -11,9 +11,8 @@ from typing import Any, Literal
 import openai
 from label_prompt import is_harmless, is_refusal, request_text
 from label_rows import Sample
-from PIL import Image
 
-from mis_jax.data.images import open_image
+from mis_jax.data.images import image_format, open_image
 
 State = Literal["ok", "harmless", "refused", "truncated", "empty", "error"]
 #: Codes with which servers decline a request by its content, beside finish_reason.
@@ -117,8 +116,7 @@ def data_url(path: Path) -> str:
     """
     content = path.read_bytes()
     image = open_image(io.BytesIO(content), name=str(path))
-    with Image.open(io.BytesIO(content)) as opened:
-        kind = opened.format or ""
+    kind = image_format(io.BytesIO(content), name=str(path))
     if kind not in _SENT_AS_IS:
         stream, kind = io.BytesIO(), "PNG"
         image.save(stream, kind)

@@ -20,4 +20,4 @@ def encoded_again(
 def _through_jpeg(tile: np.ndarray, quality: int) -> np.ndarray:
     encoded = io.BytesIO()
     Image.fromarray(tile).save(encoded, format="JPEG", quality=quality)
-    return np.asarray(Image.open(encoded))
+    return np.asarray(Image.open(encoded, formats=["JPEG"]))

@@ -1,4 +1,4 @@
-"""Image files to RGB in Pillow: strict with damaged files, one clear line for what cannot be used.
+"""The one place that opens image files: few formats, strict with damage, one clear line of refusal.
 
 Colours are those of Pillow's `convert("RGB")`, which upstream uses, but for one case: 16-bit
 greyscale keeps its upper 8 bits. Pillow clips it to white, and a model would train on a blank
@@ -22,6 +22,12 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from mis_jax.data.sources import Picture
 
+#: Pillow's names of the formats that are opened; nothing else is ever decoded. Pillow knows 43, and
+#: some of those run a program (PostScript), open what they contain in any other format (IPTC, ICNS)
+#: or decode in full where only the size was asked (ICO, FITS). Of an animation the first frame.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+#: Some cameras write several JPEGs one behind the other; Pillow opens the first one.
+_FOUND_AS_JPEG = "MPO"
 #: Images above this many pixels are refused: Pillow's own limit against decompression bombs.
 MAX_PIXELS = 178_956_970
 #: Images with a longer side are refused: JPEG's limit. It bounds what resizing a strip of one
@@ -50,8 +56,8 @@ def open_image(
         max_pixels: larger images are refused before they are decoded.
 
     Raises:
-        ValueError: the file is missing, cut short, damaged, too large, or no image Pillow can read,
-            or it has values that do not fit 8 bits a channel (see `as_rgb`).
+        ValueError: the file is missing, cut short, damaged, too large or in none of `FORMATS`, or
+            it has values that do not fit 8 bits a channel (see `as_rgb`).
     """
     name = name or _name_of(path_or_image)
     with _explained(name, max_pixels), _strict, _opened(path_or_image, name) as image:
@@ -84,6 +90,18 @@ def image_size(
             size = image.size
     _check_size(size, name, max_pixels)
     return size
+
+
+def image_format(path_or_image: ImageSource, *, name: str | None = None) -> str:
+    """Which of `FORMATS` a file is in, from its header.
+
+    Raises:
+        ValueError: as `image_size`.
+    """
+    name = name or _name_of(path_or_image)
+    with _explained(name, MAX_PIXELS), _strict, _opened(path_or_image, name) as image:
+        found = image.format or ""
+    return "JPEG" if found == _FOUND_AS_JPEG else found
 
 
 def as_rgb(image: Image.Image, name: str = "(in memory)") -> Image.Image:
@@ -144,22 +162,31 @@ _strict = _Strict()
 def _opened(source: ImageSource, name: str) -> Iterator[Image.Image]:
     """The image with its header read; a file that is opened here is closed at the end."""
     if isinstance(source, Image.Image):
+        unread = bool(getattr(source, "tile", None))  # opened by the caller, not yet decoded
+        if unread and source.format not in (*FORMATS, _FOUND_AS_JPEG):
+            raise _Refused(_other_format(name, source.format))
         yield source
         return
     stream = _stream(source)
     try:
         if stream is not source and not stream.read(1):
             raise _Refused(f"image {name} is empty (0 bytes); fetch or export it again")
-        image = Image.open(stream)
-        if image.format == "EPS":
-            raise _Refused(
-                f"image {name} is PostScript, a program that Pillow would have run; "
-                "export it as PNG or JPEG"
-            )
+        try:
+            image = Image.open(stream, formats=FORMATS)
+        except UnidentifiedImageError:
+            raise _Refused(_other_format(name, None)) from None
         yield image
     finally:
         if stream is not source:
             stream.close()
+
+
+def _other_format(name: str, found: str | None) -> str:
+    what = f"{found} is not opened" if found else "no image format fits its header"
+    return (
+        f"image {name} cannot be decoded ({what}); it is damaged, not an image or none of "
+        f"{', '.join(FORMATS)}: fetch it again or export it as PNG"
+    )
 
 
 def _stream(source: str | os.PathLike[str] | Picture | BinaryIO) -> BinaryIO:
@@ -193,8 +220,7 @@ def _explained(name: str, max_pixels: int) -> Iterator[None]:
     except Exception as error:
         # Pillow's decoders report damaged files with many exception types (OSError, SyntaxError,
         # ValueError, struct.error, ...): all of them mean that this file is unusable.
-        known = not isinstance(error, UnidentifiedImageError)  # whose text names a Python object
-        reason = " ".join(str(error).split()) if known else "no image format fits its header"
+        reason = " ".join(str(error).split())
         raise ValueError(
             f"image {name} cannot be decoded ({reason}); it is cut short, damaged or not an image: "
             "fetch or export it again"

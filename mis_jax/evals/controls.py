@@ -20,6 +20,7 @@ from typing import Any
 
 from PIL import Image
 
+from mis_jax.data.images import image_size
 from mis_jax.evals.types import Benchmark, Sample
 from mis_jax.folders import replace_file
 
@@ -49,7 +50,9 @@ def plain_pictures(sample: Sample, colour: str) -> Sample:
     """The sample with each picture replaced by one of a single colour and the same size."""
     if not sample.images:
         raise ValueError(f"sample {sample.id} has no pictures to replace")
-    return replace(sample, images=[plain_picture(colour, _size(path)) for path in sample.images])
+    return replace(
+        sample, images=[plain_picture(colour, image_size(path)) for path in sample.images]
+    )
 
 
 def without_pictures(sample: Sample) -> Sample:
@@ -89,14 +92,6 @@ def _without_markers(content: Any) -> Any:
         for part in content
         if part["type"] != "image" and not _ANNOUNCED.fullmatch(part.get("text", ""))
     ]
-
-
-def _size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a picture ({error})") from error
 
 
 def plain_picture(colour: str, size: tuple[int, int]) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from mis_jax.data.images import open_image
+from mis_jax.data.images import image_format, open_image
 
 _SENT_AS_IS = {"PNG", "JPEG", "WEBP"}
 
@@ -24,8 +24,7 @@ def data_uri(picture: Path | Image.Image) -> str:
     path = picture
     content = path.read_bytes()
     image = open_image(io.BytesIO(content), name=str(path))
-    with Image.open(io.BytesIO(content)) as opened:
-        kind = opened.format or ""
+    kind = image_format(io.BytesIO(content), name=str(path))
     if kind not in _SENT_AS_IS:
         kind, content = "PNG", _png(image)
     return _uri(kind.lower(), content)

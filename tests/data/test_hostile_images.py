@@ -6,6 +6,7 @@ a picture is ever made up.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import threading
@@ -15,9 +16,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hostile_files import POSTSCRIPT, iptc, nothing_started
 from PIL import Image, ImageFile, PngImagePlugin
 
-from mis_jax.data.images import MAX_PIXELS, MAX_SIDE, as_rgb, image_size, open_image
+from mis_jax.data.images import (
+    FORMATS,
+    MAX_PIXELS,
+    MAX_SIDE,
+    as_rgb,
+    image_format,
+    image_size,
+    open_image,
+)
 from mis_jax.data.tiling import tile_image
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -353,11 +363,50 @@ def test_an_animation_gives_its_first_frame(tmp_path):
         assert (pixels(tmp_path / name) == (255, 0, 0)).all()
 
 
-def test_postscript_is_not_run(tmp_path):
-    """Pillow would hand it to Ghostscript, whatever the file is called."""
-    program = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
-    path = write(tmp_path / "photo.png", program.encode())
-    assert "is PostScript" in refusal(path, of_header=True)
+@pytest.mark.parametrize("content", [POSTSCRIPT, iptc(POSTSCRIPT)], ids=["bare", "in IPTC"])
+def test_postscript_is_not_run(tmp_path, monkeypatch, content):
+    """Pillow would hand it to Ghostscript, whatever the file is called and whatever holds it."""
+    monkeypatch.setenv("PATH", "")
+    assert len(content) < 369
+    path = write(tmp_path / "photo.png", content)
+    with nothing_started():
+        message = refusal(path, of_header=True)
+    assert "no image format fits its header" in message and "JPEG, PNG, WEBP" in message
+    lazily = Image.open(path)  # by a caller's own hand, and not yet decoded
+    with nothing_started(), pytest.raises(ValueError, match=r"\((EPS|IPTC) is not opened\)"):
+        open_image(lazily)
+
+
+def test_only_the_formats_of_the_list_are_opened(tmp_path):
+    """Of everything that this Pillow can write; by their content alone."""
+    Image.init()
+    opened, path = set(), tmp_path / "photo.any"  # Pillow's SPIDER takes the ending for its own
+    written = set()
+    for kind in sorted(Image.SAVE.keys() & Image.OPEN.keys()):
+        with contextlib.suppress(OSError, ValueError):  # it takes no RGB
+            colours(32, 32).save(path, kind)
+            written.add(kind)
+            with contextlib.suppress(ValueError):
+                opened.add(image_format(path))
+                assert open_image(path).size == image_size(path) == (32, 32)
+    assert opened == set(FORMATS) < written
+    assert {"ICO", "PPM", "TGA", "PCX", "SGI"} <= written
+
+
+def test_pixels_inside_another_file_are_not_decoded(tmp_path):
+    """An IPTC of '10x10' held 13300 x 13300: 28 s and 3.2 GB."""
+    path = write(tmp_path / "small.png", iptc(encoded(Image.new("L", (13_300, 13_300)), "PNG")))
+    assert "no image format fits its header" in refusal(path, of_header=True)
+
+
+def test_the_first_jpeg_of_several_is_opened(tmp_path):
+    """Cameras write such files under the name .jpg; Pillow calls them MPO."""
+    path = tmp_path / "camera.jpg"
+    colours().save(path, "MPO", save_all=True, append_images=[colours().rotate(90)], quality=95)
+    with Image.open(path) as image:
+        assert image.format == "MPO"
+    assert image_format(path) == "JPEG"
+    assert pixels(path).shape == (47, 61, 3)
 
 
 # --- where the bytes come from ---

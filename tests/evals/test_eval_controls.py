@@ -132,7 +132,7 @@ def test_controls_of_sets_without_the_pictures_for_them(tmp_path: Path) -> None:
             get_benchmark(name).load(tmp_path / "sets")
     broken = tmp_path / "sets" / "siuo" / "images" / "S-01.png"
     broken.write_text("not a picture")
-    with pytest.raises(ValueError, match=r"siuo@black: .*S-01\.png cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"siuo@black: image .*S-01\.png cannot be decoded"):
         get_benchmark("siuo@black").load(tmp_path / "sets")
 
 

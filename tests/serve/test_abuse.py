@@ -12,6 +12,7 @@ import zlib
 
 import httpx2
 import pytest
+from hostile_files import POSTSCRIPT, iptc, nothing_started
 from PIL import Image
 from serve_world import MODEL, World, body, data_uri, error_of, image, running
 
@@ -154,7 +155,8 @@ def test_many_large_images(world):
         ("data:image/png,rawbytes", "must start with"),
         ("data:", "must start with"),
         (encoded(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml"), "no image format"),
-        (encoded(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "PostScript"),
+        (encoded(POSTSCRIPT), "no image format fits its header"),
+        (encoded(iptc(POSTSCRIPT)), "no image format fits its header"),
         (data_uri()[:262], "cannot be decoded"),
         ("http://127.0.0.1:1/a.png", "fetches nothing"),
         ("https://example.org/a.png", "fetches nothing"),
@@ -178,8 +180,10 @@ def test_many_large_images(world):
         ("text.png", "no image format fits its header"),
     ],
 )  # fmt: skip
-def test_images_that_are_refused(world, url, message):
-    error = world.refused(400, [{"type": "text", "text": "see"}, image(url)])
+def test_images_that_are_refused(world, url, message, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with nothing_started():
+        error = world.refused(400, [{"type": "text", "text": "see"}, image(url)])
     assert message in error["message"]
     assert error["param"] == "messages[0].content[1].image_url.url"
     assert "root" not in error["message"]  # of /etc/passwd

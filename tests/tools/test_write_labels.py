@@ -426,7 +426,7 @@ def test_training_style_and_jsonl(data, teacher):
     ("change", "said"),
     [
         ({"image_path2": "img/none.png"}, "none.png does not exist"),
-        ({"image_path2": "mine.json"}, "is not a readable image"),
+        ({"image_path2": "mine.json"}, "no image format fits its header"),
         ({"image_path3": "img/0/object1.png"}, "3 pictures where exactly two are needed"),
         ({"image_path2": None}, "must name picture files"),
         ({"question": " "}, "the question is missing"),
