@@ -340,7 +340,7 @@ class Engine:
             reason = "length"
         if reason is None and not request.streamed and not request.stop:
             return
-        ids = [token.id for token in running.tokens]
+        ids = [token.id for token in running.tokens[running.words.given :]]
         text, met = running.words.grow(ids, last=reason is not None)
         if met:
             reason = "stop"

@@ -77,8 +77,7 @@ def read(mode: Mode, fields: Sequence[Field], text: str) -> tuple[dict[str, Any]
     said = text.rpartition("</think>")[2].strip()
     if not said:
         return None, "the judge said nothing"
-    if fence := re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?\s*```", said, re.S):
-        said = fence[1].strip()
+    said = _without_fence(said)
     if mode == "text" and not said.startswith("{"):
         found, problem = _lines(fields, said)
     else:
@@ -98,6 +97,14 @@ def read(mode: Mode, fields: Sequence[Field], text: str) -> tuple[dict[str, Any]
     return labels, ""
 
 
+def _without_fence(said: str) -> str:
+    """What stands between ``` or ```json on a line of its own and ``` at the end."""
+    if len(said) < 6 or not (said.startswith("```") and said.endswith("```")):
+        return said
+    mark, line_end, body = said[3:-3].partition("\n")
+    return body.strip() if line_end and mark.strip() in ("", "json") else said
+
+
 def _object(said: str) -> tuple[dict[str, Any], str]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
@@ -112,19 +119,36 @@ def _object(said: str) -> tuple[dict[str, Any], str]:
 
 
 def _lines(fields: Sequence[Field], said: str) -> tuple[dict[str, Any], str]:
-    """`name: word` lines; marks around them do not count, nor does the case of a word."""
+    """`name: word` lines; marks around them do not count, nor does the case of a word.
+
+    Colon and word may stand on the lines below. No pattern is searched for, as a reply may be of
+    any length.
+    """
     found: dict[str, str] = {}
+    lines = [line.strip() for line in said.split("\n") if line.strip()]
     for field in fields:
         words = {word.lower(): word for word in field.words}
-        pattern = rf"^[\s*_`>-]*{re.escape(field.name)}[\s*_`]*[:=]\s*(.+?)\s*$"
-        for match in re.finditer(pattern, said, re.M | re.I):
-            plain = match[1].strip("*_`\"'. ").lower()
-            word = words.get(plain, match[1])
+        name = field.name.lower()
+        for place, line in enumerate(lines):
+            begin = line.lstrip(_MARKS + ">-")
+            if not begin.lower().startswith(name):
+                continue
+            following = iter(lines[place + 1 : place + _MOST_LINES])
+            rest = begin[len(name) :].lstrip(_MARKS)
+            while not rest and (after := next(following, "")):
+                rest = after.lstrip(_MARKS)
+            if not rest.startswith((":", "=")) or not (
+                said_word := rest[1:].strip() or next(following, "")
+            ):
+                continue
+            word = words.get(said_word.strip("*_`\"'. ").lower(), said_word)
             if found.setdefault(field.name, word) != word:
                 return {}, f"{field.name!r} is said twice: {found[field.name]!r} and {word!r:.80}"
     return found, ""
 
 
+_MARKS = "*_` \t"  # around a name
+_MOST_LINES = 8  # from a name to its word
 _DECLINED = re.compile(
     r"(?:i(?:'|’)?m sorry|i am sorry|sorry|i apologi[sz]e)\b"
     r"|(?:(?:unfortunately|no),? )?i(?: can(?:'|’)?t| cannot| can not| won(?:'|’)?t| will not"

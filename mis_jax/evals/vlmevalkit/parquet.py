@@ -179,6 +179,19 @@ def mmt(row: _Row) -> Question:
     )
 
 
+def _next_option(text: str, letter: str) -> tuple[int, int]:
+    """Where the text before ``, B: `` ends (or before that on a new line), and where B begins."""
+    for begin in (match.start() for match in re.finditer(rf"{letter}[:.]\s", text)):
+        end = begin
+        while end and text[end - 1].isspace():
+            end -= 1
+        if text[end - 1 : end] == ",":
+            return end - 1, begin
+        if "\n" in text[end:begin]:
+            return end, begin
+    return len(text), len(text)
+
+
 def split_options(where: str, text: str) -> tuple[str, dict[str, str]]:
     """``question\\nOptions: A: one, B: two`` as the question and its options."""
     question, found, rest = text.rpartition("Options:")
@@ -188,10 +201,10 @@ def split_options(where: str, text: str) -> tuple[str, dict[str, str]]:
         if not begin:
             break
         rest = rest[begin.end() :]
-        following = re.search(rf"[,\n]\s*(?={after}[:.]\s)", rest)
-        options[letter] = (rest[: following.start()] if following else rest).strip()
-        rest = rest[following.end() :] if following else ""
-        if not following:
+        end, next_begin = _next_option(rest, after)
+        options[letter] = rest[:end].strip()
+        rest = rest[next_begin:]
+        if not rest:
             break
     if not found or len(options) < 2:
         raise ValueError(
