@@ -65,7 +65,7 @@ TEXTS = {
 def seconds(reader: Callable[[str], object], text: str) -> float:
     """Of this thread, the least of several: other processes only ever add to it."""
     times = []
-    for _ in range(5):
+    for _ in range(7):
         start = time.thread_time()
         with contextlib.suppress(ValueError, RecursionError):  # a refusal is an answer
             reader(text)
@@ -85,8 +85,8 @@ def growth(reader: Callable[[str], object], begin: str, part: str, end: str) -> 
 
     Over two doublings, and relative to `words`.
     """
-    count = 2000
-    while (once := seconds(reader, begin + part * count + end)) < 1e-3:
+    count = 500
+    while (once := seconds(reader, begin + part * count + end)) < 2e-4:
         if count * len(part) > 200_000:  # a square of that would have taken minutes
             return 1.0
         count *= 2
