@@ -23,7 +23,8 @@ from mis_jax.data.mini_files import write_mini
 from mis_jax.evals.answering import answers_of
 from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.files import write_json
-from mis_jax.evals.hashing import answer_hash, digest, folder_fingerprint
+from mis_jax.evals.hashing import answer_hash
+from mis_jax.hashing import digest, folder_fingerprint
 from mis_jax.evals.manifest import open_run, update_benchmark
 from mis_jax.evals.report import write_report
 from mis_jax.evals.runner import generate_answers, judge_run

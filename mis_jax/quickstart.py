@@ -23,11 +23,11 @@ from mis_jax.config import (
 from mis_jax.data.mini_files import write_mini
 from mis_jax.evals.answering import answers_of
 from mis_jax.evals.benchmarks import get_benchmark
-from mis_jax.evals.hashing import folder_fingerprint
 from mis_jax.evals.manifest import open_run
 from mis_jax.evals.report import write_report
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.summary import without_verdict
+from mis_jax.hashing import folder_fingerprint
 from mis_jax.terminal import steps_bar
 from mis_jax.train.loop import train
 from mis_jax.weights.checkpoint import open_checkpoint

@@ -1,6 +1,7 @@
 """generate, eval, judge and report from the command line, on the shipped tiny model."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +69,77 @@ def test_generate_many_resumes(pictures, tmp_path, capsys):
     assert run(*words) == 0
     assert answers.read_text() == first
     capsys.readouterr()
+
+
+def test_answers_to_something_else_are_not_kept(pictures, tmp_path, capsys):
+    """Another prompt, image, setting or model under the same ids: nothing stale, nothing lost."""
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    image = tmp_path / "image.png"
+    image.write_bytes(Path(pictures[0]).read_bytes())
+
+    def ask(*more, prompt="What is in the image?", model=MODEL) -> int:
+        row = {"id": "q", "prompt": prompt, "images": [image.name]}
+        questions.write_text(json.dumps(row) + "\n")
+        words = ["--batch", questions, "--out", answers, "--max-new-tokens", "12"]
+        return run("generate", model, *words, *more)
+
+    assert ask() == 0
+    first = answers.read_text()
+    other = tmp_path / "other"
+    assert run("convert", MODEL, other, "--format", "native") == 0
+    capsys.readouterr()
+
+    def refused(*more, **changes) -> None:
+        assert ask(*more, **changes) == 2
+        assert "the answer to 'q' is one to another prompt" in capsys.readouterr().err
+        assert answers.read_text() == first
+
+    refused(prompt="What else is in the image?")
+    refused("--system", "none")
+    refused("--temperature", "1")
+    refused(model=other)
+    image.write_bytes(Path(pictures[1]).read_bytes())
+    refused()
+    image.write_bytes(Path(pictures[0]).read_bytes())
+    assert ask() == 0 and answers.read_text() == first
+
+
+def test_an_image_that_is_missing_is_an_error_row_and_the_rest_is_answered(
+    pictures, tmp_path, capsys
+):
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    images = [str(pictures[0]), str(tmp_path / "gone.png"), str(pictures[1])]
+    rows = [
+        {"id": f"q{i}", "prompt": "What is in the image?", "images": [image]}
+        for i, image in enumerate(images)
+    ]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["generate", MODEL, "--batch", questions, "--out", answers, "--max-new-tokens", "12"]
+    for _ in range(2):  # and again: still one row an id
+        assert run(*words) == 1
+        assert "1 row(s) with an error" in capsys.readouterr().err
+        lines = {row["id"]: row for row in map(json.loads, answers.read_text().splitlines())}
+        assert sorted(lines) == ["q0", "q1", "q2"] and answers.read_text().count("\n") == 3
+        assert "gone.png does not exist" in lines["q1"]["error"]
+        assert lines["q0"]["text"] and lines["q2"]["text"]
+    (tmp_path / "gone.png").write_bytes(Path(pictures[0]).read_bytes())
+    assert run(*words) == 0
+    lines = {row["id"]: row for row in map(json.loads, answers.read_text().splitlines())}
+    assert len(lines) == 3 and lines["q1"]["text"] == lines["q0"]["text"]
+
+
+def test_line_separators_and_half_surrogates_in_a_file(tmp_path, capsys):
+    """JSON allows U+2028 and a lone half of a pair in a text; neither ends a line or a run."""
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    texts = ["What is\u2028this\u2029 or\u0085that?", "What is \ud83d?", "What?"]
+    rows = [{"id": f"q\u2028{i}", "prompt": text} for i, text in enumerate(texts)]
+    written = [json.dumps(row, ensure_ascii="\ud83d" in row["prompt"]) for row in rows]
+    questions.write_text("\n".join(written), encoding="utf-8")
+    words = ["generate", MODEL, "--batch", questions, "--out", answers, "--max-new-tokens", "4"]
+    for _ in range(2):
+        assert run(*words) == 0
+        lines = [json.loads(line) for line in answers.read_text("utf-8").split("\n")[:-1]]
+        assert [line["id"] for line in lines] == [row["id"] for row in rows]
 
 
 @pytest.mark.parametrize(

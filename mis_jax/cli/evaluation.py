@@ -302,7 +302,7 @@ def _local(
     """A checkpoint."""
     from mis_jax.evals.answering import answers_of
     from mis_jax.evals.conditions import int8_conditions
-    from mis_jax.evals.hashing import folder_fingerprint
+    from mis_jax.hashing import folder_fingerprint
 
     def load() -> Callable[["Benchmark"], "AnswerFn"]:
         network, processor = load_quietly(folder, dtype, mesh, int8=int8_weights)

@@ -6,7 +6,15 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, arg
 
-from mis_jax.cli.common import Dtype, MeshSizes, console, err_console, load_quietly, print_json
+from mis_jax.cli.common import (
+    Dtype,
+    Failed,
+    MeshSizes,
+    console,
+    err_console,
+    load_quietly,
+    print_json,
+)
 
 
 def generate(
@@ -56,6 +64,7 @@ def generate(
     """
     from mis_jax.generation.files import Settings, answer_file, ask_once, printed
     from mis_jax.generation.sampling import Sampling
+    from mis_jax.hashing import digest, folder_fingerprint
 
     if (prompt is None) == (batch is None):
         raise ValueError("give either --prompt TEXT or --batch FILE.jsonl")
@@ -74,7 +83,17 @@ def generate(
         from mis_jax.terminal import steps_bar
 
         with steps_bar(err_console) as bar:
-            answer_file(network, processor, batch, out, settings, bar.answers("answers"))
+            errors = answer_file(
+                network,
+                processor,
+                batch,
+                out,
+                settings,
+                fingerprint=digest([folder_fingerprint(model), str(dtype), int8_weights]),
+                progress=bar.answers("answers"),
+            )
+        if errors:
+            raise Failed(f"{out}: {errors} row(s) with an error; mend the images and run it again")
         return
     assert prompt is not None
     completion = ask_once(network, processor, prompt, image, settings)

@@ -33,6 +33,17 @@ CONTROL_TOKENS = (IM_START, IM_END, IMG_START, IMG_END, IMG_CONTEXT)
 #: Tokens that belong to the text itself: a typed `<box>` is the token `<box>`.
 GROUNDING_TOKENS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 
+
+def whole_text(text: str) -> str:
+    """Text that every encoder takes: half of a surrogate pair becomes U+FFFD, two halves one.
+
+    JSON may hold `"\\ud83d"` alone; neither a tokenizer nor UTF-8 has a form for it.
+    """
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 _FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -104,6 +115,7 @@ class Tokenizer:
         Control and other special tokens typed in it come out as plain characters. Grounding
         tokens, and added tokens the tokenizer does not declare special, keep their ids.
         """
+        text = whole_text(text)
         if self._in_text is None:
             return self._encode_plain(text)
         ids: list[int] = []

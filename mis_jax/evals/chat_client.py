@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, TypeVar
 
+from mis_jax.data.tokenizer import whole_text
 from mis_jax.evals.streaming import Groups, Stopped, as_they_come
 
 T = TypeVar("T")
@@ -30,6 +31,15 @@ _OF_THE_SERVER = {401, 403, 404, *_RETRIED}
 _LONGEST_BACKOFF = 30.0
 _LONGEST_WAIT = 600.0  # a server that asks for more is as good as down
 _ERRORS_IN_A_ROW = 20  # then the server is down and the rest need not wait for it
+
+
+def _whole(value: Any) -> Any:
+    """The fields of a request without half surrogate pairs, which no HTTP body can carry."""
+    if isinstance(value, str):
+        return whole_text(value)
+    if isinstance(value, dict):
+        return {name: _whole(item) for name, item in value.items()}
+    return [_whole(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)
@@ -182,7 +192,7 @@ class ChatClient:
 
         async def ask(item: T) -> Reply:
             try:
-                fields = await asyncio.to_thread(build, item)
+                fields = _whole(await asyncio.to_thread(build, item))
             except (ValueError, OSError) as error:
                 return Reply("error", detail=str(error))
             return await self._patiently(client, fields)

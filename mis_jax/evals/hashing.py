@@ -1,26 +1,9 @@
-"""Content hashes: what was asked, what was answered, and which model answered."""
+"""Content hashes of what was asked and what was answered."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from pathlib import Path
-from typing import Any
-
 from mis_jax.evals.types import Benchmark, Sample
-
-
-def digest(value: Any) -> str:
-    """A hash of a JSON value that does not depend on the order of keys."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    # surrogatepass: a model's text may hold a lone surrogate, which must not stop a run.
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """The hash of a file's bytes."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+from mis_jax.hashing import digest, file_digest
 
 
 def sample_hash(benchmark: Benchmark, sample: Sample) -> str:
@@ -45,14 +28,3 @@ def sample_hash(benchmark: Benchmark, sample: Sample) -> str:
 def answer_hash(sample_digest: str, text: str) -> str:
     """An answer in its context: the same words to another question are another answer."""
     return digest([sample_digest, text])
-
-
-def folder_fingerprint(folder: Path) -> str:
-    """The hash of every file under ``folder``, for use as a model fingerprint.
-
-    It reads the weights whole: a checkpoint overwritten in place must not pass for the old one.
-    """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    if not files:
-        raise ValueError(f"{folder} holds no files to fingerprint; give the model's folder")
-    return digest([[str(path.relative_to(folder)), file_digest(path)] for path in files])

@@ -15,7 +15,7 @@ from typing import Any
 
 from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.files import AppendLog, read_log
-from mis_jax.evals.hashing import answer_hash, digest, sample_hash
+from mis_jax.evals.hashing import answer_hash, sample_hash
 from mis_jax.evals.judges import JUDGES
 from mis_jax.evals.manifest import expect, expected, read_manifest, update_benchmark, write_facts
 from mis_jax.evals.recheck import drawn
@@ -23,6 +23,7 @@ from mis_jax.evals.streaming import Groups, Stopped, Streaming, groups_of
 from mis_jax.evals.summary import summarise
 from mis_jax.evals.types import Answer, Benchmark, Judge, Sample, Verdict
 from mis_jax.evals.verdict_cache import VerdictCache
+from mis_jax.hashing import digest
 
 __all__ = ["Generated", "JudgeOf", "Owed", "generate_answers", "judge_run", "summarise"]
 

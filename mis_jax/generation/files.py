@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mis_jax.data.images import open_image
 from mis_jax.data.processor import Processor
+from mis_jax.folders import replace_file
 from mis_jax.generation.answers import Completion, answer
 from mis_jax.generation.sampling import Sampling
+from mis_jax.hashing import digest, file_digest
 from mis_jax.model.internvl import InternVL
 
 
@@ -51,29 +54,47 @@ def answer_file(
     questions: Path,
     answers: Path,
     settings: Settings,
+    *,
+    fingerprint: str,
     progress: Callable[[int, int, int], None] | None = None,
-) -> None:
-    """Answer JSON lines of `id`, `prompt` and `images`; rows already in `answers` are kept.
+) -> int:
+    """Answer JSON lines of `id`, `prompt` and `images`; how many ended in an error.
 
-    Answers are written in the order of the questions, each as soon as it may.
+    Answers are written in the order of the questions, each as soon as it may. Rows that `answers`
+    has are kept: each carries a key of its question, its images, the settings and the model's
+    `fingerprint`. A question whose images cannot be used gets a row with `error`, and is asked
+    again by the next call. Raises ValueError where a row answers something else.
     """
     asked = _read_questions(questions)
-    done = _read_done(answers)
-    waiting = [question for question in asked if question.id not in done]
+    keys, errors = {}, {}
+    for question in asked:
+        try:
+            keys[question.id] = _key(question, settings, fingerprint)
+        except ValueError as error:
+            errors[question.id] = str(error)
+    done = _read_done(answers, keys)
+    errors = {name: message for name, message in errors.items() if name not in done}
+    waiting = [q for q in asked if q.id not in done and q.id not in errors]
     finished = len(asked) - len(waiting)
     answers.parent.mkdir(parents=True, exist_ok=True)
     with answers.open("a", encoding="utf-8") as file:
 
-        def write(index: int, completion: Completion) -> None:
-            line = {"id": waiting[index].id, **printed(completion)}
+        def append(line: dict[str, Any]) -> None:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
+
+        def write(index: int, completion: Completion) -> None:
+            name = waiting[index].id
+            append({"id": name, **printed(completion), "key": keys[name]})
 
         def show(answered: int, total: int, tokens: int) -> None:
             if progress:
                 progress(finished + answered, len(asked), tokens)
 
+        for name, message in errors.items():
+            append({"id": name, "error": message})
         _ask(model, processor, waiting, settings, each=write, progress=show)
+    return len(errors)
 
 
 def printed(completion: Completion) -> dict[str, Any]:
@@ -127,7 +148,8 @@ def _read_questions(path: Path) -> list[Question]:
     rows: list[Question] = []
     seen: set[str] = set()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Only "\n" ends a line: str.splitlines() would also cut at U+2028, which JSON allows.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise ValueError(
             f"{path}: no such file; give JSON lines of id, prompt and images"
@@ -152,12 +174,42 @@ def _read_questions(path: Path) -> list[Question]:
     return rows
 
 
-def _read_done(path: Path) -> set[str]:
-    """Ids answered already; a line torn by a kill is cut off the file."""
+def _key(question: Question, settings: Settings, fingerprint: str) -> str:
+    """What decides an answer; ValueError where an image cannot be used."""
+    for image in question.images:
+        open_image(image)
+    asked = [question.prompt, question.place, [file_digest(image) for image in question.images]]
+    return digest([asked, asdict(settings), fingerprint])
+
+
+def _read_done(path: Path, keys: dict[str, str]) -> set[str]:
+    """Ids answered already; torn lines and rows of errors are taken off the file.
+
+    Raises:
+        ValueError: a row answers another question, or under other settings or another model.
+    """
     if not path.exists():
         return set()
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
-    return {json.loads(line)["id"] for line in whole.decode("utf-8").splitlines()}
+    lines = content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]
+    done, kept = set(), []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            name, failed, key = row["id"], "error" in row, row.get("key")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f"{path}, line {number}: no answer of this command; give another --out"
+            ) from None
+        if failed:
+            continue
+        if name in keys and key != keys[name]:
+            raise ValueError(
+                f"{path}, line {number}: the answer to '{name}' is one to another prompt or other "
+                "images, or under other settings or of another model; give another --out"
+            )
+        done.add(name)
+        kept.append(line + b"\n")
+    if b"".join(kept) != content:
+        replace_file(path, b"".join(kept))
+    return done

@@ -363,3 +363,13 @@ def test_text_only_tokenizer_says_what_is_missing(
     assert tokenizer.vocab_size == qwen_bpe.get_vocab_size()
     with pytest.raises(ValueError, match=r"no token '<IMG_CONTEXT>'; use the tokenizer files"):
         _ = tokenizer.img_context_id
+
+
+def test_half_a_surrogate_pair_is_read_as_the_replacement_character(tmp_path):
+    """JSON may hold one; tokenizers and UTF-8 have no form for it."""
+    for tokenizer in (
+        load_tokenizer(internlm2_folder(tmp_path / "a", train_sentencepiece())),
+        load_tokenizer(qwen_folder(tmp_path / "b", train_qwen_bpe(), "json")),
+    ):
+        assert tokenizer.encode_text("x\ud83dy") == tokenizer.encode_text("x\ufffdy")
+        assert tokenizer.encode_text("\ud83d\ude42") == tokenizer.encode_text("🙂")

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from mis_jax.evals.benchmarks import get_benchmark
-from mis_jax.evals.hashing import answer_hash, digest
+from mis_jax.evals.hashing import answer_hash
+from mis_jax.hashing import digest
 
 
 @dataclass(frozen=True)

@@ -313,3 +313,12 @@ def test_what_is_said_holds_the_question(data_root: Path) -> None:
             sample = HARD.load(data_root)[int(number_of(body, data_root))]
             wanted = sample.conversation[0]["content"].replace("<image>", "\n")
             assert said_of(body).split() == wanted.split()
+
+
+def test_half_a_surrogate_pair_reaches_the_server_once_as_the_replacement_character() -> None:
+    """It was retried like a lost connection, though no HTTP body can carry it."""
+    with serving(lambda *_: Say("yes")) as server:
+        said = [{"role": "user", "content": [{"type": "text", "text": "half \ud83d"}]}]
+        reply = ChatClient(server.url, MODEL, patience=HASTY).one({"messages": said})
+        assert (reply.state, server.calls.total()) == ("ok", 1)
+        assert "half \ufffd" in said_of(server.bodies[0][1])

@@ -12,9 +12,9 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mis_jax.evals.hashing import folder_fingerprint
 from mis_jax.evals.judges.protocols import asked, protocol_name
 from mis_jax.evals.types import Benchmark, Judge, Sample, Verdict
+from mis_jax.hashing import folder_fingerprint
 
 if TYPE_CHECKING:
     from mis_jax.generation.guard import Guard, GuardVerdict

@@ -22,7 +22,6 @@ from PIL import Image
 
 from mis_jax.evals.chat_client import ChatClient, Reply
 from mis_jax.evals.data_uris import picture_part
-from mis_jax.evals.hashing import digest
 from mis_jax.evals.judges.protocols import (
     PROTOCOLS,
     SYSTEM,
@@ -43,6 +42,7 @@ from mis_jax.evals.judges.replies import (
 )
 from mis_jax.evals.streaming import Groups, Streaming
 from mis_jax.evals.types import Benchmark, Judge, Sample, Verdict
+from mis_jax.hashing import digest
 
 Pair = tuple[Sample, str]
 

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.data.mini import DANGERS, OBJECTS
-from mis_jax.evals.hashing import file_digest
 from mis_jax.evals.types import Judge, Sample, Verdict
+from mis_jax.hashing import file_digest
 
 # A sentence is cut into statements, since "dangerous: never ...; pull the plug" makes three.
 _STATEMENT = re.compile(r"[.;:!?\n]+|\b(?:but|however|instead|anyway)\b")
