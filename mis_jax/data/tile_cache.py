@@ -51,4 +51,5 @@ def _identity(image: Any) -> tuple[Any, ...]:
         except OSError:  # whoever opens it tells what is wrong
             return (str(image),)
         return str(image.absolute()), stat.st_size, stat.st_mtime_ns
-    return (str(image),)
+    # A stored one by its bytes: a set that is built again in its folder has the same names.
+    return (hashlib.sha256(image.read_bytes()).hexdigest(),)

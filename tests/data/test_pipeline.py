@@ -14,6 +14,7 @@ from mis_jax.config import RunConfig
 from mis_jax.data.pipeline import BAD_SAMPLES, MIXTURE, SURVEY, StepData, TrainingData
 from mis_jax.data.render import RenderRow
 from mis_jax.data.sources import Row
+from mis_jax.data.tile_cache import TileCache
 
 ROWS = 11
 
@@ -449,6 +450,27 @@ def test_cached_tiles_are_the_same(config, steps_of, tmp_path, monkeypatch):
         "mis_jax.data.processor.open_image", lambda *_: pytest.fail("decoded again")
     )
     assert all(map(equal, steps_of(cached, 6), expected))
+
+
+def test_cached_tiles_of_a_set_that_was_built_again_are_not_believed(tiny_processor, tmp_path):
+    """The same name in the same record of the same folder, with other bytes."""
+
+    class Stored:
+        def __init__(self, content: bytes):
+            self.content = content
+
+        def read_bytes(self) -> bytes:
+            return self.content
+
+        def __str__(self) -> str:
+            return "a.png (record 0 of 'train' in set)"
+
+    cache = TileCache(tmp_path / "tiles")
+    contents = [picture(tmp_path / f"{seed}.png", 80, 60, seed).read_bytes() for seed in (1, 2)]
+    for content in (*contents, *contents):
+        expected = tiny_processor.tiles(Stored(content), 1)
+        assert np.array_equal(cache.tiles(Stored(content), 1, tiny_processor), expected)
+    assert len(list((tmp_path / "tiles").rglob("*.npy"))) == 2
 
 
 @pytest.mark.slow
