@@ -34,6 +34,20 @@ def read_json(path: Path, remedy: str) -> Any:
         raise ValueError(f"{path} cannot be read as JSON ({error}); {remedy}") from error
 
 
+class _Row(dict[str, Any]):
+    """A row of a log, which says where it stands when a field is asked for that it lacks."""
+
+    def __init__(self, fields: dict[str, Any], where: str) -> None:
+        super().__init__(fields)
+        self._where = where
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(
+            f"{self._where}: field {name!r} is missing; restore the file or delete that line and "
+            "resume"
+        )
+
+
 def _parse_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The rows of a log and the length in bytes of its sound part."""
     if not path.exists():
@@ -56,7 +70,7 @@ def _parse_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
             raise ValueError(
                 f"{path}, line {number}, is not a JSON object; delete that line and resume"
             )
-        rows.append(row)
+        rows.append(_Row(row, f"{path}, line {number}"))
         sound += len(line)
     return rows, sound
 

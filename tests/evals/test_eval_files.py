@@ -80,3 +80,12 @@ def test_an_unreadable_document_names_file_and_remedy(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match=r"bad\.json cannot be read.*do this"):
         files.read_json(tmp_path / "bad.json", "do this")
+
+
+def test_a_row_that_lacks_a_field_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    path.write_text('{"id": "a", "hash": "1"}\n{"id": "b"}\n')
+    first, second = read_log(path)
+    assert first["hash"] == "1" and second.get("hash") is None
+    with pytest.raises(ValueError, match=r"samples\.jsonl, line 2: field 'hash' is missing; "):
+        second["hash"]
