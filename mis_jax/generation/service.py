@@ -2,9 +2,9 @@
 
     any thread --reserve, start, cancel--> engine thread: add, cancel, step --hear--> pieces
 
-A place is taken before a prompt is even read (`reserve`), so that a full service refuses at once
-and the number of prompts in memory is bounded. A request holds its place until its last piece, its
-failure or its cancellation has reached the engine.
+A place is taken (`reserve`) when a request is there as a whole and before it is prepared, so that
+the number of prompts in memory is bounded; `check_open` refuses before anything is read. A request
+holds its place until its last piece, its failure or its cancellation has reached the engine.
 """
 
 import logging
@@ -97,8 +97,13 @@ class Service:
 
     # From any thread
 
-    def reserve(self) -> Ticket:
-        """A place; raises Busy when there is none, Unavailable when nothing is taken any more."""
+    @property
+    def places(self) -> int:
+        """How many may run and wait."""
+        return self._places
+
+    def check_open(self) -> None:
+        """Raises Busy when there is no place, Unavailable when nothing is taken any more."""
         with self._changed:
             if self._refusal:
                 raise Unavailable(self._refusal)
@@ -106,6 +111,11 @@ class Service:
                 raise Busy(
                     f"{self._places} requests are running or waiting, as many as this server takes"
                 )
+
+    def reserve(self) -> Ticket:
+        """A place; raises as `check_open` does."""
+        with self._changed:
+            self.check_open()
             ticket = Ticket(self)
             self._tickets.add(ticket)
             return ticket
@@ -191,28 +201,32 @@ class Service:
     # The engine's thread
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:  # whatever it is: nothing is answered from here on
+            log.exception("the engine failed; no request is answered any more")
             with self._changed:
-                self._changed.wait_for(
-                    lambda: self._queue or self._stale or self._closing or not self._engine.idle
-                )
-                if self._closing:
-                    return
-                stale, self._stale = self._stale, []
-            try:
-                self._cancel_in_engine(stale)
-                self._admit()
-                if not self._engine.idle:
-                    self._hand_out(self._engine.step())
-            except Exception as error:
-                log.exception("the engine failed; no request is answered any more")
-                with self._changed:
-                    self._failed = True
-                    self._refusal = "the engine has failed; restart the server"
-                failure = EngineFailure(f"the engine failed ({type(error).__name__}: {error})")
-                failure.__cause__ = error
-                self._end_all(failure)
-                return
+                self._failed = True
+                self._refusal = "the engine has failed; restart the server"
+            failure = EngineFailure(f"the engine failed ({type(error).__name__}: {error})")
+            failure.__cause__ = error
+            self._end_all(failure)
+
+    def _turn(self) -> bool:
+        """Some work, once there is any; False when the service is closed."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._queue or self._stale or self._closing or not self._engine.idle
+            )
+            if self._closing:
+                return False
+            stale, self._stale = self._stale, []
+        self._cancel_in_engine(stale)
+        self._admit()
+        if not self._engine.idle:
+            self._hand_out(self._engine.step())
+        return True
 
     def _cancel_in_engine(self, stale: list[Ticket]) -> None:
         for ticket in stale:

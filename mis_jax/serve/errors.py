@@ -9,6 +9,7 @@ from mis_jax.generation.service import Busy, EngineFailure, Unavailable
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 1  # what a refused client is asked to wait
+_MOST_CHARACTERS = 1000  # of what an error repeats: a client's own megabytes are not sent back
 
 
 class ApiError(Exception):
@@ -23,6 +24,7 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ):
+        message, param = _short(message), param and _short(param)
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = headers or {}
@@ -38,6 +40,10 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """The whole HTTP response."""
         return JSONResponse(self.body, self.status, self.headers)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -14,6 +14,7 @@ _REFUSALS = {
     400: "What was sent is malformed, too long for the model, or asks for what is not supported.",
     401: "The API key is missing or wrong.",
     404: "There is no such model.",
+    408: "The body did not come in time.",
     413: "The body is too long.",
     415: "The content type is not application/json.",
     429: "As many requests run and wait as may; try again after Retry-After seconds.",
