@@ -1,7 +1,9 @@
 """The process: a socket, uvicorn, and an end that lets what is running finish."""
 
+import contextlib
 import ipaddress
 import logging
+import resource
 import socket
 import threading
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from mis_jax.generation.service import Service
+from mis_jax.serve.protocol import Protocol
 
 log = logging.getLogger(__name__)
 _LAST_BYTES_SECONDS = 5  # for answers that are made, but not yet sent
@@ -46,6 +49,21 @@ def address_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def config_of(app: Starlette) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(
+        app,
+        http=Protocol,  # always the same parser, whatever else is installed
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
+    )
+
+
 def run(
     app: Starlette,
     service: Service,
@@ -58,22 +76,19 @@ def run(
 
     After `drain` seconds, or a second signal, what is left is broken off. Closes the service.
     """
-    config = uvicorn.Config(
-        app,
-        http="h11",  # always the same parser, whatever else is installed
-        loop="asyncio",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
-    )
-    server = _Server(config, service, drain, started)
+    _allow_many_connections()
+    server = _Server(config_of(app), service, drain, started)
     try:
         server.run(sockets=[bound])
     finally:
         service.close()
+
+
+def _allow_many_connections() -> None:
+    """As many open files as the system lets this process have: a shell's 1024 are soon taken."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class _Server(uvicorn.Server):
