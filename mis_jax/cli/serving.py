@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from mis_jax.cli.common import Dtype, MeshSizes, console, err_console, load_quietly
 
@@ -14,6 +14,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    allow_host: Annotated[tuple[str, ...], UseAppendAction] = (),
     name: str | None = None,
     api_key_env: str | None = None,
     max_concurrent: int = 16,
@@ -37,6 +38,8 @@ def serve(
         model: Checkpoint folder in any of the three formats.
         host: Address to listen on; 0.0.0.0 is every one of this machine's.
         port: Port to listen on; 0 takes a free one.
+        allow_host: Name by which clients may ask for it, beside localhost, --host and every
+            IP address; repeat the option for several. '*' is every name, the default with 0.0.0.0.
         name: What clients call the model; the folder's name without it.
         api_key_env: Environment variable with the key that clients must send.
         max_concurrent: Requests answered at the same time.
@@ -55,6 +58,7 @@ def serve(
     """
     try:
         from mis_jax.serve import program
+        from mis_jax.serve.hosts import allowed_hosts
         from mis_jax.serve.server import address_of, bind, is_local
     except ImportError as error:
         raise ValueError(
@@ -87,6 +91,7 @@ def serve(
             model=name or model.resolve().name,
             context=processor.config.text.max_position,
             api_key=key,
+            hosts=allowed_hosts(bound, host, allow_host),
             image_folder=allow_image_folder,
             timeout=timeout,
             max_body=max_body_mib << 20,

@@ -17,6 +17,7 @@ _REFUSALS = {
     408: "The body did not come in time.",
     413: "The body is too long.",
     415: "The content type is not application/json.",
+    421: "The server does not answer to this name; see its option --allow-host.",
     429: "As many requests run and wait as may; try again after Retry-After seconds.",
     500: "A fault of the server.",
     503: "The server is shutting down, or its engine has failed.",
