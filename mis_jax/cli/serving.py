@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from mis_jax.cli.common import Dtype, MeshSizes, console, err_console, load_quietly
+from mis_jax.cli.common import Dtype, Failed, MeshSizes, console, err_console, load_quietly
 
 
 def serve(
@@ -57,6 +57,8 @@ def serve(
         max_megapixels: Most pixels of all images of a request together.
     """
     try:
+        from mis_jax.generation.memory import OutOfMemory
+        from mis_jax.generation.service import EngineFailure
         from mis_jax.serve import program
         from mis_jax.serve.hosts import allowed_hosts
         from mis_jax.serve.server import address_of, bind, is_local
@@ -97,21 +99,24 @@ def serve(
             max_body=max_body_mib << 20,
             max_pixels=max_megapixels * 1_000_000,
         )
-        program.serve(
-            network,
-            processor,
-            settings,
-            bound,
-            max_concurrent=max_concurrent,
-            max_queue=max_queue,
-            drain=drain,
-            int8_cache=int8_cache,
-            longest=warm_up,
-            started=lambda: console.print(
-                f"{settings.model} is served at {url} (chat page) and {url}/v1 (API)",
-                markup=False, highlight=False, soft_wrap=True,
-            ),
-        )  # fmt: skip
+        try:
+            program.serve(
+                network,
+                processor,
+                settings,
+                bound,
+                max_concurrent=max_concurrent,
+                max_queue=max_queue,
+                drain=drain,
+                int8_cache=int8_cache,
+                longest=warm_up,
+                started=lambda: console.print(
+                    f"{settings.model} is served at {url} (chat page) and {url}/v1 (API)",
+                    markup=False, highlight=False, soft_wrap=True,
+                ),
+            )  # fmt: skip
+        except (EngineFailure, OutOfMemory) as failure:  # a supervisor starts it again
+            raise Failed(str(failure)) from failure
 
 
 def _key(variable: str | None) -> str | None:

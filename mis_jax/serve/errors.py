@@ -5,10 +5,12 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from mis_jax.generation.memory import OutOfMemory
 from mis_jax.generation.service import Busy, EngineFailure, Unavailable
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 1  # what a refused client is asked to wait
+_HOST_MEMORY = "the request needs more memory than this server has; send fewer or smaller images"
 _MOST_CHARACTERS = 1000  # of what an error repeats: a client's own megabytes are not sent back
 
 
@@ -66,6 +68,11 @@ def as_api_error(error: Exception, timeout: float) -> ApiError:
             return ApiError(504, message, code="timeout")
         case ValueError():
             return bad_request(str(error))
+        case OutOfMemory() | MemoryError():
+            # OpenAI's clients would try again, and end just so.
+            once = {"x-should-retry": "false"}
+            message = str(error) if isinstance(error, OutOfMemory) else _HOST_MEMORY
+            return ApiError(507, message, code="out_of_memory", headers=once)
         case EngineFailure():  # logged once, by the service
             return ApiError(500, "the model failed; the server's log says why", code="model_failed")
     log.error("a request failed", exc_info=error)

@@ -22,6 +22,7 @@ _REFUSALS = {
     500: "A fault of the server.",
     503: "The server is shutting down, or its engine has failed.",
     504: "The answer took longer than the server's limit.",
+    507: "The request needs more memory than the server has.",
 }
 
 

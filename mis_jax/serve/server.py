@@ -12,7 +12,7 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
-from mis_jax.generation.service import Service
+from mis_jax.generation.service import EngineFailure, Service
 from mis_jax.serve.protocol import Protocol
 
 log = logging.getLogger(__name__)
@@ -75,13 +75,18 @@ def run(
     """Serve until SIGTERM or SIGINT; then refuse with 503 and finish what runs and waits.
 
     After `drain` seconds, or a second signal, what is left is broken off. Closes the service.
+    Raises EngineFailure, soon after it, where the engine has failed.
     """
     _allow_many_connections()
     server = _Server(config_of(app), service, drain, started)
+    service.when_broken(server.end)
     try:
         server.run(sockets=[bound])
     finally:
         service.close()
+    if service.failure is not None:
+        why = str(service.failure).partition("\n")[0]
+        raise EngineFailure(f"{why}; the server has ended, start it again") from service.failure
 
 
 def _allow_many_connections() -> None:
@@ -118,6 +123,10 @@ class _Server(uvicorn.Server):
         self._draining = True
         threading.Thread(target=self._end, name="drain", daemon=True).start()
 
+    def end(self) -> None:
+        """Stop soon, from any thread: answers that are made are still sent."""
+        self.should_exit = True
+
     def _end(self) -> None:
         log.info("shutting down; answers under way are finished first")
         if not self._service.drain(self._drain):
@@ -126,4 +135,4 @@ class _Server(uvicorn.Server):
                 self._service.running + self._service.waiting, self._drain,
             )  # fmt: skip
         self._service.close()
-        self.should_exit = True
+        self.end()
