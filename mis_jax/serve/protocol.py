@@ -3,7 +3,6 @@
 import asyncio
 import json
 
-import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mis_jax.serve.errors import ApiError
@@ -45,18 +44,16 @@ class Protocol(H11Protocol):
     def _give_up(self) -> None:
         if self.transport.is_closing():
             return
-        if self.conn.trailing_data[0] and self.conn.our_state is h11.IDLE:
-            self._refuse()
+        if self.conn.trailing_data[0]:  # a part of a header, not the silence before one
+            self.transport.write(_refusal())
         self.transport.close()
 
-    def _refuse(self) -> None:
-        error = ApiError(408, "the request's header did not come in time", code="timeout")
-        body = json.dumps(error.body).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),
-        ]
-        response = h11.Response(status_code=408, headers=headers, reason=b"Request Timeout")
-        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event) or b"")
+
+def _refusal() -> bytes:
+    error = ApiError(408, "the request's header did not come in time", code="timeout")
+    body = json.dumps(error.body).encode()
+    head = (
+        "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body
