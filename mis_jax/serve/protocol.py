@@ -1,4 +1,4 @@
-"""HTTP/1.1 connections that wait for a request's header only so long."""
+"""HTTP/1.1 connections that wait only so long for a header to come and for an answer to be read."""
 
 import asyncio
 import json
@@ -8,12 +8,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from mis_jax.serve.errors import ApiError
 
 HEADER_SECONDS = 10.0  # from a connection's or a header's first byte to the header's end
+STALL_SECONDS = 60.0  # for a client to read something of what is sent to it
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, which waits for a header for ever."""
+    """uvicorn's, which waits for both for ever."""
 
     _header_end: asyncio.TimerHandle | None = None
+    _stall_end: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -30,7 +32,22 @@ class Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_header()
-        super().connection_lost(exc)
+        super().connection_lost(exc)  # which resumes writing
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # Not close(), which would wait until all is read.
+        self._stall_end = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._stall_end is not None:
+            self._stall_end.cancel()
+            self._stall_end = None
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self.loop.call_later(STALL_SECONDS, self.transport.abort)
 
     def _await_header(self) -> None:
         if self._header_end is None:  # else it would be put off by every byte
@@ -47,6 +64,7 @@ class Protocol(H11Protocol):
         if self.conn.trailing_data[0]:  # a part of a header, not the silence before one
             self.transport.write(_refusal())
         self.transport.close()
+        self.loop.call_later(STALL_SECONDS, self.transport.abort)
 
 
 def _refusal() -> bytes:

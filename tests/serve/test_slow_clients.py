@@ -7,15 +7,18 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import httpx2
 import pytest
+import uvicorn
 from serve_world import World, body, error_of, running
 from test_limits import raw_request
 from waiting import DEADLINE, until
 
 from mis_jax.serve import bodies, protocol
+from mis_jax.serve.server import bind, config_of
 
 CHAT = "/v1/chat/completions"
 HALF = (
@@ -186,6 +189,32 @@ def test_more_connections_than_a_shell_allows_files(tiny_checkpoint):
                 held.enter_context(socket.create_connection(address, DEADLINE))
             assert httpx2.get(f"{url}/health", timeout=DEADLINE).json()["status"] == "ok"
         server.kill()
+
+
+# Answers
+
+
+def test_a_client_that_does_not_read_its_answer_is_cut_off(monkeypatch):
+    monkeypatch.setattr(protocol, "STALL_SECONDS", 0.2)
+    told: list[str] = []
+
+    async def long(scope, receive, send):
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(64):  # megabytes: more than the system's buffers hold
+            await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": True})
+        told.append((await receive())["type"])
+
+    server = uvicorn.Server(config_of(long))
+    bound = bind("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    until(lambda: server.started)
+    with socket.create_connection(bound.getsockname(), DEADLINE) as raw:
+        raw.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        until(lambda: told == ["http.disconnect"])
+        server.should_exit = True
+        thread.join(DEADLINE)
 
 
 # Health
