@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
-from mis_jax.cli.common import Dtype, MeshSizes, console, err_console, load_quietly
+from mis_jax.cli.common import Dtype, Failed, MeshSizes, console, err_console, load_quietly
 
 
 def serve(
@@ -14,6 +14,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    allow_host: Annotated[tuple[str, ...], UseAppendAction] = (),
     name: str | None = None,
     api_key_env: str | None = None,
     max_concurrent: int = 16,
@@ -37,6 +38,8 @@ def serve(
         model: Checkpoint folder in any of the three formats.
         host: Address to listen on; 0.0.0.0 is every one of this machine's.
         port: Port to listen on; 0 takes a free one.
+        allow_host: Name by which clients may ask for it, beside localhost, --host and every
+            IP address; repeat the option for several. '*' is every name, the default with 0.0.0.0.
         name: What clients call the model; the folder's name without it.
         api_key_env: Environment variable with the key that clients must send.
         max_concurrent: Requests answered at the same time.
@@ -54,7 +57,10 @@ def serve(
         max_megapixels: Most pixels of all images of a request together.
     """
     try:
+        from mis_jax.generation.memory import OutOfMemory
+        from mis_jax.generation.service import EngineFailure
         from mis_jax.serve import program
+        from mis_jax.serve.hosts import allowed_hosts
         from mis_jax.serve.server import address_of, bind, is_local
     except ImportError as error:
         raise ValueError(
@@ -87,26 +93,30 @@ def serve(
             model=name or model.resolve().name,
             context=processor.config.text.max_position,
             api_key=key,
+            hosts=allowed_hosts(bound, host, allow_host),
             image_folder=allow_image_folder,
             timeout=timeout,
             max_body=max_body_mib << 20,
             max_pixels=max_megapixels * 1_000_000,
         )
-        program.serve(
-            network,
-            processor,
-            settings,
-            bound,
-            max_concurrent=max_concurrent,
-            max_queue=max_queue,
-            drain=drain,
-            int8_cache=int8_cache,
-            longest=warm_up,
-            started=lambda: console.print(
-                f"{settings.model} is served at {url} (chat page) and {url}/v1 (API)",
-                markup=False, highlight=False, soft_wrap=True,
-            ),
-        )  # fmt: skip
+        try:
+            program.serve(
+                network,
+                processor,
+                settings,
+                bound,
+                max_concurrent=max_concurrent,
+                max_queue=max_queue,
+                drain=drain,
+                int8_cache=int8_cache,
+                longest=warm_up,
+                started=lambda: console.print(
+                    f"{settings.model} is served at {url} (chat page) and {url}/v1 (API)",
+                    markup=False, highlight=False, soft_wrap=True,
+                ),
+            )  # fmt: skip
+        except (EngineFailure, OutOfMemory) as failure:  # a supervisor starts it again
+            raise Failed(str(failure)) from failure
 
 
 def _key(variable: str | None) -> str | None:

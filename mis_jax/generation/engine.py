@@ -16,18 +16,17 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mis_jax.generation import device
+from mis_jax.generation.cache_on_mesh import empty_cache, mesh_of
 from mis_jax.generation.device import DECODE_STEPS, slots_bucket
+from mis_jax.generation.memory import OutOfMemory, is_alive, is_out_of_memory, largest
 from mis_jax.generation.pool import FeaturePool
 from mis_jax.generation.requests import FinishReason, Piece, Request, Token
 from mis_jax.generation.running import Running, filled, flags, ints, settings, token, told
 from mis_jax.generation.words import Decode, Words
 from mis_jax.model.cache import KVCache
-from mis_jax.model.config import TextConfig
 from mis_jax.model.internvl import InternVL
-from mis_jax.model.layers import Stack
 from mis_jax.sharding import BATCH_AXES
 
 CHUNKS = (128, 256, 384, 512, 704, 1024)  # tokens of a prompt that are read together: few shapes
@@ -60,7 +59,7 @@ class Engine:
     ):
         self._model = model
         self._parts = device.split(model)
-        self._mesh = _mesh_of(model)
+        self._mesh = mesh_of(model)
         shards = [self._mesh.shape[axis] for axis in BATCH_AXES] if self._mesh else []
         self._groups = max(groups, math.prod(shards))
         self._max_rows = rows
@@ -70,7 +69,9 @@ class Engine:
         self._stops = frozenset(int(token) for token in stop_ids)
         self._stop_ids = _padded(stop_ids)
         self._max_length = max_length
-        self._waiting: deque[tuple[int, Request]] = deque()
+        self._waiting: deque[Running] = deque()
+        self._pieces: list[tuple[int, Piece]] = []  # made, and not yet given out by `step`
+        self._suspects: set[Running] = set()  # what failed since the device was last waited for
         self._tickets = itertools.count()
         self._pool = FeaturePool(model, pool_tiles, model.compute_dtype)
         self._cache_dtype = jnp.dtype(jnp.int8) if int8_cache else model.compute_dtype
@@ -106,12 +107,13 @@ class Engine:
         """Take a request; the number that its pieces will carry. Raises as `check` does."""
         self.check(request)
         ticket = next(self._tickets)
-        self._waiting.append((ticket, request))
+        self._waiting.append(Running(ticket, request, Words(self._decode, request.stop)))
         return ticket
 
     def cancel(self, ticket: int) -> None:
         """Forget a request, whether it waits or runs; a finished one is no matter."""
-        self._waiting = deque(pair for pair in self._waiting if pair[0] != ticket)
+        self._waiting = deque(waiting for waiting in self._waiting if waiting.ticket != ticket)
+        self._pieces = [(owner, piece) for owner, piece in self._pieces if owner != ticket]
         for row, running in enumerate(self._rows):
             if running is not None and running.ticket == ticket:
                 self._leave(row)
@@ -126,7 +128,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return not self.running and not self._waiting
+        return not self.running and not self._waiting and not self._pieces
 
     def warm_up(self, longest: int) -> None:
         """Compile what prompts with answers of up to `longest` tokens in all can need.
@@ -148,14 +150,58 @@ class Engine:
         self._cache = self._empty_cache(device.MIN_SLOTS)
 
     def step(self) -> list[tuple[int, Piece]]:
-        """Some work on the device: admit, encode, read a chunk of prompts, make some tokens."""
+        """Some work on the device: admit, encode, read a chunk of prompts, make some tokens.
+
+        Raises OutOfMemory for a request that does not fit; the others go on with the next call.
+        """
+        failure = None
+        try:
+            self._work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = error.with_traceback(None)  # whose frames hold arrays
+        if failure is not None:
+            raise OutOfMemory(self._make_room(failure)) from failure
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def _work(self) -> None:
         self._admit()
-        pieces: list[tuple[int, Piece]] = []
-        filling = self._read_some(pieces)
+        filling = self._read_some()
         steps = self._between if filling else self._steps
         if steps and any(running and not running.reading for running in self._rows):
-            self._make_some(steps, pieces)
-        return pieces
+            self._make_some(steps)
+
+    def _make_room(self, failure: Exception) -> Running:
+        """End the largest of those that may have failed; the engine can work after that.
+
+        Raises what was raised, or what is now, where a small prompt alone does not fit.
+        """
+        suspects = self._suspects or {r for r in self._rows if r is not None}
+        if not suspects:
+            raise failure
+        ended, self._suspects = largest(suspects), set()
+        small = ended.slots <= device.MIN_SLOTS and not len(ended.request.example.tiles)
+        if small and self.running <= 1:
+            raise failure
+        self.cancel(ended.ticket)
+        if not (is_alive(self._cache) and is_alive(self._pool.features)):
+            self._begin_again()
+        elif not self.running:
+            self._cache = self._empty_cache(device.MIN_SLOTS)
+        return ended
+
+    def _begin_again(self) -> None:
+        """With a new cache and pool; those that run are read once more, answers so far too."""
+        rows = [running for running in self._rows if running is not None]
+        self._rows = [None] * len(self._rows)
+        for running in sorted(rows, key=lambda running: running.ticket, reverse=True):
+            running.begin_again()
+            self._waiting.appendleft(running)
+        self._pool.clear()
+        self._cache = self._empty_cache(device.MIN_SLOTS)
+        jax.block_until_ready((self._cache, self._pool.features))
 
     # -----------------------------------------------------------------------------------------
     # Rows
@@ -166,21 +212,20 @@ class Engine:
         each = len(self._rows) // self._groups
         free.sort(key=lambda row: (row % each, row))
         while self._waiting and free and self.running < self._max_rows:
-            ticket, request = self._waiting[0]
-            example = request.example
+            running = self._waiting[0]
+            example = running.request.example
             bounds = np.cumsum(example.tiles_per_image)[:-1]
             images = np.split(example.tiles, bounds) if len(example.tiles) else []
+            tiles, known = self._pool.size, running in self._suspects
+            self._suspects.add(running)
             held = self._pool.take(images)
+            if self._pool.size == tiles and not known:  # it has not grown for it
+                self._suspects.remove(running)
             if held is None:
                 return
             self._waiting.popleft()
-            self._rows[free.pop(0)] = Running(
-                ticket,
-                request,
-                held,
-                self._pool.places_of(held),
-                Words(self._decode, request.stop),
-            )
+            running.images, running.features = held, self._pool.places_of(held)
+            self._rows[free.pop(0)] = running
 
     def _leave(self, row: int) -> None:
         running = self._rows[row]
@@ -195,26 +240,15 @@ class Engine:
             self._cache = jax.tree.map(lambda x: device.resized(x, slots), self._cache)
 
     def _empty_cache(self, slots: int) -> KVCache:
-        stacked = isinstance(self._model.text.layers, Stack)
-        cache = KVCache.zeros(
-            self._model.config.text,
-            len(self._rows),
-            slots,
-            self._cache_dtype,
-            stacked=stacked,
-        )
-        if self._mesh is None:
-            return cache
-        place = cache_place(self._mesh, self._model.config.text, stacked=stacked)
-        return jax.device_put(cache, place)
+        return empty_cache(self._model, len(self._rows), slots, self._cache_dtype)
 
     def _longest(self) -> int:
-        return max((max(r.prompt, r.length + 1) for r in self._rows if r is not None), default=1)
+        return max((running.slots for running in self._rows if running is not None), default=1)
 
     # -----------------------------------------------------------------------------------------
     # Prompts
 
-    def _read_some(self, pieces: list[tuple[int, Piece]]) -> bool:
+    def _read_some(self) -> bool:
         """Encode some tiles or read one chunk in every group; False when nobody is reading."""
         each = len(self._rows) // self._groups
         chosen: list[int | None] = []
@@ -225,12 +259,13 @@ class Engine:
         if not any(row is not None for row in chosen):
             return False
         pending = [self._rows[row] for row in chosen if row is not None]
+        self._suspects.update(running for running in pending if running)
         while not all(image.encoded for running in pending if running for image in running.images):
             encoded = self._pool.encode_some()
             assert encoded, "an image of a running row is neither encoded nor waiting"
             if self._between:
                 return True
-        self._read(chosen, pieces)
+        self._read(chosen)
         return True
 
     def _ticket_of(self, row: int) -> int:
@@ -238,28 +273,36 @@ class Engine:
         assert running is not None
         return running.ticket
 
-    def _read(self, chosen: list[int | None], pieces: list[tuple[int, Piece]]) -> None:
+    def _read(self, chosen: list[int | None]) -> None:
         readers = [None if row is None else self._rows[row] for row in chosen]
-        longest = max(r.prompt - r.read for r in readers if r)
+        longest = max(r.to_read - r.read for r in readers if r)
         length = next((size for size in CHUNKS if size >= longest), CHUNKS[-1])
         self._fit(max(self._longest(), length))
-        made = self._prefill(chosen, readers, length)
+        made, ends = self._prefill(chosen, readers, length)
+        for reader, end in zip(readers, ends, strict=True):
+            if reader:
+                reader.read = end
         ending = [reader for reader in readers if reader and not reader.reading]
         for reader in ending:
             self._pool.release(reader.images)
             reader.images = []
         if ending:
             made = jax.tree.map(np.asarray, made)
+            self._suspects.clear()
             for group, reader in enumerate(readers):
-                if reader in ending:
+                if reader in ending and not reader.tokens:  # one that is read again has its own
                     at = chosen[group]
                     assert at is not None
-                    self._take(at, [token(reader.request, made, (group,))], pieces)
+                    self._take(at, [token(reader.request, made, (group,))])
 
     def _prefill(
         self, chosen: Sequence[int | None], readers: Sequence[Running | None], length: int
-    ) -> device.Chosen:
-        """Reads the next `length` tokens of a prompt in every group that has one."""
+    ) -> tuple[device.Chosen, list[int]]:
+        """Reads the next `length` tokens of a prompt in every group that has one, and up to where.
+
+        The readers themselves are not changed, as it may fail.
+        """
+        ends = [0] * self._groups
         shape, each = (self._groups, length), len(self._rows) // self._groups
         ids, features = filled(0, shape), filled(-1, shape)
         row, start, prompt = (filled(value, self._groups) for value in (0, 0, 1))
@@ -268,44 +311,35 @@ class Engine:
                 continue
             place = chosen[group]
             assert place is not None
-            row[group], prompt[group] = place % each, reader.prompt
+            row[group], prompt[group] = place % each, reader.to_read
             # The last chunk of a long prompt reads some tokens again rather than have a length of
             # its own.
-            start[group] = first = max(min(reader.read, reader.prompt - length), 0)
-            part = reader.request.example.input_ids[first : first + length]
-            ids[group, : len(part)] = part
-            features[group, : len(part)] = self._features_of(reader, first, len(part))
-            reader.read = min(first + length, reader.prompt)
-        ending = [reader for reader in readers if reader and not reader.reading]
+            start[group] = first = max(min(reader.read, reader.to_read - length), 0)
+            part, places = reader.stretch(first, length, self._model.config.image_token_id)
+            ids[group, : len(part)], features[group, : len(part)] = part, places
+            ends[group] = first + len(part)
+        ending = [r for r, end in zip(readers, ends, strict=True) if r and end == r.to_read]
         how = settings(readers)
         chunk = device.Chunk(ids, features, row, start, flags(readers), prompt, how)
         made, self._cache = device.prefill(
             *self._parts, self._cache, self._pool.features, chunk, told(ending)
         )
-        return made
-
-    def _features_of(self, reader: Running, first: int, count: int) -> np.ndarray:
-        """Places in the pool of a stretch's image tokens; -1 for other tokens."""
-        ids = np.asarray(reader.request.example.input_ids)
-        is_image = ids == self._model.config.image_token_id
-        if not len(reader.features):
-            return np.full(count, -1, np.int32)
-        order = np.cumsum(is_image) - 1
-        places = np.where(is_image, reader.features[np.maximum(order, 0)], -1)
-        return places[first : first + count]
+        return made, ends
 
     # -----------------------------------------------------------------------------------------
     # Tokens
 
-    def _make_some(self, steps: int, pieces: list[tuple[int, Piece]]) -> None:
+    def _make_some(self, steps: int) -> None:
         writers = [r if r is not None and not r.reading else None for r in self._rows]
+        self._suspects.update(writer for writer in writers if writer)
         self._fit(max(self._longest(), max(r.length + 1 for r in writers if r) + steps))
         made = jax.tree.map(np.asarray, self._decode_some(writers, steps))
+        self._suspects.clear()
         for row, writer in enumerate(writers):
             if writer is not None:
                 count = int((made.token[row] >= 0).sum())
                 tokens = [token(writer.request, made, (row, step)) for step in range(count)]
-                self._take(row, tokens, pieces)
+                self._take(row, tokens)
 
     def _decode_some(self, writers: Sequence[Running | None], steps: int) -> device.Chosen:
         rows = device.Rows(
@@ -326,8 +360,8 @@ class Engine:
         )
         return made
 
-    def _take(self, row: int, tokens: list[Token], pieces: list[tuple[int, Piece]]) -> None:
-        """New tokens of a row: to its answer, and what of them can be told to `pieces`."""
+    def _take(self, row: int, tokens: list[Token]) -> None:
+        """New tokens of a row: to its answer, and a piece of what of them can be told."""
         running = self._rows[row]
         assert running is not None
         request, reason = running.request, None
@@ -347,22 +381,9 @@ class Engine:
         new = running.tokens[running.told : running.words.tokens]
         running.told = max(running.told, running.words.tokens)
         if reason is not None or text or new:
-            pieces.append((running.ticket, Piece(text, tuple(new), reason, generated)))
+            self._pieces.append((running.ticket, Piece(text, tuple(new), reason, generated)))
         if reason is not None:
             self._leave(row)
-
-
-def cache_place(mesh: Mesh, text: TextConfig, *, stacked: bool) -> NamedSharding:
-    """Rows of the cache are divided over data and fsdp, heads over tensor where they divide."""
-    heads = "tensor" if text.num_kv_heads % mesh.shape["tensor"] == 0 else None
-    layers = (None,) if stacked else ()
-    return NamedSharding(mesh, PartitionSpec(*layers, BATCH_AXES, heads))
-
-
-def _mesh_of(model: InternVL) -> Mesh | None:
-    sharding = model.text.embedding.get_value().sharding
-    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-    return mesh if isinstance(mesh, Mesh) else None
 
 
 def _padded(stop_ids: Sequence[int]) -> jax.Array:

@@ -34,8 +34,15 @@ class FeaturePool:
         self._images: OrderedDict[bytes, Held] = OrderedDict()
         self._tokens = config.tokens_per_tile
         self._image_size = config.vision.image_size
-        self._free = list(range(tiles))[::-1]
-        self.features = jnp.zeros((tiles, self._tokens, config.text.hidden_size), dtype)
+        self._shape = (tiles, self._tokens, config.text.hidden_size)
+        self._dtype = dtype
+        self.clear()
+
+    def clear(self) -> None:
+        """As at the beginning; holds on images mean nothing any more."""
+        self._images.clear()
+        self._free = list(range(self._shape[0]))[::-1]
+        self.features = jnp.zeros(self._shape, self._dtype)
 
     @property
     def size(self) -> int:
@@ -86,18 +93,19 @@ class FeaturePool:
     def _grow(self, tiles: int) -> None:
         """For a prompt that has more tiles than the whole pool."""
         more = device.power_of_two(tiles) - self.size
-        self._free += range(self.size, self.size + more)
+        size = self.size
         self.features = jnp.pad(self.features, ((0, more), (0, 0), (0, 0)))
+        self._free += range(size, size + more)
 
     def encode_some(self) -> bool:
         """Up to TILES_AT_ONCE waiting tiles through the vision tower; False if none waits."""
         batch: list[tuple[np.ndarray, int]] = []
+        parts: list[tuple[Held, int]] = []
         for held in self._images.values():
             if held.waiting and held.users:
                 part = held.waiting[: TILES_AT_ONCE - len(batch)]
-                held.waiting = held.waiting[len(part) :]
                 batch += part
-                held.encoded = not held.waiting
+                parts.append((held, len(part)))
         if not batch:
             return False
         count = next(size for size in _TILE_COUNTS if size >= len(batch))
@@ -106,6 +114,9 @@ class FeaturePool:
         for index, (tile, place) in enumerate(batch):
             tiles[index], places[index] = tile, place
         self.features = device.encode(*self._model, self.features, tiles, places)
+        for held, encoded in parts:  # only now: it may have failed
+            held.waiting = held.waiting[encoded:]
+            held.encoded = not held.waiting
         return True
 
     def warm_up(self) -> None:

@@ -18,10 +18,12 @@ class Running:
 
     ticket: int
     request: Request
-    images: list[Held]
-    features: np.ndarray  # places in the pool, in the order of the prompt's image tokens
     words: Words
-    read: int = 0  # tokens of the prompt in the cache
+    images: list[Held] = field(default_factory=list)
+    # Places in the pool, in the order of the prompt's image tokens.
+    features: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    read: int = 0  # tokens in the cache while `reading`
+    again: int = 0  # tokens of the answer that are read again like a prompt
     tokens: list[Token] = field(default_factory=list)
     told: int = 0  # tokens that pieces have brought
 
@@ -30,13 +32,36 @@ class Running:
         return len(self.request.example.input_ids)
 
     @property
+    def to_read(self) -> int:
+        return self.prompt + self.again
+
+    @property
     def reading(self) -> bool:
-        return self.read < self.prompt
+        return self.read < self.to_read
+
+    @property
+    def slots(self) -> int:
+        """How many it needs in the cache for its next token."""
+        return max(self.prompt, self.length + 1)
 
     @property
     def length(self) -> int:
         """Tokens in the cache: all but the newest."""
         return self.prompt + len(self.tokens) - 1
+
+    def begin_again(self) -> None:
+        """The cache is lost: prompt and answer so far are to be read once more."""
+        self.images, self.features = [], np.zeros(0, np.int32)
+        self.read, self.again = 0, max(len(self.tokens) - 1, 0)
+
+    def stretch(self, first: int, length: int, image_token: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of a part of what is read, and the image tokens' places in the pool (else -1)."""
+        prompt = np.asarray(self.request.example.input_ids)
+        ids = np.append(prompt, [token.id for token in self.tokens[: self.again]]).astype(np.int32)
+        places = np.full(len(ids), -1, np.int32)
+        if len(self.features):
+            places[: self.prompt][prompt == image_token] = self.features
+        return ids[first : first + length], places[first : first + length]
 
 
 def filled(value: int, shape: int | tuple[int, ...]) -> Any:

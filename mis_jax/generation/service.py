@@ -2,9 +2,9 @@
 
     any thread --reserve, start, cancel--> engine thread: add, cancel, step --hear--> pieces
 
-A place is taken before a prompt is even read (`reserve`), so that a full service refuses at once
-and the number of prompts in memory is bounded. A request holds its place until its last piece, its
-failure or its cancellation has reached the engine.
+A place is taken (`reserve`) when a request is there as a whole and before it is prepared, so that
+the number of prompts in memory is bounded; `check_open` refuses before anything is read. A request
+holds its place until its last piece, its failure or its cancellation has reached the engine.
 """
 
 import logging
@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from mis_jax.generation.memory import OutOfMemory
 from mis_jax.generation.requests import Piece, Request
 
 Hear = Callable[[Piece | Exception], None]
@@ -34,7 +35,11 @@ class EngineFailure(RuntimeError):
 
 
 class Engine(Protocol):
-    """What the service needs of the engine; all but `check` from one thread alone."""
+    """What the service needs of the engine; all but `check` from one thread alone.
+
+    `step` raises OutOfMemory for a request that has ended so; after anything else that it raises
+    the engine cannot be used any more.
+    """
 
     def add(self, request: Request) -> int: ...
     def check(self, request: Request) -> None: ...
@@ -90,15 +95,22 @@ class Service:
         self._stale: list[Ticket] = []  # cancelled while the engine had them
         self._held = 0  # so many has the engine
         self._refusal = ""  # why nothing is taken
-        self._failed = self._closing = False
+        self._closing = False
+        self._failure: EngineFailure | None = None
+        self._when_broken: Callable[[], None] = lambda: None
         self._numbers: dict[int, Ticket] = {}  # of the engine's thread alone
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     # From any thread
 
-    def reserve(self) -> Ticket:
-        """A place; raises Busy when there is none, Unavailable when nothing is taken any more."""
+    @property
+    def places(self) -> int:
+        """How many may run and wait."""
+        return self._places
+
+    def check_open(self) -> None:
+        """Raises Busy when there is no place, Unavailable when nothing is taken any more."""
         with self._changed:
             if self._refusal:
                 raise Unavailable(self._refusal)
@@ -106,6 +118,11 @@ class Service:
                 raise Busy(
                     f"{self._places} requests are running or waiting, as many as this server takes"
                 )
+
+    def reserve(self) -> Ticket:
+        """A place; raises as `check_open` does."""
+        with self._changed:
+            self.check_open()
             ticket = Ticket(self)
             self._tickets.add(ticket)
             return ticket
@@ -139,10 +156,25 @@ class Service:
             return self._refusal
 
     @property
+    def failure(self) -> EngineFailure | None:
+        """What the engine has failed with."""
+        with self._changed:
+            return self._failure
+
+    @property
     def broken(self) -> bool:
         """Whether the engine has failed."""
+        return self.failure is not None
+
+    def when_broken(self, call: Callable[[], None]) -> None:
+        """`call` comes once the engine has failed and all have been told, also if it has already.
+
+        On the engine's thread, or on this one.
+        """
         with self._changed:
-            return self._failed
+            self._when_broken = call
+        if self.broken:
+            call()
 
     def drain(self, seconds: float) -> bool:
         """Take no more requests and wait for those that are there; whether all have ended."""
@@ -191,28 +223,43 @@ class Service:
     # The engine's thread
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:  # whatever it is: nothing is answered from here on
+            log.exception("the engine failed; no request is answered any more")
+            failure = EngineFailure(f"the engine failed ({type(error).__name__}: {error})")
+            failure.__cause__ = error
             with self._changed:
-                self._changed.wait_for(
-                    lambda: self._queue or self._stale or self._closing or not self._engine.idle
-                )
-                if self._closing:
-                    return
-                stale, self._stale = self._stale, []
+                self._failure = failure
+                self._refusal = "the engine has failed; restart the server"
+            self._end_all(failure)
+            with self._changed:
+                call = self._when_broken
+            call()
+
+    def _turn(self) -> bool:
+        """Some work, once there is any; False when the service is closed."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._queue or self._stale or self._closing or not self._engine.idle
+            )
+            if self._closing:
+                return False
+            stale, self._stale = self._stale, []
+        self._cancel_in_engine(stale)
+        self._admit()
+        if not self._engine.idle:
             try:
-                self._cancel_in_engine(stale)
-                self._admit()
-                if not self._engine.idle:
-                    self._hand_out(self._engine.step())
-            except Exception as error:
-                log.exception("the engine failed; no request is answered any more")
-                with self._changed:
-                    self._failed = True
-                    self._refusal = "the engine has failed; restart the server"
-                failure = EngineFailure(f"the engine failed ({type(error).__name__}: {error})")
-                failure.__cause__ = error
-                self._end_all(failure)
-                return
+                pieces = self._engine.step()
+            except OutOfMemory as error:
+                log.warning("a request was ended: %s", error)
+                ticket = self._numbers[error.ticket]
+                self._leave([ticket])
+                self._tell(ticket, error)
+            else:
+                self._hand_out(pieces)
+        return True
 
     def _cancel_in_engine(self, stale: list[Ticket]) -> None:
         for ticket in stale:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mis_jax.config import RunConfig
+from mis_jax.generation.cache_on_mesh import cache_place
 from mis_jax.generation.device import (
     Chunk,
     Settings,
@@ -17,7 +18,7 @@ from mis_jax.generation.device import (
     power_of_two,
     slots_bucket,
 )
-from mis_jax.generation.engine import CHUNKS, POOL_TILES, cache_place
+from mis_jax.generation.engine import CHUNKS, POOL_TILES
 from mis_jax.model.cache import KVCache
 from mis_jax.model.config import InternVLConfig
 from mis_jax.plan.memory import Compiled, compile_for

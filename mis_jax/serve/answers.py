@@ -13,14 +13,26 @@ class ClientGone(Exception):
     """The client closed its connection."""
 
 
-async def pieces(ticket: Ticket, request: Request, receive: Receive) -> AsyncGenerator[Piece]:
+async def until_gone(receive: Receive) -> None:
+    """Returns when the client has closed its connection; its whole body has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def pieces(ticket: Ticket, request: Request, gone: asyncio.Task) -> AsyncGenerator[Piece]:
     """Starts the request and gives its pieces; raises what the service tells, or ClientGone.
+
+    `gone` is a task of `until_gone`.
 
     Close it (`contextlib.aclosing`): that cancels a request whose answer is not wanted any more.
     """
     loop = asyncio.get_running_loop()
     heard: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-    watch = asyncio.create_task(_watch(receive, heard))
+
+    def leave(gone: asyncio.Task) -> None:
+        heard.put_nowait(ClientGone())
+
+    gone.add_done_callback(leave)
     try:
         ticket.start(request, lambda what: _hand_over(loop, heard, what))
         while True:
@@ -31,16 +43,9 @@ async def pieces(ticket: Ticket, request: Request, receive: Receive) -> AsyncGen
             if what.finish_reason:
                 return
     finally:
-        watch.cancel()
+        gone.remove_done_callback(leave)
         ticket.cancel()
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, heard: asyncio.Queue, what: object) -> None:
     loop.call_soon_threadsafe(heard.put_nowait, what)
-
-
-async def _watch(receive: Receive, heard: asyncio.Queue) -> None:
-    """The body has been read: what comes now is the end of the connection."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    heard.put_nowait(ClientGone())

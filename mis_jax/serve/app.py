@@ -15,6 +15,7 @@ from mis_jax.data.processor import Processor
 from mis_jax.generation.service import Service
 from mis_jax.serve.chat import ChatCompletions
 from mis_jax.serve.errors import ApiError, as_api_error
+from mis_jax.serve.hosts import HostCheck
 from mis_jax.serve.lingering import Lingering
 from mis_jax.serve.metrics import CONTENT_TYPE, Metrics
 from mis_jax.serve.openapi import document
@@ -89,7 +90,7 @@ def create_app(service: Service, processor: Processor, settings: Settings) -> St
             Route("/metrics", figures),
             Route("/openapi.json", openapi),
         ],
-        middleware=[Middleware(Lingering)],
+        middleware=[Middleware(Lingering), Middleware(HostCheck, hosts=settings.hosts)],
         exception_handlers={ApiError: as_json, HTTPException: as_json, Exception: as_json},
     )
 

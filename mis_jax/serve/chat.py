@@ -1,12 +1,13 @@
-"""POST /v1/chat/completions: takes a place, reads, prepares, answers whole or in a stream."""
+"""POST /v1/chat/completions: reads, takes a place, prepares, answers whole or in a stream."""
 
 import asyncio
 import logging
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 
 from starlette.requests import ClientDisconnect, Request
@@ -16,9 +17,10 @@ from starlette.types import Message, Receive, Scope, Send
 from mis_jax.data.processor import Processor
 from mis_jax.generation.requests import Piece
 from mis_jax.generation.service import Service, Ticket
-from mis_jax.serve.answers import ClientGone, pieces
+from mis_jax.serve.answers import ClientGone, pieces, until_gone
+from mis_jax.serve.bodies import Bodies
 from mis_jax.serve.completions import Writer
-from mis_jax.serve.errors import ApiError, as_api_error
+from mis_jax.serve.errors import as_api_error
 from mis_jax.serve.metrics import CLIENT_GONE, Metrics
 from mis_jax.serve.prompts import Asked, Prompts
 from mis_jax.serve.settings import Settings
@@ -54,6 +56,7 @@ class ChatCompletions:
         self._settings = settings
         self._metrics = metrics
         self._prompts = Prompts(processor, settings)
+        self._bodies = Bodies(settings.max_body, settings.max_body * service.places)
         self._pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="prompts")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,33 +88,48 @@ class ChatCompletions:
         )  # fmt: skip
 
     async def _answer(self, course: _Course, scope: Scope, receive: Receive, send: Send) -> None:
-        ticket = self._service.reserve()
-        try:
-            body = await _read(Request(scope, receive), self._settings.max_body)
-            asked = await asyncio.get_running_loop().run_in_executor(
-                self._pool, self._prepared, body
-            )
-            del body
+        self._service.check_open()  # a full server refuses before it reads
+        with ExitStack() as ends:
+            async with self._bodies.read(Request(scope, receive)) as body:
+                ticket = self._service.reserve()
+                ends.callback(ticket.cancel)
+                gone = asyncio.create_task(until_gone(receive))
+                ends.callback(gone.cancel)
+                asked = await self._prepared(body, gone)
             course.prompt_tokens = asked.prompt_tokens
             self._metrics.prompt(asked.prompt_tokens)
-            await self._generate(course, asked, ticket, scope, receive, send)
-        finally:
-            ticket.cancel()
+            await self._generate(course, asked, ticket, gone, scope, receive, send)
 
-    def _prepared(self, body: bytes) -> Asked:
-        asked = self._prompts(body)
-        self._service.check(asked.request)
-        return asked
+    async def _prepared(self, body: bytearray, gone: asyncio.Task) -> Asked:
+        """What is asked; ClientGone, and no more work, once the client has left."""
+        bodies, left = [body], threading.Event()
+
+        def prepare() -> Asked:
+            asked = self._prompts(bodies.pop(), left.is_set)
+            self._service.check(asked.request)
+            return asked
+
+        work = asyncio.get_running_loop().run_in_executor(self._pool, prepare)
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                raise ClientGone
+            return work.result()
+        finally:
+            # One that has not begun never will; it lies in the pool's queue until then.
+            work.cancel()
+            left.set()
+            bodies.clear()
 
     async def _generate(
-        self, course: _Course, asked: Asked, ticket: Ticket,
+        self, course: _Course, asked: Asked, ticket: Ticket, gone: asyncio.Task,
         scope: Scope, receive: Receive, send: Send,
     ) -> None:  # fmt: skip
         writer = Writer(
             course.id, self._settings.model, self._tokenizer, asked.prompt_tokens,
             logprobs=asked.request.logprobs is not None,
         )  # fmt: skip
-        async with aclosing(pieces(ticket, asked.request, receive)) as answer:
+        async with aclosing(pieces(ticket, asked.request, gone)) as answer:
             counted = self._counted(course, answer, timed=asked.stream)
             if not asked.stream:
                 completion = await writer.whole(counted)
@@ -138,26 +156,3 @@ class ChatCompletions:
             self._metrics.generated(piece.generated - course.generated)
             course.generated = piece.generated
             yield piece
-
-
-async def _read(request: Request, limit: int) -> bytes:
-    """The body; ApiError 413 as soon as it is known to be too long, 415 for another type."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        # A web page elsewhere cannot send this type here without asking, which is never granted.
-        raise ApiError(415, f"the content type is {kind!r}; send application/json")
-    too_long = ApiError(
-        413,
-        f"the body is longer than this server's limit of {limit} bytes; send fewer or smaller "
-        "images",
-        code="request_too_large",
-    )
-    told = request.headers.get("content-length", "0")
-    if told.isdecimal() and int(told) > limit:
-        raise too_long
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise too_long
-    return bytes(body)

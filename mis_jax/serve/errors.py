@@ -5,10 +5,13 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from mis_jax.generation.memory import OutOfMemory
 from mis_jax.generation.service import Busy, EngineFailure, Unavailable
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 1  # what a refused client is asked to wait
+_HOST_MEMORY = "the request needs more memory than this server has; send fewer or smaller images"
+_MOST_CHARACTERS = 1000  # of what an error repeats: a client's own megabytes are not sent back
 
 
 class ApiError(Exception):
@@ -23,6 +26,7 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ):
+        message, param = _short(message), param and _short(param)
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = headers or {}
@@ -38,6 +42,10 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """The whole HTTP response."""
         return JSONResponse(self.body, self.status, self.headers)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -60,6 +68,11 @@ def as_api_error(error: Exception, timeout: float) -> ApiError:
             return ApiError(504, message, code="timeout")
         case ValueError():
             return bad_request(str(error))
+        case OutOfMemory() | MemoryError():
+            # OpenAI's clients would try again, and end just so.
+            once = {"x-should-retry": "false"}
+            message = str(error) if isinstance(error, OutOfMemory) else _HOST_MEMORY
+            return ApiError(507, message, code="out_of_memory", headers=once)
         case EngineFailure():  # logged once, by the service
             return ApiError(500, "the model failed; the server's log says why", code="model_failed")
     log.error("a request failed", exc_info=error)

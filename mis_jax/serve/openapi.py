@@ -14,12 +14,15 @@ _REFUSALS = {
     400: "What was sent is malformed, too long for the model, or asks for what is not supported.",
     401: "The API key is missing or wrong.",
     404: "There is no such model.",
+    408: "The body did not come in time.",
     413: "The body is too long.",
     415: "The content type is not application/json.",
+    421: "The server does not answer to this name; see its option --allow-host.",
     429: "As many requests run and wait as may; try again after Retry-After seconds.",
     500: "A fault of the server.",
     503: "The server is shutting down, or its engine has failed.",
     504: "The answer took longer than the server's limit.",
+    507: "The request needs more memory than the server has.",
 }
 
 

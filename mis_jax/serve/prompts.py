@@ -1,6 +1,7 @@
 """A request's body -> what the engine is asked. Runs in threads, never on the event loop."""
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +9,17 @@ from mis_jax.data.processor import Processor
 from mis_jax.generation.requests import Request
 from mis_jax.generation.sampling import Sampling
 from mis_jax.serve import images, schemas
+from mis_jax.serve.answers import ClientGone
 from mis_jax.serve.errors import ApiError, bad_request
 from mis_jax.serve.settings import Settings
 
 _GREEDY_BELOW = 1e-4  # a temperature that float32 arithmetic would turn into noise
-# Tokens of ordinary text are far shorter; refusing here keeps megabytes from the tokenizer.
+# Tokens of ordinary text are far shorter; refusing here keeps megabytes from the tokenizer, and
+# JSON that is all brackets and commas from a parser that holds the whole process up.
 _CHARACTERS_PER_TOKEN = 64
+_MARKS_PER_TOKEN = 16
+_FEW_MARKS = 500_000
+_TOKENS_PER_TURN = 3  # its two control tokens and its role
 
 
 @dataclass(frozen=True)
@@ -36,9 +42,18 @@ class Prompts:
         self._processor = processor
         self._settings = settings
 
-    def __call__(self, body: bytes) -> Asked:
-        """ApiError 400 or 404 for whatever is wrong with it."""
-        asked = schemas.parse(body)
+    def __call__(self, body: bytes | bytearray, gone: Callable[[], bool] = lambda: False) -> Asked:
+        """ApiError 400 or 404 for whatever is wrong with it.
+
+        `gone` is asked before every costly part; where it is true, ClientGone is raised.
+        """
+        _stop_if(gone())
+        marks = sum(map(body.count, (b"[", b"{", b",")))
+        if marks > _FEW_MARKS:
+            self._check_length(marks // _MARKS_PER_TOKEN)
+        content = schemas.parse(body)
+        self._check_length(schemas.count_parts(content))
+        asked = schemas.checked(content)
         if asked.model != self._settings.model:
             raise ApiError(
                 404,
@@ -51,7 +66,7 @@ class Prompts:
             raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
         if asked.stream_options and not asked.stream:
             raise bad_request("stream_options needs stream to be true", "stream_options")
-        example = self._example(asked)
+        example = self._example(asked, gone)
         request = Request(
             example,
             max_new_tokens=self._max_new_tokens(asked, len(example.input_ids)),
@@ -63,9 +78,9 @@ class Prompts:
         options = asked.stream_options
         return Asked(request, bool(asked.stream), bool(options and options.include_usage))
 
-    def _example(self, asked: schemas.ChatRequest) -> Any:
+    def _example(self, asked: schemas.ChatRequest, gone: Callable[[], bool]) -> Any:
+        self._check_text(asked)
         messages, urls = _conversation(asked.messages)
-        self._check_text(messages)
         processor, settings = self._processor, self._settings
         sources = images.sources_of(urls, settings.image_folder)
         per_tile = processor.config.tokens_per_tile
@@ -74,6 +89,7 @@ class Prompts:
         budget = processor.budget(len(sizes), max_tiles_per_image=asked.max_dynamic_patch)
         self._check_length(sum(processor.tile_count(size, budget) for size in sizes) * per_tile)
         system = asked.system_prompt or "default"
+        _stop_if(gone())
         try:
             return processor.example(
                 messages,
@@ -84,18 +100,24 @@ class Prompts:
         except ValueError as error:
             raise bad_request(str(error), "messages") from None
 
-    def _check_text(self, messages: list[dict[str, Any]]) -> None:
-        characters = sum(
-            len(part.get("text", "")) for message in messages for part in message["content"]
-        )
-        self._check_length(characters // _CHARACTERS_PER_TOKEN)
+    def _check_text(self, asked: schemas.ChatRequest) -> None:
+        """The one bound of everything that becomes tokens or is compared with them."""
+        characters = sum(map(len, [asked.system_prompt or "", *_stop(asked)]))
+        for message in asked.messages:
+            content = message.content
+            if isinstance(content, str):
+                characters += len(content)
+            else:
+                characters += sum(len(p.text) for p in content if isinstance(p, schemas.TextPart))
+        turns = _TOKENS_PER_TURN * len(asked.messages)
+        self._check_length(turns + characters // _CHARACTERS_PER_TOKEN)
 
     def _check_length(self, tokens: int) -> None:
         context = self._settings.context
         if tokens >= context:
             raise bad_request(
                 f"the prompt has {tokens} tokens or more; the model's context is {context}: "
-                "shorten it, or send fewer or smaller images",
+                "shorten it, or send fewer turns, fewer or smaller images",
                 "messages",
                 "context_length_exceeded",
             )
@@ -127,6 +149,11 @@ class Prompts:
         )
 
 
+def _stop_if(gone: bool) -> None:
+    if gone:
+        raise ClientGone
+
+
 def _stop(asked: schemas.ChatRequest) -> tuple[str, ...]:
     if asked.stop is None:
         return ()
@@ -138,22 +165,26 @@ def _conversation(
 ) -> tuple[list[dict[str, Any]], list[images.NamedUrl]]:
     """The processor's messages, and the images in their order.
 
-    All text goes in as parts, in which nothing is an image marker.
+    All text goes in as parts, in which nothing is an image marker, and parts of text that follow
+    one another as one: the template joins them one by one, which is quadratic.
     """
     turns: list[dict[str, Any]] = []
     urls: list[images.NamedUrl] = []
     for number, message in enumerate(messages):
         parts: list[dict[str, str]] = []
+        text: list[str] = []
         where = f"messages[{number}].content"
         content = message.content
         if isinstance(content, str):
             content = [schemas.TextPart(type="text", text=content)]
         for place, part in enumerate(content):
             if isinstance(part, schemas.TextPart):
-                parts.append({"type": "text", "text": part.text})
+                text.append(part.text)
             else:
-                parts.append({"type": "image"})
+                parts += [{"type": "text", "text": "".join(text)}, {"type": "image"}]
+                text = []
                 urls.append((f"{where}[{place}].image_url.url", part.image_url.url))
+        parts.append({"type": "text", "text": "".join(text)})
         role = "system" if message.role == "developer" else message.role
         turns.append({"role": role, "content": parts})
     if turns[-1]["role"] != "user":

@@ -22,6 +22,7 @@ from mis_jax.generation.requests import MAX_TOP_LOGPROBS, FinishReason
 from mis_jax.serve.errors import bad_request
 
 MAX_STOP_STRINGS = 4
+MAX_STOP_CHARACTERS = 1024  # an answer is searched for them with every piece
 MAX_TILES_PER_IMAGE = 40  # the most that InternVL's own settings use; a grid is searched up to it
 
 
@@ -97,7 +98,7 @@ class StreamOptions(_Asked):
     include_obfuscation: bool | None = None  # has no influence
 
 
-_Stop = Annotated[str, Field(min_length=1)]
+_Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 class ChatRequest(_Asked):
@@ -157,12 +158,25 @@ class ChatRequest(_Asked):
     parallel_tool_calls: bool | None = None
 
 
-def parse(body: bytes) -> ChatRequest:
-    """The request in a body; ApiError 400 for what is no JSON or does not fit."""
+def parse(body: bytes | bytearray) -> Any:
+    """The document in a body; ApiError 400 for what is no JSON."""
     try:
-        content = from_json(body, allow_inf_nan=False)
+        return from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise bad_request(f"the body is not valid JSON ({error})", code="invalid_json") from None
+
+
+def count_parts(content: Any) -> int:
+    """Turns and their parts in a document that may be no request at all."""
+    messages = content.get("messages") if isinstance(content, dict) else None
+    if not isinstance(messages, list):
+        return 0
+    parts = (m["content"] for m in messages if isinstance(m, dict) and "content" in m)
+    return len(messages) + sum(len(part) for part in parts if isinstance(part, list))
+
+
+def checked(content: Any) -> ChatRequest:
+    """The request that a document is; ApiError 400 for what does not fit."""
     try:
         return ChatRequest.model_validate(content)
     except ValidationError as error:

@@ -1,7 +1,9 @@
 """The process: a socket, uvicorn, and an end that lets what is running finish."""
 
+import contextlib
 import ipaddress
 import logging
+import resource
 import socket
 import threading
 from collections.abc import Callable
@@ -9,8 +11,10 @@ from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
-from mis_jax.generation.service import Service
+from mis_jax.generation.service import EngineFailure, Service
+from mis_jax.serve.protocol import Protocol
 
 log = logging.getLogger(__name__)
 _LAST_BYTES_SECONDS = 5  # for answers that are made, but not yet sent
@@ -46,6 +50,21 @@ def address_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def config_of(app: ASGIApp) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(
+        app,
+        http=Protocol,  # always the same parser, whatever else is installed
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
+    )
+
+
 def run(
     app: Starlette,
     service: Service,
@@ -57,23 +76,25 @@ def run(
     """Serve until SIGTERM or SIGINT; then refuse with 503 and finish what runs and waits.
 
     After `drain` seconds, or a second signal, what is left is broken off. Closes the service.
+    Raises EngineFailure, soon after it, where the engine has failed.
     """
-    config = uvicorn.Config(
-        app,
-        http="h11",  # always the same parser, whatever else is installed
-        loop="asyncio",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
-    )
-    server = _Server(config, service, drain, started)
+    _allow_many_connections()
+    server = _Server(config_of(app), service, drain, started)
+    service.when_broken(server.end)
     try:
         server.run(sockets=[bound])
     finally:
         service.close()
+    if service.failure is not None:
+        why = str(service.failure).partition("\n")[0]
+        raise EngineFailure(f"{why}; the server has ended, start it again") from service.failure
+
+
+def _allow_many_connections() -> None:
+    """As many open files as the system lets this process have: a shell's 1024 are soon taken."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class _Server(uvicorn.Server):
@@ -103,6 +124,10 @@ class _Server(uvicorn.Server):
         self._draining = True
         threading.Thread(target=self._end, name="drain", daemon=True).start()
 
+    def end(self) -> None:
+        """Stop soon, from any thread: answers that are made are still sent."""
+        self.should_exit = True
+
     def _end(self) -> None:
         log.info("shutting down; answers under way are finished first")
         if not self._service.drain(self._drain):
@@ -111,4 +136,4 @@ class _Server(uvicorn.Server):
                 self._service.running + self._service.waiting, self._drain,
             )  # fmt: skip
         self._service.close()
-        self.should_exit = True
+        self.end()

@@ -14,6 +14,7 @@ class Settings:
         model: the name clients ask for.
         context: tokens that prompt and answer may have together.
         api_key: what clients must send as bearer token under /v1; None lets everybody in.
+        hosts: names it may be asked by, see `hosts.py`; None is every name.
         image_folder: files below it may be named in `image_url`; None allows no file.
         timeout: seconds from a request's arrival to the end of its answer.
         max_body: bytes of a request.
@@ -25,6 +26,7 @@ class Settings:
     model: str
     context: int
     api_key: str | None = field(default=None, repr=False)
+    hosts: frozenset[str] | None = None
     image_folder: Path | None = None
     timeout: float = 600.0
     max_body: int = 32 * MIB

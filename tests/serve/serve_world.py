@@ -19,7 +19,7 @@ from waiting import DEADLINE, until
 
 from mis_jax.generation.service import Service
 from mis_jax.serve.app import create_app
-from mis_jax.serve.server import address_of, bind
+from mis_jax.serve.server import address_of, bind, config_of
 from mis_jax.serve.settings import Settings
 
 MODEL = "scripted"
@@ -94,11 +94,7 @@ def serving(
     service = Service(engine, max_concurrent=rows, max_queue=queue)
     app = create_app(service, processor, Settings(MODEL, CONTEXT, **settings))
     bound = bind("127.0.0.1", 0)
-    config = uvicorn.Config(
-        app, http="h11", loop="asyncio", ws="none", lifespan="off", log_config=None,
-        timeout_graceful_shutdown=2,
-    )  # fmt: skip
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(config_of(app))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     until(lambda: server.started)

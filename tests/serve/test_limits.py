@@ -108,20 +108,6 @@ def test_the_openai_client_tries_again_after_429(tiny_processor):
             assert first.result().status_code == 200
 
 
-def test_a_body_that_never_comes_holds_its_place_for_the_timeout_alone(tiny_processor):
-    with running(tiny_processor, rows=1, queue=0, timeout=1) as world:
-        with socket.create_connection(("127.0.0.1", int(world.url.rpartition(":")[2]))) as slow:
-            slow.sendall(
-                f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                "Content-Length: 1000\r\n\r\n{".encode()
-            )
-            until(lambda: world.service.waiting == 1)
-            error_of(world.ask(), 429)
-            until(lambda: world.service.waiting == 0)
-            assert b"504 Gateway Timeout" in slow.recv(10_000)
-        assert world.ask().status_code == 200
-
-
 # Gone away
 
 
