@@ -61,6 +61,16 @@ def test_generate_names_what_it_sees(loaded, pictures):
     assert text == "a banana"
 
 
+def test_a_seed_fixes_what_is_sampled(loaded):
+    def answer(seed: int) -> str:
+        how = dict(max_new_tokens=8, temperature=3.0, seed=seed)
+        [text] = mis_jax.generate(*loaded, [user("Hello")], **how)
+        return text
+
+    assert answer(1) == answer(1)
+    assert len({answer(seed) for seed in range(4)}) == 4
+
+
 def test_image_parts_equal_markers(loaded, pictures):
     _, processor = loaded
     parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which is food?"}]

@@ -53,6 +53,15 @@ def test_generate_one(pictures, capsys):
     assert answer["text"] == "a banana" and answer["finish_reason"] == "stop"
 
 
+def test_generate_with_a_seed(capsys):
+    def answer(seed: int) -> str:
+        words = ["--prompt", "Hello", "--temperature", "3", "--max-new-tokens", "8"]
+        assert run("generate", MODEL, *words, "--seed", seed) == 0
+        return capsys.readouterr().out
+
+    assert answer(1) == answer(1) != answer(2)
+
+
 def test_generate_many_resumes(pictures, tmp_path, capsys):
     questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     rows = [

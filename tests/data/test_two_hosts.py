@@ -7,6 +7,7 @@ import pytest
 from several_processes import run_together
 from tiny_world import run_config, write_yaml
 
+from mis_jax import sharding
 from mis_jax.data.pipeline import TrainingData
 
 PROGRAM = """
@@ -37,6 +38,26 @@ for sizes in ({"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}, {"fsdp": 1, "ten
         f.astype(np.uint8).tobytes().hex()[::97]] for n, f in fields.items()}})
 (out / f"{process}.json").write_text(json.dumps(found))
 """
+
+
+class Placed:
+    """Stands for the sharding of a batch as one of several processes sees it."""
+
+    def __init__(self, *held: slice):
+        self._held = held
+
+    def addressable_devices_indices_map(self, shape):
+        return {device: (rows,) for device, rows in enumerate(self._held)}
+
+
+def test_no_two_hosts_hold_the_same_rows(monkeypatch):
+    """Two hosts of two devices; micro-batches of 4 rows, of which a device has one."""
+    found = []
+    for held in ((slice(0, 1), slice(1, 2)), (slice(2, 3), slice(3, 4))):
+        placed = Placed(*held)
+        monkeypatch.setattr(sharding, "batch_sharding", lambda mesh, placed=placed: placed)
+        found.append(sharding.held_rows(None, 8, micro_batch=4).tolist())
+    assert found == [[0, 1, 4, 5], [2, 3, 6, 7]]
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from mis_jax.generation.engine import Engine
 from mis_jax.generation.requests import Request
 from mis_jax.generation.sampling import Sampling
 from mis_jax.model import text
-from mis_jax.model.cache import KVCache
+from mis_jax.model.cache import KVCache, NextToken
 from mis_jax.model.layers import rotary_angles
 from mis_jax.model.written_out import written_out
 
@@ -398,6 +398,22 @@ def test_bfloat16_activations_give_a_bfloat16_cache(model, rng):
     assert {x.dtype for x in jax.tree.leaves(engine._cache)} == {jnp.dtype(jnp.bfloat16)}
     run_all(engine, requests_of(random_batch(rng, [6], [1]), max_new_tokens=3))
     assert {x.dtype for x in jax.tree.leaves(engine._cache)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_new_token_goes_into_its_own_slot(rng, dtype):
+    """On a CPU the two dtypes are written in different ways."""
+    config = tiny_config().text
+    cache = KVCache.zeros(config, rows=3, slots=6, dtype=dtype)
+    new = jnp.asarray(rng.normal(size=(3, 1, config.num_kv_heads, config.head_dim)), dtype)
+    query = jnp.zeros((3, 1, config.num_heads, config.head_dim), dtype)
+    slots = [0, 4, 6]  # 6 does not exist
+    grown, _ = NextToken(cache, jnp.array(slots)).attend(1, query, new, -new)
+    for stored, sign in zip(grown.cache.layer(1), (1, -1), strict=True):
+        expected = np.zeros(stored.shape, np.float32)
+        for row in (0, 1):
+            expected[row, :, slots[row]] = sign * np.asarray(new, np.float32)[row, 0]
+        np.testing.assert_array_equal(np.asarray(stored, np.float32), expected)
 
 
 def test_the_model_is_left_as_it_was(model, rng):

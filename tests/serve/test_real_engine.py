@@ -128,11 +128,14 @@ def test_the_command(tiny_checkpoint: Path):
         env=os.environ | {"K": "the-key"},
     ) as server:
         assert server.stdout is not None
-        url = re.search(r"http://127\.0\.0\.1:\d+/v1", server.stdout.readline())[0]
-        with openai.OpenAI(base_url=url, api_key="wrong", max_retries=0) as client:
-            with pytest.raises(openai.AuthenticationError):
-                client.models.list()
-            made = client.with_options(api_key="the-key").chat.completions.create(**asked(2))
-            assert made.usage.completion_tokens <= TOKENS
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(20) == 0
+        try:
+            url = re.search(r"http://127\.0\.0\.1:\d+/v1", server.stdout.readline())[0]
+            with openai.OpenAI(base_url=url, api_key="wrong", max_retries=0) as client:
+                with pytest.raises(openai.AuthenticationError):
+                    client.models.list()
+                made = client.with_options(api_key="the-key").chat.completions.create(**asked(2))
+                assert made.usage.completion_tokens <= TOKENS
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(20) == 0
+        finally:
+            server.kill()  # or a failure would wait for it for ever

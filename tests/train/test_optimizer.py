@@ -62,8 +62,14 @@ def test_constant_stays_at_the_peak_after_the_warmup():
 
 
 def parameters(seed: int, scale: float) -> dict[str, np.ndarray]:
+    """Under names that a model has: what is left out by name shows."""
     rng = np.random.default_rng(seed)
-    shapes = {"kernel": (5, 7), "bias": (7,), "scale": (3, 5)}
+    shapes = {
+        "text.layers.block.up.kernel": (5, 7),
+        "vision.layers.block.up.bias": (7,),
+        "text.layers.block.attention_norm.scale": (3, 5),
+        "text.embedding": (4, 5),
+    }
     return {n: (scale * rng.normal(size=s)).astype(np.float32) for n, s in shapes.items()}
 
 

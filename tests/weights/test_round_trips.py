@@ -85,6 +85,8 @@ def test_tied_head_comes_back_tied(kind, rng, tmp_path):
     head = f"language_model.{'output' if kind == 'internlm2' else 'lm_head'}.weight"
     stored = load_file(tmp_path / "internvl" / "model.safetensors")
     assert stored[head].tobytes() == start.arrays["text.embedding"].tobytes()
+    written = json.loads((tmp_path / "internvl" / "config.json").read_text())
+    assert written["tie_word_embeddings"] and written["llm_config"]["tie_word_embeddings"]
     for number, fmt in enumerate(("hf", "native", "internvl")):
         here = through(here, tmp_path / f"{number}", fmt)
         assert_same(start, here)
