@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 
 from mis_jax.config import DistributedConfig
 from mis_jax.folders import newest_step
+from mis_jax.stopping import RESUMABLE
 from mis_jax.supervisor import supervise
 
-RESUMABLE = 75  # EX_TEMPFAIL: the same command goes on where this one ended
 CHECKPOINTS = "checkpoints"  # in a run's folder
 _FAILED = "mis_jax/failed"
 _LOSS = re.compile(
@@ -96,6 +96,15 @@ def meet(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+def first_says(answer: bool) -> bool:
+    """The first process's answer, on every process."""
+    if not several():
+        return answer
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(answer))
 
 
 def is_loss(error: Exception) -> bool:

@@ -141,7 +141,11 @@ def _take(path: Path, what: Path) -> Lock:
                 _log.info("%s: %s left a lock; is it still there?", what, _holder(said))
                 if _lives(path, said):
                     raise _refusal(path, what, said)
-            return Lock(path, what, file)
+            try:
+                return Lock(path, what, file)
+            except OSError:  # no room for its few words
+                path.unlink()
+                raise
         except BaseException:
             file.close()
             raise

@@ -59,7 +59,7 @@ def stoppable() -> Iterator[None]:
             if state.writer >= 0:
                 signal.set_wakeup_fd(-1)
                 os.close(state.writer)
-                state.writer = -1
+            state.__init__()
 
 
 def watch() -> None:
