@@ -20,7 +20,7 @@ _JOURNAL = "journal.jsonl"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
 
-def local_path(path: Path, what: str) -> Path:
+def local_path(path: Path | str, what: str) -> Path:
     """A path of this machine's file system; ValueError names the scheme of another one.
 
     `Path` makes one slash of two, and a write would then go into a local folder called `gs:`.
