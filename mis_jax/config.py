@@ -125,6 +125,8 @@ class TrainConfig:
     """Steps between checkpoints; a fifth of the run without it."""
     save_minutes: float = 15.0
     """Longest time between checkpoints, whatever the steps; .inf saves by steps alone."""
+    check_digests: bool = True
+    """Compare a checkpoint with the digests of its files before the run goes on from it."""
     keep: int = 2
     """Newest checkpoints that are kept."""
     keep_best: bool = False

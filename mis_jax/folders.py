@@ -298,8 +298,14 @@ def replace_file(path: Path, content: str | bytes, *, durable: bool = True) -> N
         Path(name).unlink(missing_ok=True)
 
 
+def complete_steps(checkpoints: Path) -> list[int]:
+    """Steps of the complete checkpoints of a run's `checkpoints` folder; strays are passed over."""
+    if not checkpoints.is_dir():
+        return []
+    names = (path.name for path in checkpoints.iterdir() if path.is_dir())
+    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
+
+
 def newest_step(checkpoints: Path) -> int | None:
     """Step of the newest complete checkpoint of a run's `checkpoints` folder."""
-    if not checkpoints.is_dir():
-        return None
-    return max((int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()), default=None)
+    return max(complete_steps(checkpoints), default=None)

@@ -31,8 +31,8 @@ _OF_NOBODY = (LOCK, "lost+found")
 _FREE = (
     "output", "data.on_bad_sample", "data.tile_cache", "data.workers", "train.micro_batch",
     "train.remat", "train.attention", "train.unroll", "train.loss_chunk", "train.save_every",
-    "train.save_minutes", "train.keep", "train.keep_best", "train.on_not_finite",
-    "optimizer.offload", "mesh.", "distributed.", "evaluation.", "log.",
+    "train.save_minutes", "train.check_digests", "train.keep", "train.keep_best",
+    "train.on_not_finite", "optimizer.offload", "mesh.", "distributed.", "evaluation.", "log.",
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from mis_jax.folders import remove_abandoned
 from mis_jax.locks import Lost
 from mis_jax.model.internvl import InternVL
 from mis_jax.sharding import held_rows, make_mesh, put_batch
-from mis_jax.storage import RunCheckpoints
+from mis_jax.storage import RunCheckpoints, set_aside_damaged
 from mis_jax.train import lora
 from mis_jax.train.ahead import Ahead
 from mis_jax.train.folder import FINAL_MODEL, RunFolder, run_folder
@@ -108,6 +108,8 @@ def _train(config: RunConfig, folder: RunFolder, progress, looking, evaluate) ->
             distributed.meet("checked")  # by all, before anything is written
             if distributed.is_first():
                 folder.begin()
+                if config.train.check_digests:
+                    set_aside_damaged(folder.path / CHECKPOINTS)
             distributed.meet("begun")
             run = _Run(config, opened, data, mesh, folder, progress, evaluate)
             try:

@@ -316,3 +316,52 @@ def test_a_checkpoint_is_due_by_time_too(config, monkeypatch):
     timed = TrainConfig(steps=3, global_batch=4, save_every=99, save_minutes=1e-9)
     train(dataclasses.replace(config, train=timed))
     assert steps == [1, 2, 3]
+
+
+def flip_a_byte(checkpoint: Path) -> None:
+    path = max((checkpoint / "state").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def unfinished(straight: Path, output: Path) -> None:
+    """The run as if it had been killed after its last checkpoint."""
+    shutil.copytree(straight, output)
+    shutil.rmtree(output / "final")
+
+
+def test_a_flipped_byte_is_not_resumed_from_and_the_whole_checkpoint_before_is(
+    straight, config, monkeypatch, caplog
+):
+    unfinished(straight, config.output)
+    flip_a_byte(config.output / "checkpoints" / "6")
+    steps = saved_steps(monkeypatch)
+    assert train(config).steps == STEPS
+    assert steps == [6]  # from step 4
+    assert "is not what was saved; moved to" in caplog.text
+    assert (config.output / "damaged-checkpoint-6" / "state").is_dir()
+
+
+def test_no_whole_checkpoint_is_an_error_and_the_flag_turns_the_comparison_off(straight, config):
+    unfinished(straight, config.output)
+    for step in ("4", "6"):
+        flip_a_byte(config.output / "checkpoints" / step)
+    with pytest.raises(ValueError, match="is not what was saved, and no other checkpoint is whole"):
+        train(config)
+    assert not list(config.output.glob("damaged*"))
+    shutil.rmtree(config.output)
+    unfinished(straight, config.output)
+    digests = config.output / "digests" / "6.json"
+    digests.write_text(digests.read_text().replace("0", "1"))
+    off = dataclasses.replace(config.train, check_digests=False)
+    assert train(dataclasses.replace(config, train=off)).steps == STEPS
+
+
+def test_strays_among_the_checkpoints_do_not_stop_a_resume(straight, config):
+    unfinished(straight, config.output)
+    (config.output / "checkpoints" / "999").write_text("mine")
+    for name in ("²", "007", "notes"):
+        (config.output / "checkpoints" / name).mkdir()
+    assert train(config).steps == STEPS
+    assert (config.output / "checkpoints" / "999").read_text() == "mine"
