@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +26,7 @@ _FAILED = "mis_jax/failed"
 _LOSS = re.compile(
     r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|[Cc]onnection|heartbeat"
 )
+_last_acts: list[Callable[[], None]] = []  # before this process is ended for all
 _ending = threading.Lock()  # whoever takes it has the last word of this process
 
 
@@ -167,6 +169,11 @@ def abandon(line: str, code: int) -> None:
     _leave(line, code)
 
 
+def before_leaving(act: Callable[[], None]) -> None:
+    """Do this when the run is abandoned, which unwinds no stack."""
+    _last_acts.append(act)
+
+
 def finish() -> None:
     """End together with the other processes."""
     if _client() is not None:
@@ -203,6 +210,9 @@ def _leave(line: str, code: int) -> NoReturn:
         _client().wait_at_barrier(_FAILED, 5_000)
     if jax.process_index() == 0:
         time.sleep(0.5)  # the service that the others ask ends with this process
+    for act in _last_acts:
+        with suppress(Exception):
+            act()
     os._exit(code)
 
 

@@ -44,6 +44,7 @@ class RunFolder:
         self._config = config
         self._lock = lock  # of the first process alone
         self._before = _names(self.path)
+        self.keeps = False  # what is written: a step was taken, now or earlier
 
     def begin(self) -> None:
         """Write the settings, unless the user's own file, which says the same, stands there."""
@@ -68,8 +69,8 @@ class RunFolder:
         return None
 
     def take_back(self) -> None:
-        """Remove what this session has made, and nothing that was there before."""
-        if self._lock:
+        """Remove what this session has made, unless a step was taken, and nothing else."""
+        if self._lock and not self.keeps:
             with suppress(OSError):
                 remove_new(self.path, _MADE, self._before)
 
@@ -96,9 +97,19 @@ def run_folder(config: RunConfig) -> Iterator[RunFolder]:
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output}: is a file; choose another output")
     _check(config, output)  # before even a lock is written there
+    new = not output.exists()
     with locked_folder(output) as lock:
         _check(config, output)
-        yield RunFolder(config, lock)
+        folder = RunFolder(config, lock)
+
+        def leave() -> None:
+            folder.take_back()
+            lock.release()
+            if new:
+                output.rmdir()
+
+        distributed.before_leaving(leave)
+        yield folder
 
 
 def _check_paths(values: Any, name: str) -> None:

@@ -102,7 +102,6 @@ def _train(config: RunConfig, folder: RunFolder, progress, looking, evaluate) ->
     folder.check_final(data.steps)
     mesh = make_mesh(config.mesh)
     _check_rows(config, mesh)
-    run = None
     try:
         with jax.set_mesh(mesh):
             distributed.meet("checked")  # by all, before anything is written
@@ -119,8 +118,7 @@ def _train(config: RunConfig, folder: RunFolder, progress, looking, evaluate) ->
     except BaseException as error:
         if isinstance(error, Exception) and distributed.is_loss(error):
             raise Resumable(distributed.lost(folder.path, error)) from error
-        if run is None or not run.done:  # a bad first sample, say
-            folder.take_back()
+        folder.take_back()  # after a bad first sample, say
         raise
 
 
@@ -207,6 +205,7 @@ class _Run:
         restored, meta = self.checkpoints.restore(latest, _saved_part(state, abstract=True))
         _check_plan(self.config, meta.get("plan"), self.data)
         self.done, self.before = meta["batches"], meta["seconds"]
+        self.folder.keeps = True
         _log.info("resumed at step %d", self.done)
         return TrainState(frozen=state.frozen, **restored)
 
@@ -293,6 +292,7 @@ class _Run:
     def _settle(self, taken: _Taken, log: MetricsLog | None) -> None:
         """Fetch the numbers of a step, look at them, evaluate what it made, and log all that."""
         metrics = _plain_numbers(jax.device_get(taken.metrics))
+        self.folder.keeps = True
         item, rejected = taken.item, taken.item.rejected
         if distributed.several() and self.config.data.on_bad_sample == "skip" and log:
             rejected = _of_all_processes(distributed.notes(_rejected(taken.step)))
