@@ -121,8 +121,12 @@ class TrainConfig:
     """Tokens of a row whose logits are held at once; those without loss never get any."""
     drop_path: float = 0.0
     """Largest chance that a branch of a vision layer is dropped, rising linearly over layers."""
-    save_every: int = 200
-    """Steps between checkpoints."""
+    save_every: int | None = None
+    """Steps between checkpoints; a fifth of the run without it."""
+    save_minutes: float = 15.0
+    """Longest time between checkpoints, whatever the steps; .inf saves by steps alone."""
+    check_digests: bool = True
+    """Compare a checkpoint with the digests of its files before the run goes on from it."""
     keep: int = 2
     """Newest checkpoints that are kept."""
     keep_best: bool = False
@@ -136,9 +140,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of train.epochs and train.steps")
-        for name in ("global_batch", "save_every", "keep", "loss_chunk"):
+        for name in ("global_batch", "keep", "loss_chunk"):
             _at_least(f"train.{name}", getattr(self, name), 1)
-        for name in ("epochs", "steps", "micro_batch"):
+        if not self.save_minutes > 0:
+            raise ValueError(
+                f"train.save_minutes is {self.save_minutes}; give more than 0 (.inf for never)"
+            )
+        for name in ("epochs", "steps", "micro_batch", "save_every"):
             if getattr(self, name) is not None:
                 _at_least(f"train.{name}", getattr(self, name), 1)
         if self.micro_batch and self.global_batch % self.micro_batch:
@@ -392,10 +400,15 @@ def load_config(path: Path) -> RunConfig:
         raise ValueError(f"{path}: {lines}") from None
 
 
+def config_text(config: RunConfig) -> str:
+    """The YAML of a configuration, which `load_config` reads back."""
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+
+
 def save_config(config: RunConfig, path: Path) -> None:
     """Write a configuration so that `load_config` gives it back; whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False), encoding="utf-8")
+    partial.write_text(config_text(config), encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -11,20 +11,22 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from mis_jax.config import DistributedConfig
 from mis_jax.folders import newest_step
+from mis_jax.stopping import RESUMABLE
 from mis_jax.supervisor import supervise
 
-RESUMABLE = 75  # EX_TEMPFAIL: the same command goes on where this one ended
 CHECKPOINTS = "checkpoints"  # in a run's folder
 _FAILED = "mis_jax/failed"
 _LOSS = re.compile(
     r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|[Cc]onnection|heartbeat"
 )
+_last_acts: list[Callable[[], None]] = []  # before this process is ended for all
 _ending = threading.Lock()  # whoever takes it has the last word of this process
 
 
@@ -98,6 +100,15 @@ def meet(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def first_says(answer: bool) -> bool:
+    """The first process's answer, on every process."""
+    if not several():
+        return answer
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(answer))
+
+
 def is_loss(error: Exception) -> bool:
     """Whether an error tells that another process of the run no longer answers.
 
@@ -158,6 +169,11 @@ def abandon(line: str, code: int) -> None:
     _leave(line, code)
 
 
+def before_leaving(act: Callable[[], None]) -> None:
+    """Do this when the run is abandoned, which unwinds no stack."""
+    _last_acts.append(act)
+
+
 def finish() -> None:
     """End together with the other processes."""
     if _client() is not None:
@@ -194,6 +210,9 @@ def _leave(line: str, code: int) -> NoReturn:
         _client().wait_at_barrier(_FAILED, 5_000)
     if jax.process_index() == 0:
         time.sleep(0.5)  # the service that the others ask ends with this process
+    for act in _last_acts:
+        with suppress(Exception):
+            act()
     os._exit(code)
 
 

@@ -1,18 +1,56 @@
 """Folders and files that are whole or plainly not: never half-written under their final name."""
 
-import fcntl
+import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mis_jax.locks import LOCK, boot_id, locked
+
 NOTICE = "INCOMPLETE.json"
 _JOURNAL = "journal.jsonl"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+
+
+def local_path(path: Path | str, what: str) -> Path:
+    """A path of this machine's file system; ValueError names the scheme of another one.
+
+    `Path` makes one slash of two, and a write would then go into a local folder called `gs:`.
+    """
+    if scheme := _SCHEME.match(str(path)):
+        raise ValueError(
+            f"{what} {path}: {scheme[1]}:// paths are not supported; give a folder of this machine "
+            "or of a network disk, and copy from there"
+        )
+    return Path(path)
+
+
+def remove_abandoned(destination: Path) -> None:
+    """Remove what a killed `finished_folder(destination)` left; nobody may be in one now."""
+    ours = re.compile(rf"\.{re.escape(destination.name)}\.[a-z0-9_]{{8}}")  # as mkdtemp names it
+    for path in destination.parent.glob(f".{destination.name}.*"):
+        if ours.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_new(folder: Path, names: Iterable[str], before: set[str]) -> None:
+    """Remove the files and folders of these names that were not in a folder `before`."""
+    for name in names:
+        path = folder / name
+        if name in before:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -21,7 +59,7 @@ def finished_folder(destination: Path) -> Iterator[Path]:
 
     Nothing half-written is ever seen under the final name. An existing destination is refused.
     """
-    destination = Path(destination)
+    destination = local_path(destination, "destination")
     _refuse_existing(destination)
     work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     work.chmod(0o755)
@@ -44,7 +82,10 @@ class Journal:
             for line in path.read_bytes().splitlines(keepends=True):
                 if not line.endswith(b"\n"):
                     break
-                self.done |= json.loads(line)
+                try:
+                    self.done |= json.loads(line)
+                except (ValueError, TypeError):  # damaged: what follows is done again
+                    break
                 whole += len(line)
             os.truncate(path, whole)
 
@@ -64,30 +105,12 @@ def resumable_folder(destination: Path, plan: dict[str, Any]) -> Iterator[tuple[
     (plain JSON) goes on with its files and journal; another plan starts from nothing. Raises
     ValueError when the destination exists or another process works on it.
     """
-    destination = Path(destination)
+    destination = local_path(destination, "destination")
     _refuse_existing(destination)
     work = destination.with_name(f"{destination.name}.incomplete")
-    work.mkdir(exist_ok=True)
-    notice = work / NOTICE
-    with notice.open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{work}: another process is writing it; wait for it or choose another folder"
-            ) from None
-        # What was written before a crash of the machine may not have reached the disk.
-        text = _notice(plan | {"boot": _boot_id()})
-        lock.seek(0)
-        if lock.read() != text:
-            for path in work.iterdir():
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                elif path != notice:
-                    path.unlink()
-            lock.truncate(0)
-            lock.write(text)
-            lock.flush()
+    with locked(destination.with_name(f".{destination.name}{LOCK}"), work):
+        _refuse_existing(destination)  # by a process that has just finished it
+        _begin(work, _set_aside(destination), plan)
         journal = Journal(work / _JOURNAL)
         try:
             yield work, journal
@@ -98,17 +121,69 @@ def resumable_folder(destination: Path, plan: dict[str, Any]) -> Iterator[tuple[
                 remedy = f"{work} keeps what is done; make room and run the same command again"
                 raise OSError(error.errno, f"{error}; {remedy}") from error
             raise
-        _put_in_place(work, destination, without=(_JOURNAL, NOTICE))
+        _flush_all(work)
+        # The notice goes last and not far: a kill before the renaming must leave a folder that is
+        # known to be ours.
+        (work / _JOURNAL).unlink(missing_ok=True)
+        os.replace(work / NOTICE, _set_aside(destination))
+        _rename(work, destination)
+        _set_aside(destination).unlink()
+
+
+def _set_aside(destination: Path) -> Path:
+    return destination.with_name(f".{destination.name}.{NOTICE}")
+
+
+def _begin(work: Path, aside: Path, plan: dict[str, Any]) -> None:
+    """Make an empty folder with a notice, or keep what one of the same plan holds.
+
+    A folder that merely has this name is refused.
+    """
+    notice = work / NOTICE
+    if aside.exists():  # a kill between the last byte and the renaming
+        if work.is_dir() and not notice.exists():
+            os.replace(aside, notice)
+        else:
+            aside.unlink()
+    if work.exists() or work.is_symlink():
+        _refuse_of_others(work)
+    work.mkdir(exist_ok=True)
+    # What was written before a crash of the machine may not have reached the disk.
+    text = _notice(plan | {"boot": boot_id()})
+    if notice.exists() and notice.read_text(encoding="utf-8") == text:
+        return
+    for path in work.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path != notice:
+            path.unlink()
+    notice.write_text(text, encoding="utf-8")
+
+
+def _refuse_of_others(work: Path) -> None:
+    """ValueError for what no conversion of ours has begun: it is not to be written or removed."""
+    if work.is_dir() and not work.is_symlink():
+        names = {path.name for path in work.iterdir()}
+        if not names:
+            return
+        try:
+            text = (work / NOTICE).read_text(encoding="utf-8")
+            if names == {NOTICE} and not text:  # a kill before its first word
+                return
+            said = json.loads(text)
+            if isinstance(said, dict) and said.keys() == {"incomplete", "plan"}:
+                return
+        except (OSError, ValueError):
+            pass
+    raise ValueError(
+        f"{work}: exists and is not an unfinished folder of mis-jax (no {NOTICE} of one): it "
+        "is left alone; rename it or choose another destination"
+    )
 
 
 def _notice(plan: dict[str, Any]) -> str:
     meaning = "not finished: run the same mis-jax command again to finish it, or remove this folder"
     return json.dumps({"incomplete": meaning, "plan": plan}, indent=2, sort_keys=True) + "\n"
-
-
-def _boot_id() -> str:
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else ""
 
 
 def _refuse_existing(destination: Path) -> None:
@@ -117,12 +192,18 @@ def _refuse_existing(destination: Path) -> None:
     destination.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _put_in_place(work: Path, destination: Path, without: tuple[str, ...] = ()) -> None:
+def _put_in_place(work: Path, destination: Path) -> None:
     """Rename a folder whose content is on the disk, so that no crash leaves an empty shell."""
+    _flush_all(work)
+    _rename(work, destination)
+
+
+def _flush_all(work: Path) -> None:
     for path in [*work.rglob("*"), work]:
         _flush(path)
-    for name in without:
-        (work / name).unlink(missing_ok=True)
+
+
+def _rename(work: Path, destination: Path) -> None:
     if destination.is_dir():
         destination.rmdir()
     os.replace(work, destination)
@@ -135,6 +216,36 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Region:
+    """Bytes that lie in a file from `offset` on; the file has `length` bytes in all."""
+
+    path: Path
+    offset: int
+    size: int
+    length: int
+
+
+def region_digest(regions: Iterable[Region]) -> str | None:
+    """The sha256 of what lies there; None where a file is absent or has another length."""
+    digest = hashlib.sha256()
+    for region in regions:
+        try:
+            with region.path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size != region.length:
+                    return None
+                file.seek(region.offset)
+                left = region.size
+                while left and (part := file.read(min(left, 8 * 2**20))):
+                    digest.update(part)
+                    left -= len(part)
+        except FileNotFoundError:
+            return None
+        if left:
+            return None
+    return digest.hexdigest()
 
 
 def reserve_file(path: Path, size: int) -> None:
@@ -187,8 +298,14 @@ def replace_file(path: Path, content: str | bytes, *, durable: bool = True) -> N
         Path(name).unlink(missing_ok=True)
 
 
+def complete_steps(checkpoints: Path) -> list[int]:
+    """Steps of the complete checkpoints of a run's `checkpoints` folder; strays are passed over."""
+    if not checkpoints.is_dir():
+        return []
+    names = (path.name for path in checkpoints.iterdir() if path.is_dir())
+    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
+
+
 def newest_step(checkpoints: Path) -> int | None:
     """Step of the newest complete checkpoint of a run's `checkpoints` folder."""
-    if not checkpoints.is_dir():
-        return None
-    return max((int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()), default=None)
+    return max(complete_steps(checkpoints), default=None)

@@ -1,7 +1,6 @@
 """The whole loop on the mini world: convert, evaluate, fine-tune, export, evaluate, report."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,8 +26,11 @@ from mis_jax.evals.manifest import open_run
 from mis_jax.evals.report import write_report
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.summary import without_verdict
+from mis_jax.folders import local_path, replace_file
 from mis_jax.hashing import folder_fingerprint
+from mis_jax.locks import LOCK, locked_folder
 from mis_jax.terminal import steps_bar
+from mis_jax.train.folder import FINAL_MODEL
 from mis_jax.train.loop import train
 from mis_jax.weights.checkpoint import open_checkpoint
 from mis_jax.weights.convert import convert
@@ -55,8 +57,15 @@ class Outcome:
 
 
 def quickstart(out: Path, *, controls: bool, seed: int, console: Console) -> Outcome:
-    """Run every stage; a stage that an interrupted call finished is not repeated."""
-    _claim(out)
+    """Run every stage; a stage that an earlier call finished is not repeated.
+
+    What a finished one lacks, the controls, is added; nothing in the folder is removed.
+    """
+    with locked_folder(local_path(out, "--out")):
+        return _quickstart(out, _claim(out, seed) or controls, seed, console)
+
+
+def _quickstart(out: Path, controls: bool, seed: int, console: Console) -> Outcome:
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -75,6 +84,11 @@ def quickstart(out: Path, *, controls: bool, seed: int, console: Console) -> Out
     say("evaluating the model before fine-tuning")
     results["before"] = evaluate(before, out / "before", data, console)
     say("fine-tuning with MIRage labels (picture, risk, safe answer) and 11 % general data")
+    if after.exists() and not (out / "train" / FINAL_MODEL).exists():
+        raise ValueError(
+            f"{after}: an export whose fine-tuning is gone from {out / 'train'}; remove it, or "
+            "choose another --out"
+        )
     run = _fine_tune(out, "train", data / "mini_train.json", seed, console)
     if not after.exists():
         say("exporting to the original layout")
@@ -96,7 +110,8 @@ def quickstart(out: Path, *, controls: bool, seed: int, console: Console) -> Out
         redact=False,
         notes=() if controls else ("The two controls were not run; ask for them with --controls.",),
     )
-    (out / _MARK).write_text(json.dumps({"finished": True}) + "\n")
+    mark = {"seed": seed, "finished": True, "controls": controls}
+    replace_file(out / _MARK, json.dumps(mark) + "\n")
     missing = sum(without_verdict(result) for result in results.values())
     return Outcome(out / "report.html", results, missing, run.seconds)
 
@@ -135,9 +150,7 @@ def fine_tuning_config(out: Path, name: str, labels: Path, seed: int) -> RunConf
             max_length=168,
             max_tiles=2,
         ),
-        train=TrainConfig(
-            epochs=2, global_batch=16, freeze=("vision",), save_every=100, unroll=True
-        ),
+        train=TrainConfig(epochs=2, global_batch=16, freeze=("vision",), unroll=True),
         # A short memory of squared gradients and a slow start: with the usual ones the last of
         # only 340 steps still swing, and how often a harmless question is refused with them.
         optimizer=OptimizerConfig(
@@ -174,14 +187,22 @@ def _fine_tune(out: Path, name: str, labels: Path, seed: int, console: Console):
         return train(fine_tuning_config(out, name, labels, seed), show)
 
 
-def _claim(out: Path) -> None:
-    """Take a new folder, go on in an unfinished one, begin again in a finished one of our own."""
+def _claim(out: Path, seed: int) -> bool:
+    """Take a new folder or go on in one of our own; whether that one has finished controls.
+
+    Raises ValueError for a folder that is something else, or was drawn with another seed.
+    """
     mark = out / _MARK
-    if mark.exists():
-        if json.loads(mark.read_text() or "{}").get("finished"):
-            shutil.rmtree(out)
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: exists and is not a quickstart folder; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
     if not mark.exists():
-        mark.write_text("{}\n")
+        if any(path.name not in (LOCK, "lost+found") for path in out.iterdir()):
+            raise ValueError(f"{out}: exists and is not a quickstart folder; choose another --out")
+        replace_file(mark, json.dumps({"seed": seed}) + "\n")
+        return False
+    try:
+        known = json.loads(mark.read_text() or "{}")
+        before, controls = known.get("seed", seed), known.get("controls", False)
+    except (ValueError, AttributeError):
+        raise ValueError(f"{mark}: not readable; choose another --out") from None
+    if before != seed:
+        raise ValueError(f"{out}: was made with --seed {before}; give that one or another --out")
+    return bool(controls)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import queue
 import threading
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from mis_jax.folders import newest_step, replace_file
+from mis_jax.folders import complete_steps, newest_step, replace_file
 
+_log = logging.getLogger(__name__)
 DIGESTS = "digests"  # beside the folder of the checkpoints: one file a step
 
 
@@ -194,6 +196,35 @@ class _Digests:
 def is_run_checkpoint(folder: Path) -> bool:
     """Whether a folder is one checkpoint of a run, such as `OUT/checkpoints/200`."""
     return folder.name.isdigit() and (folder / "_CHECKPOINT_METADATA").is_file()
+
+
+def set_aside_damaged(checkpoints: Path) -> None:
+    """Move a newest checkpoint that is not what was saved out of the way, with a warning.
+
+    It is `damaged-checkpoint-STEP` beside the folder then, and a run goes on from the one before.
+    A checkpoint without digests, of a run that was killed, passes. Every file of one is read.
+    Raises ValueError when none is whole.
+    """
+    damaged: dict[int, str] = {}
+    for step in complete_steps(checkpoints)[::-1]:
+        if not (checkpoints.parent / DIGESTS / f"{step}.json").exists():
+            break
+        problems = inspect_run_checkpoint(checkpoints / str(step))["problems"]
+        if not problems:
+            break
+        damaged[step] = problems[0]
+    else:
+        if damaged:
+            raise ValueError(
+                f"{damaged[max(damaged)]}, and no other checkpoint is whole; restore one from a "
+                "copy, or choose another output"
+            )
+    for step, problem in damaged.items():
+        away = checkpoints.parent / f"damaged-checkpoint-{step}"
+        while away.exists():
+            away = away.with_name(f"{away.name}-again")
+        (checkpoints / str(step)).rename(away)
+        _log.warning("%s; moved to %s, going on from the one before", problem, away)
 
 
 def inspect_run_checkpoint(folder: Path) -> dict[str, Any]:

@@ -50,7 +50,9 @@ def _end_with_parent(pipe: int) -> None:
 
 def _wait(child: int, native: int, explain: Explain) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the child too
-    signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, number))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+            signal.signal(number, lambda number, frame: os.kill(child, number))
     text = _NativeText()
     reader = threading.Thread(target=text.read, args=(native,), daemon=True)
     reader.start()

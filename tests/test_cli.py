@@ -395,3 +395,43 @@ def test_serve_without_its_extra(run, monkeypatch):
     refused = run("serve", "nowhere")
     assert refused.code == 2
     assert "serving needs the extra 'serve': pip install 'mis-jax[serve]'" in refused.error
+
+
+# Paths that are no paths of this machine
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3", "hdfs"])
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["convert", "SRC", "{}", "--format", "hf"], "DST"),
+        (["convert", "{}", "out", "--format", "hf"], "SRC"),
+        (["eval", "SRC", "--benchmarks", "mini_easy", "--data-root", "d", "--out", "{}"], "--out"),
+        (["eval", "{}", "--benchmarks", "mini_easy", "--data-root", "d", "--out", "o"], "MODEL"),
+        (["judge", "{}"], "RUN"),
+        (["judge", "run", "--judge", "{}"], "--judge"),
+        (["judge", "run", "--verdict-cache", "{}"], "--verdict-cache"),
+        (["merge", "{}", "a", "b"], "OUT"),
+        (["merge", "out", "a", "{}"], "RUNS"),
+        (["report", "a", "--out", "{}"], "--out"),
+        (["data", "build", "--mis-root", "d", "--out", "{}"], "--out"),
+        (["data", "show", "CONFIG", "--picture", "{}"], "--picture"),
+        (["quickstart", "--out", "{}"], "--out"),
+        (["generate", "SRC", "--batch", "q.jsonl", "--out", "{}"], "--out"),
+        (["train", "CONFIG", "--output", "{}"], "output"),
+        (["train", "CONFIG", "--data.tile-cache", "{}"], "data.tile_cache"),
+        (["inspect", "{}"], "SRC"),
+    ],
+    ids=lambda x: " ".join(x[:2]) if isinstance(x, list) else x,
+)
+def test_a_scheme_that_cannot_be_written_is_refused_by_name(
+    run, yaml_of, tiny_checkpoint, tmp_path, monkeypatch, words, option, scheme
+):
+    path = yaml_of()
+    monkeypatch.chdir(tmp_path)
+    known = {"SRC": str(tiny_checkpoint), "CONFIG": str(path)}
+    done = run(*[known.get(word, word).format(f"{scheme}://b/out") for word in words])
+    assert done.code == 2
+    assert f"{option} {scheme}:/" in done.error
+    assert f"{scheme}:// paths are not supported" in done.error
+    assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]

@@ -1,6 +1,8 @@
 """generate, eval, judge and report from the command line, on the shipped tiny model."""
 
 import json
+import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from mis_jax.cli import main
 from mis_jax.data import mini_files
 from mis_jax.data.mini_icons import draw_scene
+from mis_jax.locks import locked_folder
 from mis_jax.quickstart import BASE_MODEL
 
 MODEL = str(BASE_MODEL)
@@ -200,3 +203,35 @@ def test_eval_refuses_another_model_in_the_same_run(data, tmp_path, capsys):
     capsys.readouterr()
     assert run("eval", tmp_path / "other", *words) == 2
     assert "two models" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_eval_and_judge_are_refused_while_another_process_writes_the_run(data, tmp_path, capsys):
+    """Two of them would each leave out of the manifest what the other enters."""
+    words = ["eval", MODEL, "--benchmarks", "mini_benign", "--data-root", data, "--limit", 2]
+    out = tmp_path / "run"
+    assert run(*words, "--out", out) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with locked_folder(out):
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    try:
+        for command in (
+            [*words, "--out", out],
+            ["judge", out],
+            ["judge", out, "--judge", "none"],
+        ):
+            capsys.readouterr()
+            assert run(*command) == 2
+            error = capsys.readouterr().err
+            assert f"run: another process is writing it (process {os.getpid()} on host " in error
+    finally:
+        done.set()
+        thread.join()
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

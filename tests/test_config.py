@@ -33,7 +33,8 @@ OPTIONS = {
     "data.on_bad_sample",
     "train.epochs", "train.steps", "train.global_batch", "train.micro_batch", "train.freeze",
     "train.loss_reduction", "train.remat", "train.attention", "train.unroll", "train.loss_chunk",
-    "train.drop_path", "train.save_every", "train.keep", "train.keep_best", "train.on_not_finite",
+    "train.drop_path", "train.save_every", "train.save_minutes", "train.check_digests",
+    "train.keep", "train.keep_best", "train.on_not_finite",
     "train.spike",
     "lora.rank", "lora.alpha", "lora.dropout", "lora.targets", "lora.base",
     "distributed.coordinator", "distributed.num_processes", "distributed.process_id",
@@ -146,7 +147,7 @@ def test_the_smallest_file_and_its_defaults(tmp_path):
     assert config.optimizer == OptimizerConfig(5e-6, "cosine", 0.03, 0.05, 1.0, 0.9, 0.999, 1e-8)
     assert (config.data.max_length, config.data.max_tiles) == (8192, 6)
     assert (config.train.global_batch, config.train.freeze) == (128, ("vision",))
-    assert config.train.save_every == 200
+    assert config.train.save_every is None and config.train.save_minutes == 15
 
 
 def test_round_trip(tmp_path):
@@ -260,6 +261,7 @@ REFUSED = [
         "train.micro_batch 3 does not divide train.global_batch 8",
     ),
     (dict(train__save_every=0), "train.save_every is 0; give at least 1"),
+    (dict(train__save_minutes=0), "train.save_minutes is 0.0; give more than 0"),
     (dict(train__keep=0), "train.keep is 0; give at least 1"),
     (dict(train__freeze=["language", "vision", "projector"]), "train.freeze names every part"),
     (

@@ -122,3 +122,9 @@ def test_mini_is_the_quickstarts_fine_tuning(tmp_path: Path) -> None:
     places = {"model", "output", "data.sources", "data.on_bad_sample"}
     assert set(changed_fields(there, here)) <= places
     assert [s.count for s in here.data.sources] == [s.count for s in there.data.sources]
+
+
+@pytest.mark.parametrize("path", ALL, ids=_name)
+def test_a_recipe_saves_at_least_five_times_whatever_its_steps(path: Path) -> None:
+    assert load_config(path).train.save_every is None  # a fifth of the run
+    assert load_config(path).train.save_minutes <= 15

@@ -8,6 +8,8 @@ from typing import Any, Literal, NoReturn
 
 from rich.console import Console
 
+from mis_jax.stopping import RESUMABLE, Stop
+
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # the run's fate, not the user's mistake
 Dtype = Literal["float32", "bfloat16", "float16"]
 console = Console()
@@ -28,8 +30,10 @@ def described(error: BaseException) -> tuple[str, int]:
     """The line that tells an error, and the exit code."""
     from mis_jax.train.loop import FailedRun
 
+    if isinstance(error, Stop):
+        return str(error), RESUMABLE
     if isinstance(error, KeyboardInterrupt):
-        return "stopped; run the same command again to go on", 1
+        return "stopped", 1
     if isinstance(error, FailedRun):
         return str(error), error.exit_code
     if isinstance(error, Failed):

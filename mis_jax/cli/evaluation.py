@@ -18,6 +18,7 @@ from mis_jax.cli.common import (
     mesh_of,
     print_json,
 )
+from mis_jax.locks import locked_folder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -94,41 +95,45 @@ def eval_(
         raise ValueError("--model-name belongs to a server; give its http://host/v1 as MODEL")
     else:
         tested = _local(Path(model), batch_size, dtype, mesh, int8_weights, int8_cache)
-    open_run(
-        out,
-        model=tested.name,
-        fingerprint=tested.fingerprint,
-        data_root=data_root,
-        conditions=tested.conditions,
-    )
-    asked = [part.of(samples) for samples in sets]
-    for benchmark, whole, samples in zip(chosen, sets, asked, strict=True):
-        for note in (size_note(benchmark.name, len(whole)), md5_note(benchmark.name, data_root)):
-            if note:
-                err_console.print(note, markup=False)
-        _say(answers_ahead(benchmark, samples))
-    failed = 0
-    answer = tested.load()
-    at_once = concurrency if model.startswith(_HTTP) else batch_size
-    ahead = TimeAhead(sum(map(len, asked)), at_once, _say)
-    with steps_bar(err_console) as bar:
+    with locked_folder(out):
+        open_run(
+            out,
+            model=tested.name,
+            fingerprint=tested.fingerprint,
+            data_root=data_root,
+            conditions=tested.conditions,
+        )
+        asked = [part.of(samples) for samples in sets]
         for benchmark, whole, samples in zip(chosen, sets, asked, strict=True):
-            try:
-                done = generate_answers(
-                    benchmark,
-                    samples,
-                    answer(benchmark),
-                    out,
-                    ahead.watch(bar.task(benchmark.name)),
-                    batch_size=batch_size,
-                    part=part.described(len(whole)),
-                )
-            except Stopped as stopped:
-                raise Failed(f"{stopped}; call again to go on") from None
-            failed += done.failed
-    if failed:
-        raise Failed(f"{failed} sample(s) have no answer; call again to retry them")
-    console.print(f"answers in {out}; next: mis-jax judge {out}")
+            for note in (
+                size_note(benchmark.name, len(whole)),
+                md5_note(benchmark.name, data_root),
+            ):
+                if note:
+                    err_console.print(note, markup=False)
+            _say(answers_ahead(benchmark, samples))
+        failed = 0
+        answer = tested.load()
+        at_once = concurrency if model.startswith(_HTTP) else batch_size
+        ahead = TimeAhead(sum(map(len, asked)), at_once, _say)
+        with steps_bar(err_console) as bar:
+            for benchmark, whole, samples in zip(chosen, sets, asked, strict=True):
+                try:
+                    done = generate_answers(
+                        benchmark,
+                        samples,
+                        answer(benchmark),
+                        out,
+                        ahead.watch(bar.task(benchmark.name)),
+                        batch_size=batch_size,
+                        part=part.described(len(whole)),
+                    )
+                except Stopped as stopped:
+                    raise Failed(f"{stopped}; call again to go on") from None
+                failed += done.failed
+        if failed:
+            raise Failed(f"{failed} sample(s) have no answer; call again to retry them")
+        console.print(f"answers in {out}; next: mis-jax judge {out}")
 
 
 def judge(
@@ -173,15 +178,18 @@ def judge(
     from mis_jax.evals.judges import JUDGES, get_judge
     from mis_jax.evals.judges.guard import guard_judges
     from mis_jax.evals.judges.http import http_judges
-    from mis_jax.evals.manifest import data_root_of
+    from mis_jax.evals.manifest import data_root_of, read_manifest
     from mis_jax.evals.runner import judge_run
     from mis_jax.evals.streaming import Stopped
     from mis_jax.evals.summary import summarise
     from mis_jax.evals.verdict_cache import VerdictCache
     from mis_jax.terminal import steps_bar
 
+    read_manifest(run)  # before a lock is written into what is no run
     if judge == "none":
-        _show(summarise(run), run, json)
+        with locked_folder(run):
+            results = summarise(run)
+        _show(results, run, json)
         return
     if recheck < 0:
         raise ValueError(f"--recheck is {recheck}; give a number of answers")
@@ -203,7 +211,7 @@ def judge(
         chosen = guard_judges(Path(judge), dtype, lambda: _guard(Path(judge), dtype, mesh))
     elif judge != "default":
         chosen = get_judge(judge)
-    with steps_bar(err_console) as bar:
+    with locked_folder(run), steps_bar(err_console) as bar:
         try:
             results = judge_run(
                 run,

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect as signatures
 import io
 import logging
 import sys
@@ -13,6 +14,7 @@ import tyro
 from rich.logging import RichHandler
 from tyro.conf import FlagCreatePairsOff
 
+from mis_jax import stopping
 from mis_jax.cli.chat import chat
 from mis_jax.cli.checkpoints import convert, inspect, verify
 from mis_jax.cli.common import described, err_console, fail
@@ -22,6 +24,7 @@ from mis_jax.cli.generation import generate
 from mis_jax.cli.planning import plan
 from mis_jax.cli.serving import serve
 from mis_jax.cli.training import quickstart, train
+from mis_jax.folders import local_path
 
 VERBS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
@@ -40,6 +43,11 @@ VERBS: dict[str, Callable[..., None]] = {
     "merge": merge,
     "report": report,
 }
+
+
+_URLS = ("http://", "https://")
+#: Verbs that go on where they were stopped; a signal ends them with one line and exit code 75.
+_RESUMABLE = ("quickstart", "convert", "train", "eval", "judge")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,12 +69,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not debug:  # orbax tells the trace of an error there that it raises too
         logging.getLogger("absl").setLevel(logging.CRITICAL)
     name, verb, rest = _find_verb(words)
-    try:
-        _run(name, verb, rest)
-    except (Exception, KeyboardInterrupt) as error:
-        if debug and not isinstance(error, KeyboardInterrupt):
-            raise
-        fail(*described(error))
+    with stopping.stoppable() if name in _RESUMABLE else contextlib.nullcontext():
+        try:
+            if verb is not train:  # which may fork yet
+                stopping.watch()
+            _run(name, verb, rest)
+        except (Exception, KeyboardInterrupt) as error:
+            if debug and not isinstance(error, KeyboardInterrupt):
+                raise
+            fail(*described(error))
 
 
 def _find_verb(words: list[str]) -> tuple[str, Callable[..., None], list[str]]:
@@ -96,9 +107,24 @@ def _run(name: str, verb: Callable[..., None], rest: list[str]) -> None:
 
     @functools.wraps(verb)
     def parsed(*words: Any, **options: Any) -> Callable[[], None]:
+        _check_paths(verb, signatures.signature(verb).bind(*words, **options).arguments)
         return functools.partial(verb, *words, **options)
 
     _parse(parsed, f"mis-jax {name}", rest, description=description)()
+
+
+def _check_paths(verb: Callable[..., None], given: dict[str, Any]) -> None:
+    """Refuse, by its scheme, every path that is on no disk of this machine."""
+    for name, parameter in signatures.signature(verb).parameters.items():
+        option = f"--{name.replace('_', '-')}"
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+            option = name.upper()
+        value = given.get(name)
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Path):
+                local_path(item, option)
+            elif isinstance(item, str) and name in ("model", "judge"):  # a folder or an address
+                local_path("" if item.startswith(_URLS) else item, option)
 
 
 def _train_config(rest: list[str]) -> Any:

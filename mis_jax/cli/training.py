@@ -10,15 +10,16 @@ from mis_jax.cli.common import Failed, console, described, err_console
 def train(config: Any) -> None:
     """Fine-tune. An interrupted run goes on from its output folder when called again.
 
-    Exit code 75 says that the same command goes on: after SIGTERM, or when another process of the
-    run is lost.
+    Exit code 75 says that the same command goes on: after SIGTERM, SIGHUP or Ctrl-C, or when
+    another process of the run is lost.
     """
-    from mis_jax import distributed
+    from mis_jax import distributed, stopping
 
     try:
         distributed.start(config.distributed, Path(config.output))  # before JAX looks for devices
+        stopping.watch()
         _train(config)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         from mis_jax.train.loop import Interrupted
 
         if isinstance(error, Interrupted):  # all of them, together

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from mis_jax.folders import replace_file
+from mis_jax.locks import try_flock
 
 
 def write_text(path: Path, text: str) -> None:
@@ -92,14 +92,12 @@ class AppendLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         stream = open(self.path, "ab")
         try:
-            try:
-                # Two writers would interleave rows and pay for every answer twice.
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            # Two writers would interleave rows and pay for every answer twice.
+            if try_flock(stream) is False:
                 raise ValueError(
                     f"{self.path} is being written by another process; "
                     "wait for it, or give this run another output folder"
-                ) from None
+                )
             self.rows, sound = _parse_lines(self.path)
             stream.truncate(sound)  # or the next row would be glued to the torn one
         except BaseException:

@@ -13,6 +13,7 @@ from mis_jax.evals.conditions import conditions_of, same_conditions, with_condit
 from mis_jax.evals.files import read_json, write_json
 from mis_jax.evals.hashing import sample_hash
 from mis_jax.evals.types import Benchmark, Sample
+from mis_jax.folders import local_path
 
 FACTS = ("category", "sub_category", "group", "expected", "subset")
 """What a run keeps of a sample's ``meta``: enough to count it and to sort it into tables, and
@@ -70,7 +71,7 @@ def open_run(
     ``hashing.folder_fingerprint``). The first session's date and versions stay; later sessions
     with other versions are listed beside them, since they answered part of the questions.
     """
-    path = manifest_path(run_dir)
+    path = manifest_path(local_path(run_dir, "run folder"))
     now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
     if not path.exists():
         manifest = {

@@ -8,7 +8,6 @@ judge's own words, which may quote both.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -56,7 +55,7 @@ class VerdictCache:
         self._known |= {_key(row): row for row in new}
         text = "".join(json.dumps(row) + "\n" for row in new).encode()
         with open(self._path, "a+b") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)  # let go with the file
+            try_flock(stream, wait=True)  # let go with the file
             end = stream.seek(0, os.SEEK_END)
             if end:
                 stream.seek(end - 1)

@@ -1,39 +1,31 @@
 """The training loop: restore or initialise, step, log, save (state, data and timer together)."""
 
 import logging
-import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from mis_jax import distributed
-from mis_jax.config import RunConfig, changed_fields, load_config, save_config
-from mis_jax.data.pipeline import (
-    BAD_SAMPLES,
-    MIXTURE,
-    SURVEY,
-    Rejected,
-    StepData,
-    TrainingData,
-    without,
-)
+from mis_jax import distributed, stopping
+from mis_jax.config import RunConfig
+from mis_jax.data.pipeline import Rejected, StepData, TrainingData, without
 from mis_jax.data.processor import Processor
 from mis_jax.distributed import CHECKPOINTS
+from mis_jax.folders import remove_abandoned
+from mis_jax.locks import Lost
 from mis_jax.model.internvl import InternVL
 from mis_jax.sharding import held_rows, make_mesh, put_batch
-from mis_jax.storage import DIGESTS, RunCheckpoints
+from mis_jax.storage import RunCheckpoints, set_aside_damaged
 from mis_jax.train import lora
 from mis_jax.train.ahead import Ahead
-from mis_jax.train.guard import FOLDER as KEPT_BATCHES
+from mis_jax.train.folder import FINAL_MODEL, RunFolder, run_folder
 from mis_jax.train.guard import keep_batch
 from mis_jax.train.meter import Meter
-from mis_jax.train.metrics import BOARD_FOLDER, LOG_FILES, MetricsLog
+from mis_jax.train.metrics import MetricsLog
 from mis_jax.train.profile import ProfileWindow
 from mis_jax.train.program import make_program
 from mis_jax.train.step import TrainState
@@ -41,15 +33,7 @@ from mis_jax.weights.checkpoint import Checkpoint, OpenCheckpoint, open_checkpoi
 from mis_jax.weights.convert import write_checkpoint
 
 _log = logging.getLogger(__name__)
-_CONFIG = "config.yaml"
-# Fields that a run may change when it goes on: they leave the samples and the mathematics alone.
-_FREE = (
-    "output", "data.on_bad_sample", "data.tile_cache", "data.workers", "train.micro_batch",
-    "train.remat", "train.attention", "train.unroll", "train.loss_chunk", "train.save_every",
-    "train.keep", "train.keep_best", "train.on_not_finite", "optimizer.offload", "mesh.",
-    "distributed.", "evaluation.", "log.",
-)  # fmt: skip
-FINAL_MODEL = "final"  # the trained checkpoint in a run's folder, in native format
+_CLOCK_STEPS = 10  # after so many, several processes ask the first one's clock
 Progress = Callable[[int, int, dict[str, float]], None]  # step, steps in all, metrics
 Looking = Callable[[int, int], None]  # samples whose size is known, samples in all
 Evaluate = Callable[[InternVL, Processor], dict[str, float]]  # metrics on held-out samples
@@ -71,7 +55,8 @@ class Interrupted(Resumable):
     """The run was asked to stop; everything up to `step` is saved."""
 
     def __init__(self, step: int):
-        super().__init__(f"stopped at step {step}, saved; run the same command again to go on")
+        where = f"at step {step}, saved" if step else "before the first step"
+        super().__init__(f"stopped {where}; run the same command again to go on")
         self.step = step
 
 
@@ -94,10 +79,18 @@ def train(
 
     With several processes all of them call this; the first one writes what is written once.
     Raises ValueError for bad input, FailedRun for a loss that is not finite or a disk that is
-    full, Interrupted on SIGTERM, Resumable when another process is lost.
+    full, Interrupted on SIGTERM, SIGINT and SIGHUP while steps are taken, Resumable when another
+    process is lost. What fails before any step was taken leaves what was there before.
     """
-    output = Path(config.output)
-    _check_folder(config, output)
+    if config.train.keep_best and not config.evaluation.every:
+        raise ValueError(
+            "train.keep_best needs an attack success rate to compare; set evaluation.every"
+        )
+    with run_folder(config) as folder:
+        return _train(config, folder, progress, looking, evaluate)
+
+
+def _train(config: RunConfig, folder: RunFolder, progress, looking, evaluate) -> Trained:
     if config.evaluation.every and distributed.several():
         raise ValueError(
             "evaluation.every: answers during training need all devices in one process; set it to "
@@ -106,27 +99,26 @@ def train(
     opened = open_checkpoint(config.model)
     processor = Processor.from_folder(config.model, opened.config)
     data = TrainingData(config, processor, looking)
+    folder.check_final(data.steps)
     mesh = make_mesh(config.mesh)
     _check_rows(config, mesh)
-    fresh = not (output / _CONFIG).exists()
     try:
         with jax.set_mesh(mesh):
             distributed.meet("checked")  # by all, before anything is written
             if distributed.is_first():
-                output.mkdir(parents=True, exist_ok=True)
-                save_config(config, output / _CONFIG)
+                folder.begin()
+                if config.train.check_digests:
+                    set_aside_damaged(folder.path / CHECKPOINTS)
             distributed.meet("begun")
-            run = _Run(config, opened, data, mesh, progress, evaluate)
+            run = _Run(config, opened, data, mesh, folder, progress, evaluate)
             try:
                 return run.train()
             finally:
                 run.close()
-    except Exception as error:
-        if distributed.is_loss(error):
-            raise Resumable(distributed.lost(output, error)) from error
-        bad_input = fresh and isinstance(error, ValueError)  # a bad sample, say
-        if bad_input and not RunCheckpoints.exist(output / CHECKPOINTS):
-            _forget(output)  # nothing half-written stays behind
+    except BaseException as error:
+        if isinstance(error, Exception) and distributed.is_loss(error):
+            raise Resumable(distributed.lost(folder.path, error)) from error
+        folder.take_back()  # after a bad first sample, say
         raise
 
 
@@ -147,14 +139,15 @@ class _Run:
     evaluated or saved: what is saved has been looked at.
     """
 
-    def __init__(self, config, opened: OpenCheckpoint, data, mesh, progress, evaluate):
+    def __init__(self, config, opened: OpenCheckpoint, data, mesh, folder, progress, evaluate):
         self.config, self.opened, self.mesh = config, opened, mesh
         self.data: TrainingData = data
         self.progress: Progress | None = progress
         self.evaluate: Evaluate | None = evaluate if config.evaluation.every else None
         self.profile = ProfileWindow(config.log, Path(config.output))
         self.meter = Meter.of(config, opened.config, list(mesh.devices.flat))
-        self.output = Path(config.output)
+        self.folder: RunFolder = folder
+        self.output = folder.path
         self.program = make_program(config, opened.config, mesh, data.steps)
         self.checkpoints = RunCheckpoints(
             self.output / CHECKPOINTS, config.train.keep, keep_best=config.train.keep_best
@@ -164,20 +157,30 @@ class _Run:
         self.ahead: Ahead | None = None
         self.asr: float | None = None  # of the state as it is, if it was evaluated
         self.lost = False
+        self.failure: Exception | None = None  # of a sample or an evaluation: saved, then raised
 
     def train(self) -> Trained:
         """From the newest checkpoint, or the start, to the final model."""
         try:
             self.state = self._state()
-            seconds = self._steps()
-            if self.done < self.data.steps:
+            seconds, stopped = self._steps()
+            if self.failure:
+                raise self._saved_failure(self.failure)
+            if stopped or self.done < self.data.steps:
+                stopping.say(str(Interrupted(self.done)))
                 raise Interrupted(self.done)
             final = self._final_model()
             self.checkpoints.finish()
+            self.folder.check()
         except Exception as error:
             self.lost = distributed.is_loss(error)
             if self.lost or not isinstance(error, OSError):
                 raise
+            if isinstance(error, Lost) or self.folder.lost():
+                raise FailedRun(
+                    f"step {self.done} of {self.data.steps}: {self.folder.lost() or error}; then "
+                    "run the same command again"
+                ) from error
             with suppress(OSError):  # what is being saved may be complete yet
                 self.checkpoints.wait()
             raise FailedRun(
@@ -202,11 +205,15 @@ class _Run:
         restored, meta = self.checkpoints.restore(latest, _saved_part(state, abstract=True))
         _check_plan(self.config, meta.get("plan"), self.data)
         self.done, self.before = meta["batches"], meta["seconds"]
+        self.folder.keeps = True
         _log.info("resumed at step %d", self.done)
         return TrainState(frozen=state.frozen, **restored)
 
-    def _steps(self) -> float:
-        """Take the steps that are left, until the end or a signal; seconds of training so far."""
+    def _steps(self) -> tuple[float, bool]:
+        """Take the steps that are left, until the end, a failure or a signal.
+
+        Gives the seconds of training so far, and whether a signal came.
+        """
         train = self.config.train
         if distributed.is_first():
             self.data.save(self.output)  # now that it is known to be the run's
@@ -216,12 +223,22 @@ class _Run:
             lambda item: (item, put_batch(item.batch, self.mesh, accumulated=True)),
         )
         taken: _Taken | None = None
-        with self._log() as log, _stop_signal() as stopped:
-            self.settled = time.monotonic()
+        with self._log() as log, stopping.deferred(distributed.several()) as asked:
+
+            def stopped() -> bool:
+                return distributed.stop_agreed(self.done) if distributed.several() else asked()
+
+            self.settled = self.saved = time.monotonic()
             began = self.settled - self.before
-            while self.done < self.data.steps and not stopped(self.done):
+            while self.done < self.data.steps and not self.failure and not stopped():
                 tick = time.monotonic()
-                item, batch = next(self.ahead)
+                try:
+                    item, batch = next(self.ahead)
+                except Exception as error:
+                    if distributed.several() or not self.done:
+                        raise
+                    self.failure = error
+                    break
                 waited = time.monotonic() - tick
                 if distributed.several() and item.rejected:
                     distributed.note(_rejected(self.done + 1), [asdict(x) for x in item.rejected])
@@ -231,32 +248,51 @@ class _Run:
                 if taken is not None:
                     self._settle(taken, log)
                 self.checkpoints.check()
+                self.folder.check()
                 self.done += 1
                 taken = _Taken(self.done, item, metrics, waited)
-                if self._evaluates(self.done) or self._saves(self.done):
+                saves = self._saves(self.done)
+                if saves or self._evaluates(self.done):
                     self._settle(taken, log)
                     taken = None
-                    if self._saves(self.done) and self.done < self.data.steps:
+                    if saves and self.done < self.data.steps:
                         self._save(time.monotonic() - began)
             if taken is not None:
                 self._settle(taken, log)
             seconds = time.monotonic() - began
             self._wait()
-            if self.checkpoints.latest != self.done:
+            if self.done and self.checkpoints.latest != self.done:
                 self._save(seconds)
                 self._wait()
-            return seconds
+            return seconds, asked()
+
+    def _saved_failure(self, failure: Exception) -> Exception:
+        """What ended the run, said once its steps are saved."""
+        after = f"step {self.done} is saved: mend this and run the same command again"
+        if isinstance(failure, ValueError | OSError):
+            error = ValueError(f"{failure}; {after}")
+        else:
+            error = FailedRun(f"{type(failure).__name__}: {failure}; {after}")
+        error.__cause__ = failure
+        return error
 
     def _evaluates(self, step: int) -> bool:
         return self.evaluate is not None and step % self.config.evaluation.every == 0
 
     def _saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after a step; all processes say the same."""
         train = self.config.train
-        return step % train.save_every == 0 or (train.keep_best and self._evaluates(step))
+        every = train.save_every or max(1, self.data.steps // 5)
+        if step % every == 0 or (train.keep_best and self._evaluates(step)):
+            return True
+        if distributed.several() and step % _CLOCK_STEPS:  # to agree costs a round
+            return False
+        return distributed.first_says(time.monotonic() - self.saved > 60 * train.save_minutes)
 
     def _settle(self, taken: _Taken, log: MetricsLog | None) -> None:
         """Fetch the numbers of a step, look at them, evaluate what it made, and log all that."""
         metrics = _plain_numbers(jax.device_get(taken.metrics))
+        self.folder.keeps = True
         item, rejected = taken.item, taken.item.rejected
         if distributed.several() and self.config.data.on_bad_sample == "skip" and log:
             rejected = _of_all_processes(distributed.notes(_rejected(taken.step)))
@@ -270,7 +306,10 @@ class _Run:
         metrics.pop("squares")
         self.asr = None
         if self.evaluate is not None and self._evaluates(taken.step):
-            figures = self.evaluate(self.program.network(self.state), self.data.processor)
+            try:
+                figures = self.evaluate(self.program.network(self.state), self.data.processor)
+            except Exception as error:
+                self.failure, figures = error, {}
             self.asr = figures.get("asr")
             metrics |= {f"eval_{name}": value for name, value in figures.items()}
         if log:
@@ -303,6 +342,7 @@ class _Run:
         # The plan is fixed, so the number of batches taken is the whole state of the data.
         meta = {"seconds": seconds, "batches": self.done, "plan": self.data.fingerprint}
         self.checkpoints.save(self.done, _saved_part(self.state), meta, self.asr)
+        self.saved = time.monotonic()
 
     def _wait(self) -> None:
         """Until what was saved is complete, on every process."""
@@ -319,8 +359,7 @@ class _Run:
         final = self.output / FINAL_MODEL
         if not final.exists():
             if distributed.is_first():  # of a kill while it was written
-                for stale in self.output.glob(f".{FINAL_MODEL}.*"):
-                    shutil.rmtree(stale, ignore_errors=True)
+                remove_abandoned(final)
             if self.config.lora.rank:
                 adapters = self.program.on_every_process(self.state.trainable)
                 if distributed.is_first():
@@ -367,35 +406,6 @@ def _plain_numbers(metrics: dict[str, Any]) -> dict[str, float]:
     return {n: int(v) if n in counts else float(v) for n, v in metrics.items()}
 
 
-def _check_folder(config: RunConfig, output: Path) -> None:
-    """A folder with checkpoints must belong to the same run; ValueError when it does not."""
-    if str(output).startswith("gs:/"):
-        raise ValueError(
-            f"output {output}: a run appends to files there, which a bucket cannot do; give a "
-            "folder that all processes share, such as a network disk"
-        )
-    if config.train.keep_best and not config.evaluation.every:
-        raise ValueError(
-            "train.keep_best needs an attack success rate to compare; set evaluation.every"
-        )
-    if not RunCheckpoints.exist(output / CHECKPOINTS):
-        return
-    saved = output / _CONFIG
-    if not saved.exists():
-        raise ValueError(
-            f"{saved}: missing beside checkpoints, so their settings are not known; restore it or "
-            "choose another output"
-        )
-    changed = [
-        name for name in changed_fields(load_config(saved), config) if not name.startswith(_FREE)
-    ]
-    if changed:
-        raise ValueError(
-            f"{saved}: this folder holds a run with other settings ({', '.join(changed)}); "
-            "choose another output, or remove the folder"
-        )
-
-
 def _check_plan(config: RunConfig, before: str | None, data: TrainingData) -> None:
     """A run that goes on takes the next batch of the same plan, or it would repeat some samples."""
     if before != data.fingerprint:
@@ -403,16 +413,6 @@ def _check_plan(config: RunConfig, before: str | None, data: TrainingData) -> No
             f"{config.output}: the samples have changed since this run was saved, or the rows they "
             "share; restore the files of data.sources or choose another output"
         )
-
-
-def _forget(output: Path) -> None:
-    """Remove what a run that never got anywhere has written, and the folder if nothing is left."""
-    for name in (_CONFIG, MIXTURE, SURVEY, BAD_SAMPLES, *LOG_FILES):
-        (output / name).unlink(missing_ok=True)
-    for name in (CHECKPOINTS, DIGESTS, BOARD_FOLDER, KEPT_BATCHES):
-        shutil.rmtree(output / name, ignore_errors=True)
-    with suppress(OSError):  # not empty: the user's own files
-        output.rmdir()
 
 
 def _check_rows(config: RunConfig, mesh) -> None:
@@ -423,24 +423,3 @@ def _check_rows(config: RunConfig, mesh) -> None:
             f"{rows} rows of a forward pass cannot be split over data x fsdp = {shards} devices; "
             "change train.micro_batch, train.global_batch or mesh"
         )
-
-
-@contextmanager
-def _stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Whether to stop before the next step, for SIGTERM; the one under way is saved first.
-
-    Several processes agree on the step; JAX listens for the signal then.
-    """
-    if distributed.several():
-        yield distributed.stop_agreed
-        return
-    came: list[int] = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
-    except ValueError:  # not the main thread: the caller handles signals
-        yield lambda step: False
-        return
-    try:
-        yield lambda step: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, before)

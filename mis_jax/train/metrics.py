@@ -14,7 +14,7 @@ from mis_jax.folders import replace_file
 
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 BOARD_FOLDER = "tensorboard"
-_SITE_RUN = "wandb_run"  # holds the name of the run there
+SITE_RUN = "wandb_run"  # holds the name of the run there
 
 
 class MetricsLog:
@@ -110,7 +110,7 @@ class _Site:
                 f"log.wandb is {project!r}, but wandb is not installed; "
                 "pip install 'mis-jax[wandb]', or leave log.wandb out"
             ) from None
-        name = folder / _SITE_RUN
+        name = folder / SITE_RUN
         if not name.exists():
             replace_file(name, wandb.util.generate_id() + "\n")
         self._run = wandb.init(

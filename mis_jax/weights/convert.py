@@ -21,7 +21,7 @@ from mis_jax.weights.stream import WORKERS, ArraySource, GatheredSource, Progres
 from mis_jax.weights.values import check_dtype
 
 SHARD_BYTES = 5 * 10**9
-_PLAN_VERSION = 1  # another order or size of pieces needs another
+_PLAN_VERSION = 2  # another order or size of pieces needs another
 _log = logging.getLogger(__name__)
 
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import tensorstore
 
-from mis_jax.folders import write_file
+from mis_jax.folders import Region, write_file
 from mis_jax.weights.stream import PIECE, Job, Source, is_stacked, layers_of
 from mis_jax.weights.values import NUMPY_DTYPES, all_finite, packed
 
@@ -102,6 +102,7 @@ def native_jobs(folder: Path, source: Source, shapes: Mapping[str, Shape], dtype
                         name if layer is None else f"{name}, layer {layer}",
                         row * (rows.stop - rows.start),
                         _fill(source, name, layer, rows, params / name, chunk, dtype),
+                        _regions(layer, rows, params / name, chunk, row, len(inner)),
                     )
                 )
     return jobs
@@ -149,6 +150,22 @@ def _fill(
         return all_finite(values)
 
     return run
+
+
+def _regions(
+    layer: int | None, rows: slice, folder: Path, chunk: int, row: int, axes: int
+) -> tuple[Region, ...]:
+    """Where `_fill` writes: whole files, the last one with zeros behind its rows."""
+    index = () if layer is None else (layer,)
+    return tuple(
+        Region(
+            folder / _chunk_name(index, start // chunk, axes),
+            0,
+            row * (min(start + chunk, rows.stop) - start),
+            row * chunk,
+        )
+        for start in range(rows.start, rows.stop, chunk)
+    )
 
 
 def _chunk_name(index: tuple[int, ...], number: int, axes: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mis_jax.folders import reserve_file, write_file
+from mis_jax.folders import Region, reserve_file, write_file
 from mis_jax.model.config import InternVLConfig
 from mis_jax.weights.layouts import COPY, Layout, Rule, disk_key, head_key, rules
 from mis_jax.weights.published import INDEX, Shape, our_shapes_of_layer, tensors
@@ -54,8 +54,9 @@ def published_jobs(
         if len(shards) > 1:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         offset = _lay_out(folder / name, shard, dtype)
+        length = offset + sum(tensor.size for tensor in shard)
         for tensor in shard:
-            jobs += _tensor_jobs(folder / name, offset, tensor, config, source, dtype)
+            jobs += _tensor_jobs(folder / name, offset, length, tensor, config, source, dtype)
             offset += tensor.size
         weight_map |= {tensor.key: name for tensor in shard}
     if len(shards) > 1:
@@ -128,21 +129,32 @@ def _lay_out(path: Path, shard: list[_Tensor], dtype: str) -> int:
 
 
 def _tensor_jobs(
-    path: Path, offset: int, tensor: _Tensor, config: InternVLConfig, source: Source, dtype: str
+    path: Path,
+    offset: int,
+    length: int,
+    tensor: _Tensor,
+    config: InternVLConfig,
+    source: Source,
+    dtype: str,
 ) -> list[Job]:
     """One job, or one for each run of rows of a large tensor that is stored as we have it."""
     rows, row = tensor.shape[0], tensor.size // tensor.shape[0]
     step = max(1, PIECE // row) if tensor.rule.codec is COPY else rows
-    return [
-        Job(
-            f"{tensor.key} {start}",
-            tensor.key,
-            row * (min(start + step, rows) - start),
-            _fill(path, offset + row * start, tensor, slice(start, min(start + step, rows)),
-                  config, source, dtype),
+    jobs = []
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        size = row * (part.stop - start)
+        place = offset + row * start
+        jobs.append(
+            Job(
+                f"{tensor.key} {start}",
+                tensor.key,
+                size,
+                _fill(path, place, tensor, part, config, source, dtype),
+                (Region(path, place, size, length),),
+            )
         )
-        for start in range(0, rows, step)
-    ]  # fmt: skip
+    return jobs
 
 
 def _fill(

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mis_jax.folders import Journal
+from mis_jax.folders import Journal, Region, region_digest
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 #: Bytes of one piece. Memory is bounded by a few pieces, or by the few largest tensors of a layer.
@@ -89,6 +89,7 @@ class Job:
     tensor: str  # what a message calls it
     size: int  # bytes it writes
     run: Callable[[], bool]  # does it; False when a value is NaN or infinite
+    regions: tuple[Region, ...]  # where its bytes then lie
 
 
 def run_jobs(
@@ -98,13 +99,21 @@ def run_jobs(
 
     With one worker they are done in their order. The first error stops the rest and is raised.
     """
-    finite: dict[str, bool] = journal.done if journal else {}
+    finite = _still_there(jobs, journal, workers) if journal else {}
     total = sum(job.size for job in jobs)
     done = sum(job.size for job in jobs if job.name in finite)
     if progress:
         progress(done, total)
     coming = collections.deque(job for job in jobs if job.name not in finite)
     running: dict[Future[bool], Job] = {}
+    digests: dict[str, str | None] = {}
+
+    def do(job: Job) -> bool:
+        is_finite = job.run()
+        if journal:
+            digests[job.name] = region_digest(job.regions)
+        return is_finite
+
     with ThreadPoolExecutor(workers) as pool:
         try:
             while True:
@@ -113,14 +122,14 @@ def run_jobs(
                     if running and under_way + coming[0].size > _IN_FLIGHT:
                         break
                     job = coming.popleft()
-                    running[pool.submit(job.run)] = job
+                    running[pool.submit(do, job)] = job
                 if not running:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job = running.pop(future)
                     finite[job.name] = future.result()
                     if journal:
-                        journal.record(job.name, finite[job.name])
+                        journal.record(job.name, [finite[job.name], digests.pop(job.name)])
                     done += job.size
                     if progress:
                         progress(done, total)
@@ -128,3 +137,15 @@ def run_jobs(
             pool.shutdown(cancel_futures=True)
             raise
     return list(dict.fromkeys(job.tensor for job in jobs if not finite[job.name]))
+
+
+def _still_there(jobs: list[Job], journal: Journal, workers: int) -> dict[str, bool]:
+    """What the journal says of the pieces whose bytes are still those that were written."""
+    known = [job for job in jobs if job.name in journal.done]
+    with ThreadPoolExecutor(workers) as pool:
+        found = pool.map(lambda job: region_digest(job.regions), known)
+        pairs = [
+            (job.name, journal.done[job.name], digest)
+            for job, digest in zip(known, found, strict=True)
+        ]
+    return {name: entry[0] for name, entry, digest in pairs if digest and entry[1] == digest}

@@ -75,9 +75,10 @@ def test_killed_at_random_moments(kind, source, tmp_path):
             continue
         assert process.exitcode == -9
         kills += 1
-        if not (unfinished / "journal.jsonl").exists():  # between the last byte and the renaming
-            (unfinished / NOTICE).unlink(missing_ok=True)
-            assert tree(unfinished) == tree(tmp_path / "unbroken")
+        if not (unfinished / "journal.jsonl").exists():
+            if before:  # between the last byte and the renaming
+                (unfinished / NOTICE).unlink(missing_ok=True)
+                assert tree(unfinished) == tree(tmp_path / "unbroken")
             before = 0
             continue
         with pytest.raises(ValueError, match="not finished: run the same mis-jax command again"):
@@ -132,7 +133,7 @@ def test_a_changed_source_starts_again(source, tmp_path):
 def test_another_boot_starts_again(source, tmp_path, monkeypatch):
     """After a crash of the machine, pages that the journal tells of may never have been written."""
     interrupted(source, tmp_path / "out")
-    monkeypatch.setattr("mis_jax.folders._boot_id", lambda: "another")
+    monkeypatch.setattr("mis_jax.folders.boot_id", lambda: "another")
     assert first_progress(source, tmp_path / "out") == 0
 
 
@@ -161,8 +162,64 @@ def test_two_at_once_are_refused(source, tmp_path):
     assert started.wait(60)
     os.kill(process.pid, 19)  # SIGSTOP: it holds the folder
     try:
-        with pytest.raises(ValueError, match="another process is writing it"):
+        told = rf"another process is writing it \(process {process.pid} on host "
+        with pytest.raises(ValueError, match=told):
             convert(open_checkpoint(source), tmp_path / "out", "hf")
     finally:
         process.kill()
         process.join()
+
+
+@pytest.mark.parametrize("kind", ["native", "hf"])
+@pytest.mark.parametrize("damage", ["deleted", "cut short", "zeros"])
+def test_a_journal_is_believed_only_where_its_bytes_are_still_there(kind, damage, source, tmp_path):
+    """A piece that was removed or spoilt since its line was written is written again."""
+    convert(open_checkpoint(source), tmp_path / "unbroken", kind)
+    interrupted(source, tmp_path / "out", kind)
+    work = tmp_path / "out.incomplete"
+    done = json.loads((work / "journal.jsonl").read_text().splitlines()[0])
+    if kind == "native":
+        name, layer = next(iter(done)).split()[:2]
+        chunks = [p for p in (work / "params" / name).iterdir() if not p.name.startswith(".")]
+        path = min(chunks, key=lambda p: (not p.name.startswith(f"{layer}."), p.name))
+    else:
+        path = min(work.glob("*.safetensors"))
+    content = path.read_bytes()
+    if damage == "deleted":
+        path.unlink()
+    elif damage == "cut short":
+        path.write_bytes(content[: min(1000, len(content) // 2)])
+    else:
+        path.write_bytes(content[:100] + bytes(len(content) - 100))
+    convert(open_checkpoint(source), tmp_path / "out", kind)
+    assert tree(tmp_path / "out") == tree(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("notice", [None, "mine", '{"incomplete": "my own list"}'])
+def test_a_folder_of_the_user_that_is_called_incomplete_is_refused(notice, source, tmp_path):
+    work = tmp_path / "out.incomplete"
+    work.mkdir()
+    (work / "thesis.tex").write_text("years of work")
+    if notice:
+        (work / NOTICE).write_text(notice)
+    before = tree(work)
+    with pytest.raises(ValueError, match=r"out.incomplete: exists and is not .* of mis-jax"):
+        convert(open_checkpoint(source), tmp_path / "out", "hf")
+    assert tree(work) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.incomplete"]
+
+
+def test_a_kill_just_before_the_renaming_is_gone_on_from(source, tmp_path):
+    """The notice stands beside the folder for that moment, and the folder is still known."""
+    interrupted(source, tmp_path / "out")
+    (tmp_path / "out.incomplete" / NOTICE).rename(tmp_path / f".out.{NOTICE}")
+    assert first_progress(source, tmp_path / "out") > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_destination_in_a_bucket_is_refused(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for scheme in ("gs", "s3", "hdfs"):
+        with pytest.raises(ValueError, match=rf"destination {scheme}:/b/out: {scheme}:// paths"):
+            convert(open_checkpoint(source), Path(f"{scheme}://b/out"), "hf")
+    assert not list(tmp_path.iterdir())
