@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mis_jax.locks import try_flock
+
 FILE = "verdicts.jsonl"
 KEY = ("answer_hash", "judge", "reference")
 _KEPT = (*KEY, "labels", "served_model")

@@ -158,7 +158,7 @@ def test_unusable_files_name_the_file_and_the_remedy(tmp_path) -> None:
     (tmp_path / "empty.png").write_bytes(b"")
     for name, remedy in (
         ("missing.png", "check the path"),
-        ("text.png", "fetch or export it again"),
+        ("text.png", "fetch it again or export it as PNG"),
         ("empty.png", "fetch or export it again"),
         ("", "readable file"),
     ):
