@@ -64,7 +64,14 @@ def test_tokens_are_the_best_of_the_full_forward(model, either, rng):
     assert best_of_the_full_forward(model, batch, made.tokens) > 80
 
 
-@pytest.mark.parametrize("how", [dict(rows=2), dict(groups=2), dict(rows=4, groups=4, between=3)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(dict(rows=2), marks=pytest.mark.slow),
+        pytest.param(dict(groups=2), marks=pytest.mark.slow),
+        dict(rows=4, groups=4, between=3),
+    ],
+)
 def test_rows_are_given_on(model, either, rng, how):
     """More prompts than rows, short and long, some read in several chunks."""
     texts = [5, 30, 3, 150, 9, 140, 20]

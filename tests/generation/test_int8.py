@@ -82,6 +82,7 @@ def test_most_answers_are_those_of_a_whole_cache(model, rng, layers):
     assert first >= 7
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_rows_beside_them(model, rng):
     """float32 and int8: a row's tokens are rounded by themselves."""
     batch = random_batch(rng, [5, 30, 3, 11], [2, 0, 1, 3])

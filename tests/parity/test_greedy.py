@@ -65,6 +65,7 @@ def test_greedy(text, tower, seed, rng, tmp_path):
     assert compared >= NEW_TOKENS * len(ROWS) // 2, f"only {compared} tokens before a near tie"
 
 
+@pytest.mark.slow
 def test_greedy_dynamic_ntk(seed, rng, tmp_path):
     """Beyond `max_position_embeddings` cached keys keep the base they were written with."""
     config = ref.reference_config(

@@ -79,6 +79,7 @@ def test_the_merged_model_answers_as_the_trained_one(run, tmp_path):
         open_checkpoint(folder)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_same_adapter(tiny_checkpoint, tiny_data, tmp_path):
     """Quantised base, what is dropped included: by seed, step and micro-batch alone."""
     outputs = tmp_path / "straight", tmp_path / "interrupted"

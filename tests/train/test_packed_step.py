@@ -26,7 +26,7 @@ def batch_of(rows: list[list[Example]], tiles: int, reduction) -> Batch:
 
 
 @pytest.mark.parametrize("reduction", ["token", "sample", "square"])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_loss_and_gradients_are_those_of_the_samples_alone(checkpoint, reduction, seed):  # noqa: F811
     """Two rows, one of them of three samples with pictures in the first and the last."""
     made = examples(seed)
