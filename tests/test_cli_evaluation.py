@@ -140,6 +140,16 @@ def test_an_image_that_is_missing_is_an_error_row_and_the_rest_is_answered(
     assert len(lines) == 3 and lines["q1"]["text"] == lines["q0"]["text"]
 
 
+@pytest.mark.parametrize("text", ["my notes", "my notes\n", '{"id": "q", "mine": 1}\n', "[1]\n\n"])
+def test_a_file_of_the_users_own_is_no_file_of_answers(tmp_path, capsys, text):
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    questions.write_text(json.dumps({"id": "q", "prompt": "What?"}))
+    answers.write_text(text)
+    assert run("generate", MODEL, "--batch", questions, "--out", answers) == 2
+    assert "give another --out" in capsys.readouterr().err
+    assert answers.read_text() == text
+
+
 def test_line_separators_and_half_surrogates_in_a_file(tmp_path, capsys):
     """JSON allows U+2028 and a lone half of a pair in a text; neither ends a line or a run."""
     questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mis_jax.data.images import open_image
+from mis_jax.data.images import image_size, open_image
 from mis_jax.data.processor import Processor
 from mis_jax.folders import replace_file
 from mis_jax.generation.answers import Completion, answer
@@ -73,6 +73,13 @@ def answer_file(
         except ValueError as error:
             errors[question.id] = str(error)
     done = _read_done(answers, keys)
+    for question in asked:  # decoded whole only where that is needed
+        if question.id not in done and question.id not in errors:
+            try:
+                for image in question.images:
+                    open_image(image)
+            except ValueError as error:
+                errors[question.id] = str(error)
     errors = {name: message for name, message in errors.items() if name not in done}
     waiting = [q for q in asked if q.id not in done and q.id not in errors]
     finished = len(asked) - len(waiting)
@@ -175,9 +182,9 @@ def _read_questions(path: Path) -> list[Question]:
 
 
 def _key(question: Question, settings: Settings, fingerprint: str) -> str:
-    """What decides an answer; ValueError where an image cannot be used."""
+    """What decides an answer; ValueError where an image is missing or none."""
     for image in question.images:
-        open_image(image)
+        image_size(image)
     asked = [question.prompt, question.place, [file_digest(image) for image in question.images]]
     return digest([asked, asdict(settings), fingerprint])
 
@@ -191,17 +198,21 @@ def _read_done(path: Path, keys: dict[str, str]) -> set[str]:
     if not path.exists():
         return set()
     content = path.read_bytes()
-    lines = content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]
+    *lines, torn = content.split(b"\n")
+    begin = b'{"id": '
     done, kept = set(), []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate([*lines, torn], start=1):
+        ours = line.startswith(begin)
+        if number > len(lines) and (ours or begin.startswith(line)):
+            break  # nothing, or torn by a kill
         try:
-            row = json.loads(line)
-            name, failed, key = row["id"], "error" in row, row.get("key")
-        except (ValueError, KeyError, TypeError, AttributeError):
+            row = json.loads(line) if ours else {}
+            name, key = row["id"], row.get("key")
+        except (ValueError, KeyError):
             raise ValueError(
                 f"{path}, line {number}: no answer of this command; give another --out"
             ) from None
-        if failed:
+        if row.keys() == {"id", "error"}:
             continue
         if name in keys and key != keys[name]:
             raise ValueError(
