@@ -23,6 +23,7 @@ from mis_jax.supervisor import supervise
 
 CHECKPOINTS = "checkpoints"  # in a run's folder
 _FAILED = "mis_jax/failed"
+_PATIENCE = 600  # seconds that processes may differ in the time of reading their samples
 _LOSS = re.compile(
     r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|[Cc]onnection|heartbeat"
 )
@@ -139,19 +140,27 @@ def stop_agreed(step: int) -> bool:
 
 
 def note(topic: str, content: Any) -> None:
-    """Leave plain JSON for process 0, which finds it once it knows that this process came by."""
+    """Leave plain JSON for the others, who find it once they know that this process came by."""
     import jax
 
     _client().key_value_set(f"mis_jax/{topic}/{jax.process_index()}", json.dumps(content))
 
 
-def notes(topic: str) -> list[Any]:
-    """What processes have left under a topic, in their order, and forget it."""
+def notes(topic: str, *, forget: bool = True) -> list[tuple[int, Any]]:
+    """What processes have left under a topic, in their order; process 0 may `forget` it."""
     found = _client().key_value_dir_get(f"mis_jax/{topic}/")
-    if found:
+    if found and forget:
         _client().key_value_delete(f"mis_jax/{topic}/")
-    found = sorted(found, key=lambda item: int(item[0].rsplit("/", 1)[1]))
-    return [json.loads(value) for _, value in found]
+    return sorted((int(name.rsplit("/", 1)[1]), json.loads(value)) for name, value in found)
+
+
+def word_of_first(topic: str, word: Callable[[], str]) -> str:
+    """What the first process says, on every process."""
+    if is_first():
+        said = word()
+        _client().key_value_set(f"mis_jax/{topic}", said)
+        return said
+    return _client().blocking_key_value_get(f"mis_jax/{topic}", _PATIENCE * 1000)
 
 
 def abandon(line: str, code: int) -> None:

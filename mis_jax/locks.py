@@ -73,6 +73,11 @@ class Lock:
         if said and said.get("key") != self._said["key"]:
             raise Lost(f"{self._what}: {_holder(said)} took it over; end one of the two")
 
+    @property
+    def key(self) -> str:
+        """What `key_of_folder` finds there, and in no other folder."""
+        return self._said["key"]
+
     def release(self) -> None:
         """Let go; the file goes too."""
         self._ended.set()
@@ -125,6 +130,16 @@ def locked(path: Path, what: Path) -> Iterator[Lock]:
     finally:
         _held.pop(name, None)
         lock.release()
+
+
+def key_of_folder(folder: Path) -> str | None:
+    """Key of the lock that a process, perhaps on another machine, holds a folder by."""
+    try:
+        os.listdir(folder)  # network disks look anew then
+        with (folder / LOCK).open("rb") as file:
+            return _read(file).get("key")
+    except OSError:
+        return None
 
 
 def _take(path: Path, what: Path) -> Lock:

@@ -39,11 +39,24 @@ def run_together(program: str, *words: object, count: int = 2) -> None:
 
 
 class Job:
-    """`mis-jax train` in several processes; as a context it ends what is left of them."""
+    """`mis-jax train` in several processes; as a context it ends what is left of them.
 
-    def __init__(self, config: Path, count: int, *options: str):
-        self._errors = [config.with_suffix(f".{i}.err") for i in range(count)]
-        command = [sys.executable, "-c", _TRAIN, "train", str(config), *options]
+    Each may have a configuration, a folder and an environment of its own. With `group` each leads
+    a group of processes.
+    """
+
+    def __init__(
+        self,
+        config: Path | list[Path],
+        count: int,
+        *options: str,
+        folders: list[Path] | None = None,
+        environments: list[dict[str, str]] | None = None,
+        group: bool = False,
+    ):
+        configs = config if isinstance(config, list) else [config] * count
+        self._errors = [path.with_suffix(f".{i}.err") for i, path in enumerate(configs)]
+        command = [sys.executable, "-c", _TRAIN, "train"]
         coordinator = ["--distributed.coordinator", f"127.0.0.1:{free_port()}"]
         self.processes = []
         for i, path in enumerate(self._errors):
@@ -51,8 +64,10 @@ class Job:
             with path.open("w") as errors:
                 self.processes.append(
                     subprocess.Popen(
-                        [*command, *coordinator, *place],
-                        env=_environment(devices=1),
+                        [*command, str(configs[i]), *options, *coordinator, *place],
+                        env=_environment(devices=1) | (environments[i] if environments else {}),
+                        cwd=folders[i] if folders else None,
+                        start_new_session=group,
                         stdout=subprocess.DEVNULL,
                         stderr=errors,
                     )

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from mis_jax.cli import main
 from mis_jax.quickstart import BASE_MODEL, quickstart
-from mis_jax.train.loop import Trained
+from mis_jax.train.outcome import Trained
 
 pytestmark = pytest.mark.usefixtures("optimized")
 

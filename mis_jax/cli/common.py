@@ -28,13 +28,14 @@ def fail(message: str, code: int) -> NoReturn:
 
 def described(error: BaseException) -> tuple[str, int]:
     """The line that tells an error, and the exit code."""
-    from mis_jax.train.loop import FailedRun
+    from mis_jax.data.readers import LostWorker
+    from mis_jax.train.outcome import FailedRun
 
     if isinstance(error, Stop):
         return str(error), RESUMABLE
     if isinstance(error, KeyboardInterrupt):
         return "stopped", 1
-    if isinstance(error, FailedRun):
+    if isinstance(error, FailedRun | LostWorker):
         return str(error), error.exit_code
     if isinstance(error, Failed):
         return str(error), 1

@@ -20,9 +20,9 @@ def train(config: Any) -> None:
         stopping.watch()
         _train(config)
     except (Exception, KeyboardInterrupt) as error:
-        from mis_jax.train.loop import Interrupted
+        from mis_jax.train.outcome import Interrupted, SavedFailure
 
-        if isinstance(error, Interrupted):  # all of them, together
+        if isinstance(error, Interrupted | SavedFailure):  # all of them, together
             distributed.finish()
         else:
             logging.getLogger(__name__).debug("", exc_info=error)

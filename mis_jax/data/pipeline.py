@@ -213,14 +213,18 @@ class Steps:
         for item in bad:
             _log.warning("skipped: %s", item.reason)
         ids = without(self._data.ids(self._step), bad)
-        step = StepData(self._stacked(packed), ids, tuple(bad))
+        step = StepData(self._stacked(packed, self._step), ids, tuple(bad))
         self._step += 1
         return step
 
-    def _stacked(self, packed: list[list[Example]]) -> Batch:
+    def without_samples(self, step: int) -> StepData:
+        """A step (from 0) whose rows are empty, in the shapes that it has on every process."""
+        return StepData(self._stacked([[] for _ in self._rows], step), self._data.ids(step))
+
+    def _stacked(self, packed: list[list[Example]], step: int) -> Batch:
         """Micro-batches of the shape of the step."""
         train = self._data.config.train
-        length, tiles = self._data.shape(self._step)
+        length, tiles = self._data.shape(step)
         batch = self._data.processor.collate(
             packed, length=length, tiles_per_row=tiles, reduction=train.loss_reduction
         )

@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,14 @@ def survey(
     sizes = np.zeros((4, len(rows)), np.int32)
     problems: dict[int, str] = {}
     workers = workers if len(rows) > _FEW else 0  # starting a process takes seconds
-    for row, found in enumerate(in_order(_Measure(render), rows, workers)):
-        if isinstance(found, Size):
-            sizes[:, row] = found.tokens, found.loss_tokens, found.tiles, found.cut
-        else:
-            problems[row] = found
-        if progress:
-            progress(row + 1, len(rows))
+    with closing(in_order(_Measure(render), rows, workers)) as measured:
+        for row, found in enumerate(measured):
+            if isinstance(found, Size):
+                sizes[:, row] = found.tokens, found.loss_tokens, found.tiles, found.cut
+            else:
+                problems[row] = found
+            if progress:
+                progress(row + 1, len(rows))
     return _survey(sizes, problems, key)
 
 

@@ -1,6 +1,8 @@
 """A run's folder: whose it is, what may be written there, and what a run takes back."""
 
 import hashlib
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -12,7 +14,7 @@ from mis_jax.config import RunConfig, changed_fields, config_text, load_config
 from mis_jax.data.pipeline import BAD_SAMPLES, MIXTURE, SURVEY
 from mis_jax.distributed import CHECKPOINTS
 from mis_jax.folders import local_path, newest_step, remove_new, replace_file
-from mis_jax.locks import LOCK, Lock, locked_folder
+from mis_jax.locks import LOCK, Lock, key_of_folder, locked_folder
 from mis_jax.storage import DIGESTS
 from mis_jax.train.guard import FOLDER as KEPT_BATCHES
 from mis_jax.train.metrics import BOARD_FOLDER, LOG_FILES, SITE_RUN
@@ -26,6 +28,7 @@ _MADE = (
     CONFIG, _MARK, MIXTURE, SURVEY, BAD_SAMPLES, *LOG_FILES, CHECKPOINTS, DIGESTS, BOARD_FOLDER,
     KEPT_BATCHES, PROFILE, SITE_RUN, "wandb",
 )  # fmt: skip
+_LOOK, _PATIENCE = 0.2, 15.0  # seconds in which a network disk shows a new file everywhere
 _OF_NOBODY = (LOCK, "lost+found")
 # Fields that a run may change when it goes on: they leave the samples and the mathematics alone.
 _FREE = (
@@ -59,6 +62,28 @@ class RunFolder:
         """Raise OSError if the folder was moved or removed, or another process took it."""
         if self._lock:
             self._lock.check()
+
+    def check_shared(self) -> None:
+        """Raise ValueError where the folder of this process is not the one that the first holds.
+
+        Saving would wait for ever.
+        """
+        if not distributed.several():
+            return
+        lock = self._lock
+        said = distributed.word_of_first(
+            "folder", lambda: f"{lock.key if lock else ''} {socket.gethostname()}"
+        )
+        key, host = said.split(" ", 1)
+        end = time.monotonic() + _PATIENCE
+        while key_of_folder(self.path) != key:
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"output {self.path.absolute()}: on {socket.gethostname()} this is not the "
+                    f"folder that process 0 writes on {host}; give an absolute path on a disk that "
+                    "all hosts share"
+                )
+            time.sleep(_LOOK)
 
     def lost(self) -> str | None:
         """What `check` would say."""

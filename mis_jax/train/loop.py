@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,31 @@ import jax
 
 from mis_jax import distributed, stopping
 from mis_jax.config import RunConfig
-from mis_jax.data.pipeline import Rejected, StepData, TrainingData, without
+from mis_jax.data.pipeline import StepData, TrainingData, without
 from mis_jax.data.processor import Processor
 from mis_jax.distributed import CHECKPOINTS
 from mis_jax.folders import remove_abandoned
 from mis_jax.locks import Lost
+from mis_jax.model.batch import Batch
 from mis_jax.model.internvl import InternVL
 from mis_jax.sharding import held_rows, make_mesh, put_batch
 from mis_jax.storage import RunCheckpoints, set_aside_damaged
 from mis_jax.train import lora
+from mis_jax.train.agreement import check_alike
 from mis_jax.train.ahead import Ahead
+from mis_jax.train.bad_samples import (
+    all_rejected,
+    failure_of,
+    tell_failure,
+    tell_rejected,
+    unusable,
+)
+from mis_jax.train.fingerprint import fingerprint
 from mis_jax.train.folder import FINAL_MODEL, RunFolder, run_folder
 from mis_jax.train.guard import keep_batch
 from mis_jax.train.meter import Meter
 from mis_jax.train.metrics import MetricsLog
+from mis_jax.train.outcome import FailedRun, Interrupted, Resumable, SavedFailure, Trained
 from mis_jax.train.profile import ProfileWindow
 from mis_jax.train.program import make_program
 from mis_jax.train.step import TrainState
@@ -39,36 +50,6 @@ Looking = Callable[[int, int], None]  # samples whose size is known, samples in 
 Evaluate = Callable[[InternVL, Processor], dict[str, float]]  # metrics on held-out samples
 
 
-class FailedRun(RuntimeError):
-    """A run that did not reach its end: a loss that is not finite, a disk that is full."""
-
-    exit_code = 1
-
-
-class Resumable(FailedRun):
-    """A run that ended through no fault of its own: the same command goes on."""
-
-    exit_code = distributed.RESUMABLE
-
-
-class Interrupted(Resumable):
-    """The run was asked to stop; everything up to `step` is saved."""
-
-    def __init__(self, step: int):
-        where = f"at step {step}, saved" if step else "before the first step"
-        super().__init__(f"stopped {where}; run the same command again to go on")
-        self.step = step
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Outcome of a run."""
-
-    model: Path
-    steps: int
-    seconds: float  # of training, over all sessions of the run
-
-
 def train(
     config: RunConfig,
     progress: Progress | None = None,
@@ -79,8 +60,9 @@ def train(
 
     With several processes all of them call this; the first one writes what is written once.
     Raises ValueError for bad input, FailedRun for a loss that is not finite or a disk that is
-    full, Interrupted on SIGTERM, SIGINT and SIGHUP while steps are taken, Resumable when another
-    process is lost. What fails before any step was taken leaves what was there before.
+    full, SavedFailure for a sample or an evaluation that ends it, Interrupted on SIGTERM, SIGINT
+    and SIGHUP while steps are taken, Resumable when another process is lost. What fails before any
+    step was taken leaves what was there before.
     """
     if config.train.keep_best and not config.evaluation.every:
         raise ValueError(
@@ -96,10 +78,12 @@ def _train(config: RunConfig, folder: RunFolder, progress, looking, evaluate) ->
             "evaluation.every: answers during training need all devices in one process; set it to "
             "0 and evaluate the checkpoints"
         )
+    folder.check_shared()
     opened = open_checkpoint(config.model)
     processor = Processor.from_folder(config.model, opened.config)
     data = TrainingData(config, processor, looking)
     folder.check_final(data.steps)
+    check_alike(config, opened, data)
     mesh = make_mesh(config.mesh)
     _check_rows(config, mesh)
     try:
@@ -165,7 +149,7 @@ class _Run:
             self.state = self._state()
             seconds, stopped = self._steps()
             if self.failure:
-                raise self._saved_failure(self.failure)
+                raise SavedFailure(self.failure, self.done)
             if stopped or self.done < self.data.steps:
                 stopping.say(str(Interrupted(self.done)))
                 raise Interrupted(self.done)
@@ -200,10 +184,13 @@ class _Run:
 
     def _state(self) -> TrainState:
         state = self.program.load(self.opened)
+        loaded = state.frozen if self.config.lora.rank else state.frozen | state.trainable
+        self.base = fingerprint(loaded)  # adapters are drawn, not read
         if (latest := self.checkpoints.latest) is None:
             return state
         restored, meta = self.checkpoints.restore(latest, _saved_part(state, abstract=True))
         _check_plan(self.config, meta.get("plan"), self.data)
+        _check_base(self.config, meta.get("base"), self.base)
         self.done, self.before = meta["batches"], meta["seconds"]
         self.folder.keeps = True
         _log.info("resumed at step %d", self.done)
@@ -218,12 +205,19 @@ class _Run:
         if distributed.is_first():
             self.data.save(self.output)  # now that it is known to be the run's
         rows = held_rows(self.mesh, train.global_batch, train.micro_batch)
-        self.ahead = Ahead(
-            self.data.iterator(self.done, rows),
-            lambda item: (item, put_batch(item.batch, self.mesh, accumulated=True)),
-        )
+        steps = self.data.iterator(self.done, rows)
+
+        def place(batch: Batch) -> Batch:
+            return put_batch(batch, self.mesh, accumulated=True)
+
         taken: _Taken | None = None
-        with self._log() as log, stopping.deferred(distributed.several()) as asked:
+        several = distributed.several()  # they can only stop after a step, together
+        with self._log() as log, stopping.deferred(several) as asked:
+            self.ahead = Ahead(
+                steps,
+                lambda item: (item, place(item.batch)),
+                (lambda: False) if several else asked,
+            )
 
             def stopped() -> bool:
                 return distributed.stop_agreed(self.done) if distributed.several() else asked()
@@ -234,19 +228,28 @@ class _Run:
                 tick = time.monotonic()
                 try:
                     item, batch = next(self.ahead)
-                except Exception as error:
-                    if distributed.several() or not self.done:
-                        raise
-                    self.failure = error
+                except StopIteration:  # asked to stop while a sample did not come
                     break
+                except Exception as error:
+                    if not self.done or distributed.is_loss(error):
+                        raise
+                    if not distributed.several():
+                        self.failure = error
+                        break
+                    tell_failure(self.done + 1, error)
+                    item = steps.without_samples(self.done)
+                    batch = place(unusable(item.batch))
                 waited = time.monotonic() - tick
-                if distributed.several() and item.rejected:
-                    distributed.note(_rejected(self.done + 1), [asdict(x) for x in item.rejected])
+                if distributed.several():
+                    tell_rejected(self.done + 1, item.rejected)
                 self.profile.before(self.done + 1)
                 self.state, metrics = self.program.step(self.state, batch)
                 self.profile.after(self.done + 1, metrics)
                 if taken is not None:
                     self._settle(taken, log)
+                    if self.failure:
+                        taken = None  # as the one before, it left the state as it was
+                        break
                 self.checkpoints.check()
                 self.folder.check()
                 self.done += 1
@@ -255,7 +258,7 @@ class _Run:
                 if saves or self._evaluates(self.done):
                     self._settle(taken, log)
                     taken = None
-                    if saves and self.done < self.data.steps:
+                    if saves and self.done < self.data.steps and not self.failure:
                         self._save(time.monotonic() - began)
             if taken is not None:
                 self._settle(taken, log)
@@ -265,16 +268,6 @@ class _Run:
                 self._save(seconds)
                 self._wait()
             return seconds, asked()
-
-    def _saved_failure(self, failure: Exception) -> Exception:
-        """What ended the run, said once its steps are saved."""
-        after = f"step {self.done} is saved: mend this and run the same command again"
-        if isinstance(failure, ValueError | OSError):
-            error = ValueError(f"{failure}; {after}")
-        else:
-            error = FailedRun(f"{type(failure).__name__}: {failure}; {after}")
-        error.__cause__ = failure
-        return error
 
     def _evaluates(self, step: int) -> bool:
         return self.evaluate is not None and step % self.config.evaluation.every == 0
@@ -295,8 +288,13 @@ class _Run:
         self.folder.keeps = True
         item, rejected = taken.item, taken.item.rejected
         if distributed.several() and self.config.data.on_bad_sample == "skip" and log:
-            rejected = _of_all_processes(distributed.notes(_rejected(taken.step)))
+            rejected = all_rejected(taken.step)
         ids = without(item.ids, set(rejected) - set(item.rejected))
+        if distributed.several() and not metrics["finite"]:
+            self.failure = failure_of(taken.step)
+            if self.failure:
+                self.done = taken.step - 1
+                return
         self._judge(taken, ids, metrics)
         metrics |= {"samples": len(ids), "skipped": len(rejected)}
         seconds = time.monotonic() - self.settled
@@ -341,6 +339,7 @@ class _Run:
     def _save(self, seconds: float) -> None:
         # The plan is fixed, so the number of batches taken is the whole state of the data.
         meta = {"seconds": seconds, "batches": self.done, "plan": self.data.fingerprint}
+        meta["base"] = self.base
         self.checkpoints.save(self.done, _saved_part(self.state), meta, self.asr)
         self.saved = time.monotonic()
 
@@ -377,16 +376,6 @@ class _Run:
         return final
 
 
-def _rejected(step: int) -> str:
-    return f"rejected/{step}"
-
-
-def _of_all_processes(notes: list[list[dict[str, Any]]]) -> tuple[Rejected, ...]:
-    """Bad samples of a step, in the order of the plan; several processes may hold the same row."""
-    found = {item["place"]: Rejected(**item) for note in notes for item in note}
-    return tuple(found[place] for place in sorted(found))
-
-
 def _saved_part(state: TrainState, *, abstract: bool = False) -> dict[str, Any]:
     """What a checkpoint holds: frozen parameters are read from the starting model again."""
     tree = {
@@ -412,6 +401,15 @@ def _check_plan(config: RunConfig, before: str | None, data: TrainingData) -> No
         raise ValueError(
             f"{config.output}: the samples have changed since this run was saved, or the rows they "
             "share; restore the files of data.sources or choose another output"
+        )
+
+
+def _check_base(config: RunConfig, before: str | None, now: str) -> None:
+    """Frozen parameters are read again at every start: others would be mixed with the trained."""
+    if before not in (None, now):  # a checkpoint of an earlier version has none
+        raise ValueError(
+            f"model {config.model}: its parameters are not those that this run began with "
+            f"(fingerprint {now}, of the run {before}); restore them or choose another output"
         )
 
 

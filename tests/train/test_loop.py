@@ -21,7 +21,8 @@ from mis_jax.config import load_config
 from mis_jax.data.processor import Processor
 from mis_jax.storage import inspect_run_checkpoint, is_run_checkpoint
 from mis_jax.train import loop
-from mis_jax.train.loop import FailedRun, Interrupted, train
+from mis_jax.train.loop import train
+from mis_jax.train.outcome import FailedRun, Interrupted
 from mis_jax.weights.checkpoint import read_checkpoint
 from mis_jax.weights.convert import write_checkpoint
 

@@ -18,7 +18,8 @@ from mis_jax.config import TrainConfig, load_config
 from mis_jax.locks import LOCK
 from mis_jax.storage import RunCheckpoints
 from mis_jax.train import loop
-from mis_jax.train.loop import FailedRun, Interrupted, train
+from mis_jax.train.loop import train
+from mis_jax.train.outcome import FailedRun, Interrupted
 
 STEPS = 6  # with a checkpoint every 2
 GRAVES = ("checkpoints/mine.txt", "tensorboard/events", "digests/1", "metrics.jsonl", "notes.md")
