@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mis_jax import stopping
 from mis_jax.config import DistributedConfig
 from mis_jax.folders import newest_step
 from mis_jax.stopping import RESUMABLE
@@ -41,6 +42,7 @@ def start(config: DistributedConfig, output: Path) -> None:
     if config.coordinator is None and not _started_by_cluster():
         return
     supervise(lambda text, number: _explain(text, number, config, output))
+    stopping.watch()  # also while it waits for the others, in native code
     import jax
 
     if _only_cpu():

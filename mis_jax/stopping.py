@@ -27,6 +27,12 @@ class Stop(KeyboardInterrupt):
         super().__init__(f"stopped by {name}; {_AGAIN}")
 
 
+class LostWorker(RuntimeError):
+    """A process that read ahead was ended from outside, as the system does when memory is full."""
+
+    exit_code = RESUMABLE
+
+
 class _State:
     """What has come, and how this process takes it."""
 
@@ -100,9 +106,16 @@ def deferred(several: bool = False) -> Iterator[Callable[[], bool]]:
     state.deferring = True
     try:
         with _handled(note, SIGNALS[1:] if several else SIGNALS):
+            if several and state.came:  # before JAX took SIGTERM over, in code that swallowed it
+                os.kill(os.getpid(), signal.SIGTERM)
             yield lambda: state.came is not None
     finally:
         state.deferring = False
+
+
+def came() -> Stop | None:
+    """What has stopped this process, if something has."""
+    return None if _state.came is None else Stop(_state.came)
 
 
 def say(line: str) -> None:

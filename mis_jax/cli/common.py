@@ -8,7 +8,7 @@ from typing import Any, Literal, NoReturn
 
 from rich.console import Console
 
-from mis_jax.stopping import RESUMABLE, Stop
+from mis_jax.stopping import RESUMABLE, LostWorker, Stop, came
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # the run's fate, not the user's mistake
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -28,18 +28,19 @@ def fail(message: str, code: int) -> NoReturn:
 
 def described(error: BaseException) -> tuple[str, int]:
     """The line that tells an error, and the exit code."""
-    from mis_jax.data.readers import LostWorker
-    from mis_jax.train.outcome import FailedRun
-
-    if isinstance(error, Stop):
+    if isinstance(error, Stop):  # it may have come in the middle of an import: import nothing
         return str(error), RESUMABLE
     if isinstance(error, KeyboardInterrupt):
         return "stopped", 1
+    from mis_jax.train.outcome import FailedRun
+
     if isinstance(error, FailedRun | LostWorker):
         return str(error), error.exit_code
     if isinstance(error, Failed):
         return str(error), 1
     if not isinstance(error, ValueError | OSError):
+        if stop := came():  # an import that was interrupted raises anything
+            return str(stop), RESUMABLE
         shown = f"{type(error).__name__}: {error} (a fault of mis-jax? --debug shows where)"
         return shown, 1
     disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS

@@ -19,7 +19,10 @@ def train(config: Any) -> None:
         distributed.start(config.distributed, Path(config.output))  # before JAX looks for devices
         stopping.watch()
         _train(config)
-    except (Exception, KeyboardInterrupt) as error:
+    except KeyboardInterrupt as error:  # perhaps in the middle of an import: import nothing
+        distributed.abandon(*described(error))
+        raise
+    except Exception as error:
         from mis_jax.train.outcome import Interrupted, SavedFailure
 
         if isinstance(error, Interrupted | SavedFailure):  # all of them, together

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import grain
 
-from mis_jax.stopping import RESUMABLE, SIGNALS
+from mis_jax.stopping import SIGNALS, LostWorker
 
 _THREADS = 2  # of each process; a picture is decoded outside of Python's lock
 
@@ -21,12 +21,6 @@ class Reader(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
     def __next__(self) -> Any: ...
     def close(self) -> None: ...
-
-
-class LostWorker(RuntimeError):
-    """A process that read ahead was ended from outside, as the system does when memory is full."""
-
-    exit_code = RESUMABLE
 
 
 def in_order(work: Callable[[Any], Any], items: Any, workers: int, *, ahead: int = 16) -> Reader:

@@ -10,8 +10,8 @@ import numpy as np
 
 from mis_jax import distributed
 from mis_jax.data.pipeline import Rejected
-from mis_jax.data.readers import LostWorker
 from mis_jax.model.batch import Batch
+from mis_jax.stopping import LostWorker
 from mis_jax.train.outcome import FailedRun, Resumable
 
 

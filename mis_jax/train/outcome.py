@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mis_jax.data.readers import LostWorker
-from mis_jax.stopping import RESUMABLE
+from mis_jax.stopping import RESUMABLE, LostWorker
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from waiting import until
 
-from mis_jax.data.readers import LostWorker, in_order
+from mis_jax.data.readers import in_order
+from mis_jax.stopping import LostWorker
 
 SIZE = 300_000  # bytes: more than a pipe holds
 
