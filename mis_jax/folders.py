@@ -17,6 +17,7 @@ from mis_jax.locks import LOCK, boot_id, locked
 
 NOTICE = "INCOMPLETE.json"
 _JOURNAL = "journal.jsonl"
+_MOUNTS = Path("/proc/self/mountinfo")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
 
@@ -33,8 +34,52 @@ def local_path(path: Path | str, what: str) -> Path:
     return Path(path)
 
 
+def destination_path(path: Path | str, what: str = "destination") -> Path:
+    """Where something to be written will lie: without `..`, and a link's target in its place.
+
+    ValueError, before anything is written, for another file system's scheme, for links that lead
+    round in a circle, and for a path below a file.
+    """
+    resolved = Path(os.path.realpath(local_path(path, what)))
+    there = next(place for place in (resolved, *resolved.parents) if os.path.lexists(place))
+    if there.is_symlink():  # any other one is resolved
+        raise ValueError(f"{what} {path}: {there} is a link to itself; remove it")
+    if there != resolved and not there.is_dir():
+        raise ValueError(
+            f"{what} {path}: {there} is a file, nothing can be written below it; choose another "
+            "folder"
+        )
+    return resolved
+
+
+def _new_folder(path: Path) -> Path:
+    """`destination_path` of a folder that is to be renamed into place, its parents made."""
+    destination = destination_path(path)
+    _refuse_existing(destination)
+    if destination.is_dir() and _is_mount(destination):
+        raise ValueError(
+            f"destination {path}: is a mount point, and a finished folder cannot be renamed over "
+            f"one; give a folder inside it, such as {path / 'model'}"
+        )
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    return destination
+
+
+def _is_mount(folder: Path) -> bool:
+    """Also of a bind mount within one disk, which `os.path.ismount` does not see."""
+    if os.path.ismount(folder):
+        return True
+    try:
+        lines = _MOUNTS.read_bytes().splitlines()
+    except OSError:  # no Linux
+        return False
+    escaped = re.sub(rb"[ \t\n\\]", lambda c: b"\\%03o" % c[0][0], os.fsencode(folder))
+    return any(line.split()[4] == escaped for line in lines)
+
+
 def remove_abandoned(destination: Path) -> None:
     """Remove what a killed `finished_folder(destination)` left; nobody may be in one now."""
+    destination = destination_path(destination)
     ours = re.compile(rf"\.{re.escape(destination.name)}\.[a-z0-9_]{{8}}")  # as mkdtemp names it
     for path in destination.parent.glob(f".{destination.name}.*"):
         if ours.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
@@ -59,8 +104,7 @@ def finished_folder(destination: Path) -> Iterator[Path]:
 
     Nothing half-written is ever seen under the final name. An existing destination is refused.
     """
-    destination = local_path(destination, "destination")
-    _refuse_existing(destination)
+    destination = _new_folder(destination)
     work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     work.chmod(0o755)
     try:
@@ -105,8 +149,7 @@ def resumable_folder(destination: Path, plan: dict[str, Any]) -> Iterator[tuple[
     (plain JSON) goes on with its files and journal; another plan starts from nothing. Raises
     ValueError when the destination exists or another process works on it.
     """
-    destination = local_path(destination, "destination")
-    _refuse_existing(destination)
+    destination = _new_folder(destination)
     work = destination.with_name(f"{destination.name}.incomplete")
     with locked(destination.with_name(f".{destination.name}{LOCK}"), work):
         _refuse_existing(destination)  # by a process that has just finished it
@@ -189,7 +232,6 @@ def _notice(plan: dict[str, Any]) -> str:
 def _refuse_existing(destination: Path) -> None:
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination}: exists already; remove it or choose another folder")
-    destination.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _put_in_place(work: Path, destination: Path) -> None:
@@ -282,9 +324,12 @@ def _writing(path: Path) -> Iterator[int]:
 def replace_file(path: Path, content: str | bytes, *, durable: bool = True) -> None:
     """Write a file so that a reader sees the old content or the new, never a part.
 
+    Where a link leads to it, that stays.
+
     It is on the disk when this returns. Without `durable` that is left to the system: after a
     loss of power the name may stand there with a part of the content.
     """
+    path = Path(os.path.realpath(path))
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:

@@ -28,7 +28,7 @@ class RunCheckpoints:
     """
 
     def __init__(self, folder: Path, keep: int, *, keep_best: bool = False):
-        self._folder = Path(folder).absolute()
+        self._folder = Path(folder).resolve()
         kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
         if keep_best:
             best = policies.BestN(
@@ -232,7 +232,7 @@ def inspect_run_checkpoint(folder: Path) -> dict[str, Any]:
 
     Every file is read and compared with the digests written when it was saved.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
     files = _files(folder)
     path = folder.parent.parent / DIGESTS / f"{folder.name}.json"
     found: dict[str, Any] = {

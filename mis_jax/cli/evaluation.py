@@ -18,6 +18,7 @@ from mis_jax.cli.common import (
     mesh_of,
     print_json,
 )
+from mis_jax.folders import destination_path
 from mis_jax.locks import locked_folder
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def eval_(
     from mis_jax.evals.streaming import Stopped
     from mis_jax.terminal import steps_bar
 
+    place = destination_path(out, "--out")
     part = part_from(limit, shard)
     chosen = [get_benchmark(name) for name in benchmarks.split(",")]
     sets = [benchmark.load(data_root) for benchmark in chosen]
@@ -95,7 +97,7 @@ def eval_(
         raise ValueError("--model-name belongs to a server; give its http://host/v1 as MODEL")
     else:
         tested = _local(Path(model), batch_size, dtype, mesh, int8_weights, int8_cache)
-    with locked_folder(out):
+    with locked_folder(place):
         open_run(
             out,
             model=tested.name,
@@ -276,6 +278,7 @@ def report(
 
     if not runs:
         raise ValueError("name at least one evaluation run")
+    destination_path(out, "--out").mkdir(parents=True, exist_ok=True)
     written = write_report(
         [(run.name, run) for run in runs],
         out,

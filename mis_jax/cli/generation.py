@@ -62,6 +62,7 @@ def generate(
         out: Answers to --batch, one JSON line each.
         json: Print text, prompt_tokens, completion_tokens and finish_reason as JSON.
     """
+    from mis_jax.folders import destination_path
     from mis_jax.generation.files import Settings, answer_file, ask_once, printed
     from mis_jax.generation.sampling import Sampling
     from mis_jax.hashing import digest, folder_fingerprint
@@ -70,6 +71,8 @@ def generate(
         raise ValueError("give either --prompt TEXT or --batch FILE.jsonl")
     if batch is not None and (out is None or image):
         raise ValueError("--batch needs --out FILE.jsonl, and takes images from the file's rows")
+    if out is not None:
+        destination_path(out, "--out").parent.mkdir(parents=True, exist_ok=True)
     network, processor = load_quietly(model, dtype, mesh, int8=int8_weights)
     settings = Settings(
         Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),

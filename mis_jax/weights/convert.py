@@ -114,7 +114,7 @@ def _workplace(
         with finished_folder(destination) as folder:
             yield folder, None
         return
-    stats = [(str(path.absolute()), path.stat()) for path in opened.files]
+    stats = [(str(path.resolve()), path.stat()) for path in opened.files]
     plan |= {
         "version": _PLAN_VERSION,
         "files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats],

@@ -193,7 +193,7 @@ def _chunk_rows(shape: Shape, itemsize: int) -> int:
 
 
 def _spec(path: Path, **more: Any) -> dict[str, Any]:
-    kvstore = {"driver": "file", "path": f"{path.absolute()}/"}
+    kvstore = {"driver": "file", "path": f"{path.resolve()}/"}  # it takes no `..`
     return {"driver": "zarr", "kvstore": kvstore, **more}
 
 
