@@ -16,7 +16,7 @@ from typing import Any
 from mis_jax.locks import LOCK, boot_id, locked
 
 NOTICE = "INCOMPLETE.json"
-_JOURNAL = "journal.jsonl"
+JOURNAL = "journal.jsonl"
 _MOUNTS = Path("/proc/self/mountinfo")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
@@ -154,7 +154,7 @@ def resumable_folder(destination: Path, plan: dict[str, Any]) -> Iterator[tuple[
     with locked(destination.with_name(f".{destination.name}{LOCK}"), work):
         _refuse_existing(destination)  # by a process that has just finished it
         _begin(work, _set_aside(destination), plan)
-        journal = Journal(work / _JOURNAL)
+        journal = Journal(work / JOURNAL)
         try:
             yield work, journal
         except BaseException as error:
@@ -167,7 +167,7 @@ def resumable_folder(destination: Path, plan: dict[str, Any]) -> Iterator[tuple[
         _flush_all(work)
         # The notice goes last and not far: a kill before the renaming must leave a folder that is
         # known to be ours.
-        (work / _JOURNAL).unlink(missing_ok=True)
+        (work / JOURNAL).unlink(missing_ok=True)
         os.replace(work / NOTICE, _set_aside(destination))
         _rename(work, destination)
         _set_aside(destination).unlink()
@@ -348,7 +348,12 @@ def complete_steps(checkpoints: Path) -> list[int]:
     if not checkpoints.is_dir():
         return []
     names = (path.name for path in checkpoints.iterdir() if path.is_dir())
-    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
+    return sorted(int(name) for name in names if is_step(name))
+
+
+def is_step(name: str) -> bool:
+    """Whether a folder's name is the number of a step."""
+    return re.fullmatch(r"0|[1-9][0-9]*", name) is not None
 
 
 def newest_step(checkpoints: Path) -> int | None:

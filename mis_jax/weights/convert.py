@@ -15,7 +15,7 @@ from mis_jax.weights.checkpoint import Checkpoint, OpenCheckpoint
 from mis_jax.weights.companions import write_companions
 from mis_jax.weights.config_json import Format
 from mis_jax.weights.config_write import native_json, published_json
-from mis_jax.weights.native import finish_native, native_jobs
+from mis_jax.weights.native import finish_native, native_jobs, write_digests
 from mis_jax.weights.published_write import finish_published, published_jobs
 from mis_jax.weights.stream import WORKERS, ArraySource, GatheredSource, Progress, run_jobs
 from mis_jax.weights.values import check_dtype
@@ -62,11 +62,12 @@ def convert(
         not_finite = run_jobs(jobs, journal, progress, workers)
         if not_finite and not allow_nonfinite:
             raise _not_finite(opened, not_finite)
+        _write_json(folder / "config.json", content)
         if kind == "native":
             finish_native(folder, shapes)
+            write_digests(folder)
         else:
             finish_published(folder)
-        _write_json(folder / "config.json", content)
 
 
 def write_checkpoint(
