@@ -270,24 +270,21 @@ class Region:
     length: int
 
 
-def region_digest(regions: Iterable[Region]) -> str | None:
-    """The sha256 of what lies there; None where a file is absent or has another length."""
+def region_digest(region: Region) -> str | None:
+    """The sha256 of what lies there; None where the file is absent or has another length."""
     digest = hashlib.sha256()
-    for region in regions:
-        try:
-            with region.path.open("rb") as file:
-                if os.fstat(file.fileno()).st_size != region.length:
-                    return None
-                file.seek(region.offset)
-                left = region.size
-                while left and (part := file.read(min(left, 8 * 2**20))):
-                    digest.update(part)
-                    left -= len(part)
-        except FileNotFoundError:
-            return None
-        if left:
-            return None
-    return digest.hexdigest()
+    try:
+        with region.path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size != region.length:
+                return None
+            file.seek(region.offset)
+            left = region.size
+            while left and (part := file.read(min(left, 8 * 2**20))):
+                digest.update(part)
+                left -= len(part)
+    except FileNotFoundError:
+        return None
+    return None if left else digest.hexdigest()
 
 
 def reserve_file(path: Path, size: int) -> None:

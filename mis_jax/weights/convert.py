@@ -21,7 +21,7 @@ from mis_jax.weights.stream import WORKERS, ArraySource, GatheredSource, Progres
 from mis_jax.weights.values import check_dtype
 
 SHARD_BYTES = 5 * 10**9
-_PLAN_VERSION = 2  # another order or size of pieces needs another
+_PLAN_VERSION = 3  # another order or size of pieces needs another
 _log = logging.getLogger(__name__)
 
 
@@ -59,13 +59,13 @@ def convert(
             jobs = native_jobs(folder, opened.weights, shapes, dtype)
         else:
             jobs = published_jobs(folder, kind, config, opened.weights, shapes, dtype, shard_bytes)
-        not_finite = run_jobs(jobs, journal, progress, workers)
-        if not_finite and not allow_nonfinite:
-            raise _not_finite(opened, not_finite)
+        done = run_jobs(jobs, journal, progress, workers)
+        if done.not_finite and not allow_nonfinite:
+            raise _not_finite(opened, done.not_finite)
         _write_json(folder / "config.json", content)
         if kind == "native":
             finish_native(folder, shapes)
-            write_digests(folder)
+            write_digests(folder, done.digests)
         else:
             finish_published(folder)
 

@@ -100,10 +100,15 @@ def _check_small_files(folder: Path, digests: Mapping[str, str]) -> None:
         _log.warning("%s; was it edited? without %s nothing is compared", problem, folder / DIGESTS)
 
 
-def write_digests(folder: Path) -> None:
-    """Take the digest of every file of a native checkpoint; the last thing to be written."""
-    names = [name for name in files_below(folder) if name not in (NOTICE, JOURNAL, DIGESTS)]
-    text = json.dumps(file_digests(folder, names), indent=0) + "\n"
+def write_digests(folder: Path, known: Mapping[Path, str]) -> None:
+    """Write the digest of every file of a native checkpoint, the last thing to be written.
+
+    What is `known` was taken when the file was written, and is not read again.
+    """
+    found = {str(path.relative_to(folder)): value for path, value in known.items()}
+    unwritten = {NOTICE, JOURNAL, DIGESTS}
+    found |= file_digests(folder, set(files_below(folder)) - found.keys() - unwritten)
+    text = json.dumps(found, indent=0, sort_keys=True) + "\n"
     (folder / DIGESTS).write_text(text, encoding="utf-8")
 
 
@@ -209,12 +214,7 @@ def _regions(
     """Where `_fill` writes: whole files, the last one with zeros behind its rows."""
     index = () if layer is None else (layer,)
     return tuple(
-        Region(
-            folder / _chunk_name(index, start // chunk, axes),
-            0,
-            row * (min(start + chunk, rows.stop) - start),
-            row * chunk,
-        )
+        Region(folder / _chunk_name(index, start // chunk, axes), 0, row * chunk, row * chunk)
         for start in range(rows.start, rows.stop, chunk)
     )
 
