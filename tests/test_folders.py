@@ -10,6 +10,7 @@ import pytest
 from tiny_world import run_config
 
 from mis_jax.cli.main import main
+from mis_jax.evals.files import write_text
 from mis_jax.folders import destination_path, finished_folder, replace_file, resumable_folder
 from mis_jax.train.loop import train
 from mis_jax.weights.checkpoint import open_checkpoint, read_checkpoint
@@ -69,6 +70,7 @@ def test_a_circle_of_links_and_a_path_below_a_file_are_refused_before_the_first_
 MOUNTED = """
 import sys
 from pathlib import Path
+from mis_jax.evals.files import write_text
 from mis_jax.folders import destination_path, finished_folder
 for name in sys.argv[1:]:
     try:
@@ -102,6 +104,12 @@ def test_a_file_that_is_replaced_through_a_link_leaves_the_link(tmp_path):
     replace_file(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "disk" / "file").read_text() == "new"
+
+
+def test_a_report_through_a_dangling_link_lies_in_its_target(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "report")
+    write_text(tmp_path / "link" / "report.md", "figures")
+    assert (tmp_path / "disk" / "report" / "report.md").read_text() == "figures"
 
 
 def test_two_dots_are_resolved_through_links(tmp_path, monkeypatch):

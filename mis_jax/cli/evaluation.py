@@ -283,7 +283,7 @@ def report(
 
     if not runs:
         raise ValueError("name at least one evaluation run")
-    destination_path(out, "--out").mkdir(parents=True, exist_ok=True)
+    destination_path(out, "--out")  # refused before the runs are read
     written = write_report(
         [(run.name, run) for run in runs],
         out,
