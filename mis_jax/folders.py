@@ -140,6 +140,11 @@ class Journal:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({name: value}) + "\n")
 
+    def write_again(self) -> None:
+        """Enter everything once more, where the file was taken away."""
+        for name, value in self.done.items():
+            self.record(name, value)
+
 
 @contextmanager
 def resumable_folder(destination: Path, plan: dict[str, Any]) -> Iterator[tuple[Path, Journal]]:
@@ -169,7 +174,16 @@ def resumable_folder(destination: Path, plan: dict[str, Any]) -> Iterator[tuple[
         # known to be ours.
         (work / JOURNAL).unlink(missing_ok=True)
         os.replace(work / NOTICE, _set_aside(destination))
-        _rename(work, destination)
+        try:
+            _rename(work, destination)
+        except OSError as error:  # what stands there came while we worked
+            os.replace(_set_aside(destination), work / NOTICE)
+            journal.write_again()
+            raise OSError(
+                error.errno,
+                f"{destination}: cannot be put in place ({error.strerror}); {work} keeps what is "
+                "done: remove what stands there and run the same command again",
+            ) from error
         _set_aside(destination).unlink()
 
 

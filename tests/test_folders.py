@@ -67,6 +67,28 @@ def test_a_circle_of_links_and_a_path_below_a_file_are_refused_before_the_first_
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "file"}
 
 
+def test_what_comes_into_the_way_of_finished_work_costs_none_of_it(tmp_path):
+    begun = []
+
+    def work_on(destination: Path) -> None:
+        with resumable_folder(destination, {"plan": 1}) as (work, journal):
+            begun.append(dict(journal.done))
+            (work / "it").write_text("whole")
+            journal.record("it", 1)
+            if len(begun) == 1:
+                destination.mkdir()
+                (destination / "mine").write_text("mine")
+
+    with pytest.raises(OSError, match=r"out: cannot be put in place \(.*out.incomplete keeps"):
+        work_on(tmp_path / "out")
+    assert (tmp_path / "out" / "mine").read_text() == "mine"
+    shutil.rmtree(tmp_path / "out")
+    work_on(tmp_path / "out")
+    assert begun == [{}, {"it": 1}]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["it"]
+
+
 MOUNTED = """
 import sys
 from pathlib import Path
