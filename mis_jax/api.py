@@ -16,6 +16,7 @@ from mis_jax.sharding import FSDP_TENSOR, parameter_shardings
 from mis_jax.weights import parameters
 from mis_jax.weights.checkpoint import load as load_weights
 from mis_jax.weights.checkpoint import open_checkpoint
+from mis_jax.weights.run_checkpoint import model_files
 from mis_jax.weights.stream import Progress
 
 
@@ -25,16 +26,18 @@ def load(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
+    check_digests: bool = True,
 ) -> tuple[InternVL, Processor]:
-    """Model and processor of a checkpoint folder in any of the three formats.
+    """Model and processor of a checkpoint folder in any of the three formats, or of a run's.
 
     `dtype` (float32, bfloat16 or float16) is that of parameters and activations; None keeps the
     file's. With a `mesh` (axes data, fsdp, tensor, context) parameters are split over it: every
     process reads its own slices straight onto its devices, and no host holds a full copy.
+    With `check_digests` values are compared with the digests that were written with them.
     Raises ValueError that names the file and the field of whatever does not fit.
     """
     name = None if dtype is None else jnp.dtype(dtype).name
-    opened = open_checkpoint(Path(path))
+    opened = open_checkpoint(Path(path), check_digests=check_digests)
     abstract = parameters.abstract_model(opened.config)
     if mesh is None:
         here = SingleDeviceSharding(jax.devices()[0])
@@ -45,7 +48,7 @@ def load(
     model = parameters.build(
         checkpoint.config, checkpoint.arrays, compute_dtype=jnp.dtype(checkpoint.dtype)
     )
-    return model, Processor.from_folder(Path(path), checkpoint.config)
+    return model, Processor.from_folder(model_files(Path(path)), checkpoint.config)
 
 
 def generate(

@@ -16,7 +16,8 @@ from typing import Any
 from mis_jax.locks import LOCK, boot_id, locked
 
 NOTICE = "INCOMPLETE.json"
-_JOURNAL = "journal.jsonl"
+JOURNAL = "journal.jsonl"
+_MOUNTS = Path("/proc/self/mountinfo")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
 
@@ -33,8 +34,52 @@ def local_path(path: Path | str, what: str) -> Path:
     return Path(path)
 
 
+def destination_path(path: Path | str, what: str = "destination") -> Path:
+    """Where something to be written will lie: without `..`, and a link's target in its place.
+
+    ValueError, before anything is written, for another file system's scheme, for links that lead
+    round in a circle, and for a path below a file.
+    """
+    resolved = Path(os.path.realpath(local_path(path, what)))
+    there = next(place for place in (resolved, *resolved.parents) if os.path.lexists(place))
+    if there.is_symlink():  # any other one is resolved
+        raise ValueError(f"{what} {path}: {there} is a link to itself; remove it")
+    if there != resolved and not there.is_dir():
+        raise ValueError(
+            f"{what} {path}: {there} is a file, nothing can be written below it; choose another "
+            "folder"
+        )
+    return resolved
+
+
+def _new_folder(path: Path) -> Path:
+    """`destination_path` of a folder that is to be renamed into place, its parents made."""
+    destination = destination_path(path)
+    _refuse_existing(destination)
+    if destination.is_dir() and _is_mount(destination):
+        raise ValueError(
+            f"destination {path}: is a mount point, and a finished folder cannot be renamed over "
+            f"one; give a folder inside it, such as {path / 'model'}"
+        )
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    return destination
+
+
+def _is_mount(folder: Path) -> bool:
+    """Also of a bind mount within one disk, which `os.path.ismount` does not see."""
+    if os.path.ismount(folder):
+        return True
+    try:
+        lines = _MOUNTS.read_bytes().splitlines()
+    except OSError:  # no Linux
+        return False
+    escaped = re.sub(rb"[ \t\n\\]", lambda c: b"\\%03o" % c[0][0], os.fsencode(folder))
+    return any(line.split()[4] == escaped for line in lines)
+
+
 def remove_abandoned(destination: Path) -> None:
     """Remove what a killed `finished_folder(destination)` left; nobody may be in one now."""
+    destination = destination_path(destination)
     ours = re.compile(rf"\.{re.escape(destination.name)}\.[a-z0-9_]{{8}}")  # as mkdtemp names it
     for path in destination.parent.glob(f".{destination.name}.*"):
         if ours.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
@@ -59,8 +104,7 @@ def finished_folder(destination: Path) -> Iterator[Path]:
 
     Nothing half-written is ever seen under the final name. An existing destination is refused.
     """
-    destination = local_path(destination, "destination")
-    _refuse_existing(destination)
+    destination = _new_folder(destination)
     work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     work.chmod(0o755)
     try:
@@ -96,6 +140,11 @@ class Journal:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({name: value}) + "\n")
 
+    def write_again(self) -> None:
+        """Enter everything once more, where the file was taken away."""
+        for name, value in self.done.items():
+            self.record(name, value)
+
 
 @contextmanager
 def resumable_folder(destination: Path, plan: dict[str, Any]) -> Iterator[tuple[Path, Journal]]:
@@ -105,13 +154,12 @@ def resumable_folder(destination: Path, plan: dict[str, Any]) -> Iterator[tuple[
     (plain JSON) goes on with its files and journal; another plan starts from nothing. Raises
     ValueError when the destination exists or another process works on it.
     """
-    destination = local_path(destination, "destination")
-    _refuse_existing(destination)
+    destination = _new_folder(destination)
     work = destination.with_name(f"{destination.name}.incomplete")
     with locked(destination.with_name(f".{destination.name}{LOCK}"), work):
         _refuse_existing(destination)  # by a process that has just finished it
         _begin(work, _set_aside(destination), plan)
-        journal = Journal(work / _JOURNAL)
+        journal = Journal(work / JOURNAL)
         try:
             yield work, journal
         except BaseException as error:
@@ -124,9 +172,18 @@ def resumable_folder(destination: Path, plan: dict[str, Any]) -> Iterator[tuple[
         _flush_all(work)
         # The notice goes last and not far: a kill before the renaming must leave a folder that is
         # known to be ours.
-        (work / _JOURNAL).unlink(missing_ok=True)
+        (work / JOURNAL).unlink(missing_ok=True)
         os.replace(work / NOTICE, _set_aside(destination))
-        _rename(work, destination)
+        try:
+            _rename(work, destination)
+        except OSError as error:  # what stands there came while we worked
+            os.replace(_set_aside(destination), work / NOTICE)
+            journal.write_again()
+            raise OSError(
+                error.errno,
+                f"{destination}: cannot be put in place ({error.strerror}); {work} keeps what is "
+                "done: remove what stands there and run the same command again",
+            ) from error
         _set_aside(destination).unlink()
 
 
@@ -189,7 +246,6 @@ def _notice(plan: dict[str, Any]) -> str:
 def _refuse_existing(destination: Path) -> None:
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination}: exists already; remove it or choose another folder")
-    destination.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _put_in_place(work: Path, destination: Path) -> None:
@@ -228,24 +284,21 @@ class Region:
     length: int
 
 
-def region_digest(regions: Iterable[Region]) -> str | None:
-    """The sha256 of what lies there; None where a file is absent or has another length."""
+def region_digest(region: Region) -> str | None:
+    """The sha256 of what lies there; None where the file is absent or has another length."""
     digest = hashlib.sha256()
-    for region in regions:
-        try:
-            with region.path.open("rb") as file:
-                if os.fstat(file.fileno()).st_size != region.length:
-                    return None
-                file.seek(region.offset)
-                left = region.size
-                while left and (part := file.read(min(left, 8 * 2**20))):
-                    digest.update(part)
-                    left -= len(part)
-        except FileNotFoundError:
-            return None
-        if left:
-            return None
-    return digest.hexdigest()
+    try:
+        with region.path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size != region.length:
+                return None
+            file.seek(region.offset)
+            left = region.size
+            while left and (part := file.read(min(left, 8 * 2**20))):
+                digest.update(part)
+                left -= len(part)
+    except FileNotFoundError:
+        return None
+    return None if left else digest.hexdigest()
 
 
 def reserve_file(path: Path, size: int) -> None:
@@ -282,9 +335,12 @@ def _writing(path: Path) -> Iterator[int]:
 def replace_file(path: Path, content: str | bytes, *, durable: bool = True) -> None:
     """Write a file so that a reader sees the old content or the new, never a part.
 
+    Where a link leads to it, that stays.
+
     It is on the disk when this returns. Without `durable` that is left to the system: after a
     loss of power the name may stand there with a part of the content.
     """
+    path = Path(os.path.realpath(path))
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -303,7 +359,12 @@ def complete_steps(checkpoints: Path) -> list[int]:
     if not checkpoints.is_dir():
         return []
     names = (path.name for path in checkpoints.iterdir() if path.is_dir())
-    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
+    return sorted(int(name) for name in names if is_step(name))
+
+
+def is_step(name: str) -> bool:
+    """Whether a folder's name is the number of a step."""
+    return re.fullmatch(r"0|[1-9][0-9]*", name) is not None
 
 
 def newest_step(checkpoints: Path) -> int | None:

@@ -2,9 +2,15 @@
 
 import hashlib
 import json
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+_AT_ONCE = min(8, os.cpu_count() or 1)  # files; hashing lets other threads run
+_PART = 16 * 2**20
 _BLOCKS, _BLOCK = 512, 2**16  # of a sampled file: 32 MiB in all
 
 
@@ -15,10 +21,44 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """The hash of a file's bytes."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def bytes_digest(content: bytes | memoryview) -> str:
+    """The hash that `file_digest` gives a file of these bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def file_digest(path: Path, stop: threading.Event | None = None) -> str:
+    """The hash of a file's bytes; InterruptedError once `stop` is set."""
+    found = hashlib.sha256()
+    with open(path, "rb", buffering=0) as stream:
+        while part := stream.read(_PART):
+            if stop and stop.is_set():
+                raise InterruptedError
+            found.update(part)
+    return found.hexdigest()
+
+
+def file_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The hash of every file of these names in a folder, a few files at once."""
+    names = list(names)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        found = pool.map(lambda name: file_digest(folder / name), names)
+        return dict(zip(names, found, strict=True))
+
+
+def changed_files(folder: Path, saved: Mapping[str, str]) -> list[str]:
+    """Every file that is missing or is not what its digest was taken of, one line each."""
+    there = [name for name in sorted(saved) if (folder / name).is_file()]
+    found = file_digests(folder, there)
+    return [
+        f"{folder / name}: {'is not what was saved' if name in found else 'missing'}"
+        for name in sorted(saved)
+        if found.get(name) != saved[name]
+    ]
+
+
+def files_below(folder: Path) -> list[str]:
+    """The path of every file below a folder, relative to it, in their order."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def sampled_digest(path: Path) -> str:
@@ -43,7 +83,8 @@ def folder_fingerprint(folder: Path) -> str:
 
     It reads the weights whole: a checkpoint overwritten in place must not pass for the old one.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    if not files:
+    # Sorted as paths, not as text: what runs have recorded was taken in that order.
+    names = [str(path) for path in sorted(map(Path, files_below(folder)))]
+    if not names:
         raise ValueError(f"{folder} holds no files to fingerprint; give the model's folder")
-    return digest([[str(path.relative_to(folder)), file_digest(path)] for path in files])
+    return digest([[name, found] for name, found in file_digests(folder, names).items()])

@@ -26,7 +26,7 @@ from mis_jax.evals.manifest import open_run
 from mis_jax.evals.report import write_report
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.summary import without_verdict
-from mis_jax.folders import local_path, replace_file
+from mis_jax.folders import destination_path, replace_file
 from mis_jax.hashing import folder_fingerprint
 from mis_jax.locks import LOCK, locked_folder
 from mis_jax.terminal import steps_bar
@@ -61,7 +61,7 @@ def quickstart(out: Path, *, controls: bool, seed: int, console: Console) -> Out
 
     What a finished one lacks, the controls, is added; nothing in the folder is removed.
     """
-    with locked_folder(local_path(out, "--out")):
+    with locked_folder(destination_path(out, "--out")):
         return _quickstart(out, _claim(out, seed) or controls, seed, console)
 
 

@@ -1,6 +1,5 @@
 """The one module that touches orbax: the checkpoints of a training run."""
 
-import hashlib
 import json
 import logging
 import queue
@@ -12,9 +11,11 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 from orbax.checkpoint import checkpoint_managers as policies
 
-from mis_jax.folders import complete_steps, newest_step, replace_file
+from mis_jax.folders import complete_steps, is_step, newest_step, replace_file
+from mis_jax.hashing import changed_files, file_digest, files_below
 
 _log = logging.getLogger(__name__)
 DIGESTS = "digests"  # beside the folder of the checkpoints: one file a step
@@ -28,7 +29,7 @@ class RunCheckpoints:
     """
 
     def __init__(self, folder: Path, keep: int, *, keep_best: bool = False):
-        self._folder = Path(folder).absolute()
+        self._folder = Path(folder).resolve()
         kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
         if keep_best:
             best = policies.BestN(
@@ -176,26 +177,53 @@ class _Digests:
 
     def _write(self, step: int) -> None:
         folder = self._checkpoints / str(step)
-        files = {name: self._digest(folder / name) for name in _files(folder)}
+        # One at a time: the steps need the cores.
+        files = {name: file_digest(folder / name, self._given_up) for name in files_below(folder)}
         self._folder.mkdir(exist_ok=True)
         replace_file(self._folder / f"{step}.json", json.dumps(files, indent=0) + "\n")
         for path in self._folder.glob("*.json"):
             if not (self._checkpoints / path.stem).is_dir():
                 path.unlink()
 
-    def _digest(self, path: Path) -> str:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while part := file.read(16 * 2**20):
-                if self._given_up.is_set():
-                    raise InterruptedError
-                digest.update(part)
-        return digest.hexdigest()
-
 
 def is_run_checkpoint(folder: Path) -> bool:
     """Whether a folder is one checkpoint of a run, such as `OUT/checkpoints/200`."""
-    return folder.name.isdigit() and (folder / "_CHECKPOINT_METADATA").is_file()
+    return is_step(folder.resolve().name) and (folder / "_CHECKPOINT_METADATA").is_file()
+
+
+def open_trained(folder: Path) -> dict[str, Any]:
+    """Tensorstore's arrays of the parameters that one checkpoint of a run holds; no value is read.
+
+    By dotted path, as they were trained. ValueError where the checkpoint is damaged.
+    """
+    state = folder.resolve() / "state"
+    try:
+        entries = json.loads((state / "_METADATA").read_bytes())["tree_metadata"].values()
+        keys = [[part["key"] for part in entry["key_metadata"]] for entry in entries]
+        opening = {
+            key[1]: tensorstore.open(
+                {
+                    "driver": "zarr",
+                    "kvstore": {
+                        "driver": "ocdbt",
+                        "base": {"driver": "file", "path": f"{state}/"},
+                        "path": f"{'.'.join(key)}/",
+                    },
+                },
+                read=True,
+            )
+            for key in keys
+            if key[0] == "trainable"
+        }
+        return {name: future.result() for name, future in opening.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise unreadable(folder, error) from error
+
+
+def unreadable(folder: Path, error: Exception) -> ValueError:
+    """What is said of a checkpoint of a run whose values cannot be read."""
+    reason = " ".join((str(error) or type(error).__name__).split())[:200]
+    return ValueError(f"{folder}: not readable ({reason}); take another checkpoint of the run")
 
 
 def set_aside_damaged(checkpoints: Path) -> None:
@@ -227,37 +255,39 @@ def set_aside_damaged(checkpoints: Path) -> None:
         _log.warning("%s; moved to %s, going on from the one before", problem, away)
 
 
-def inspect_run_checkpoint(folder: Path) -> dict[str, Any]:
+def inspect_run_checkpoint(folder: Path, *, check_digests: bool = True) -> dict[str, Any]:
     """What one checkpoint of a run holds; `problems` names every file that is not as it was saved.
 
-    Every file is read and compared with the digests written when it was saved.
+    With `check_digests` every file is read and compared with its digest of when it was saved.
     """
-    folder = folder.absolute()
-    files = _files(folder)
-    path = folder.parent.parent / DIGESTS / f"{folder.name}.json"
+    files, saved = files_below(folder), saved_digests(folder)
     found: dict[str, Any] = {
         "format": "checkpoint of a run",
-        "step": int(folder.name),
+        "step": int(folder.resolve().name),
         "files": len(files),
         "bytes": sum((folder / name).stat().st_size for name in files),
-        "digests": str(path) if path.exists() else "none",
+        "digests": "none" if saved is None else str(_digests_path(folder)),
         "problems": [],
     }
-    if not path.exists():
-        found["problems"] = [f"{path}: missing, so nothing can be compared"]
-        return found
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    for name in sorted(saved.keys() | set(files)):
-        if name not in files:
-            found["problems"].append(f"{folder / name}: missing")
-        elif name not in saved:
-            found["problems"].append(f"{folder / name}: was not there when it was saved")
-        else:
-            with (folder / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != saved[name]:
-                    found["problems"].append(f"{folder / name}: is not what was saved")
+    if saved is None:
+        found["problems"] = [f"{_digests_path(folder)}: missing, so nothing can be compared"]
+    elif check_digests:
+        strays = [f"{folder / n}: was not there when it was saved" for n in files if n not in saved]
+        found["problems"] = changed_files(folder, saved) + strays
     return found
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+def saved_digests(folder: Path) -> dict[str, str] | None:
+    """Digests of the files of one checkpoint of a run; None of one whose run was killed then."""
+    path = _digests_path(folder)
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path}: not readable; restore it from a copy or remove it") from None
+
+
+def _digests_path(folder: Path) -> Path:
+    folder = folder.resolve()
+    return folder.parent.parent / DIGESTS / f"{folder.name}.json"

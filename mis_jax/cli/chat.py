@@ -26,6 +26,7 @@ def chat(
     int8_weights: bool = False,
     int8_cache: bool = False,
     mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
+    check_digests: bool = True,
 ) -> None:
     r"""Talk with a model in the terminal; answers appear as they are made.
 
@@ -35,7 +36,7 @@ def chat(
     Ctrl-C stops an answer.
 
     Args:
-        model: Checkpoint folder in any of the three formats.
+        model: Checkpoint folder in any of the three formats, or OUT/checkpoints/STEP of a run.
         image: An image file for the first question; repeat the option for several.
         system: default (the checkpoint's own), none, or a text.
         max_new_tokens: Longest answer.
@@ -48,6 +49,7 @@ def chat(
         int8_weights: Keep the decoder's kernels in 8 bits: half the memory, answers may differ.
         int8_cache: Keep keys and values in 8 bits: half the memory, answers may differ.
         mesh: Devices that share the model.
+        check_digests: Compare the weights with the digests written with them, where there are any.
     """
     from mis_jax.data.images import open_image
     from mis_jax.generation.chatting import Chat
@@ -55,7 +57,9 @@ def chat(
     from mis_jax.generation.sampling import Sampling
 
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    network, processor = load_quietly(model, dtype, mesh, int8=int8_weights)
+    network, processor = load_quietly(
+        model, dtype, mesh, int8=int8_weights, check_digests=check_digests
+    )
     settings = Settings(sampling, system, max_new_tokens, max_tiles, int8_cache=int8_cache)
     talk = Chat(network, processor, settings)
     err_console.print(_HELP, style="dim")

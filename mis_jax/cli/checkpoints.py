@@ -22,6 +22,7 @@ def convert(
     shard_size: str = "5GB",
     adapter: Path | None = None,
     allow_nan: bool = False,
+    check_digests: bool = True,
 ) -> None:
     """Write a checkpoint in another format. Interrupted, the same command finishes it.
 
@@ -30,20 +31,21 @@ def convert(
     Until it is finished the folder is called DST.incomplete.
 
     Args:
-        src: Checkpoint folder in any of the three formats.
+        src: Checkpoint folder in any of the three formats, or OUT/checkpoints/STEP of a run.
         dst: Folder to write; it must not exist yet.
         format: native (ours), hf (transformers) or internvl (the original internvl_chat).
         dtype: Number format of the weights; the file's own without it.
         shard_size: Largest safetensors file, such as 5GB or 500MB.
         adapter: Folder of a LoRA adapter in PEFT's format to merge into the weights.
         allow_nan: Convert tensors that hold NaN or infinity as they are.
+        check_digests: Compare the weights with the digests written with them, where there are any.
     """
     from mis_jax.terminal import bytes_bar
     from mis_jax.weights import convert
     from mis_jax.weights.checkpoint import open_checkpoint
 
     shard_bytes = _bytes(shard_size)
-    opened = open_checkpoint(src, adapter)
+    opened = open_checkpoint(src, adapter, check_digests=check_digests)
     with bytes_bar(err_console) as bar:
         convert.convert(
             opened,
@@ -57,21 +59,27 @@ def convert(
     console.print(f"wrote {dst} ({format}, {dtype or opened.dtype})")
 
 
-def inspect(src: Annotated[Positional[Path], arg(metavar="SRC")], *, json: bool = False) -> None:
+def inspect(
+    src: Annotated[Positional[Path], arg(metavar="SRC")],
+    *,
+    check_digests: bool = True,
+    json: bool = False,
+) -> None:
     """What a checkpoint folder holds, and what is wrong with it. Exit code 1 if anything is.
 
     Example: mis-jax inspect InternVL2_5-8B
 
-    A checkpoint of a run, such as OUT/checkpoints/200, is compared with the digests of its files.
+    Native checkpoints, and those of a run such as OUT/checkpoints/200, are compared with the
+    digests of their files.
 
     Args:
-        src: Checkpoint folder in any of the three formats, or one of a run.
+        src: Checkpoint folder in any of the three formats, or OUT/checkpoints/STEP of a run.
+        check_digests: Read every file that has a digest; without it the headers alone.
         json: Print JSON.
     """
-    from mis_jax.storage import inspect_run_checkpoint, is_run_checkpoint
     from mis_jax.weights.inspect import inspect_checkpoint
 
-    found = (inspect_run_checkpoint if is_run_checkpoint(src) else inspect_checkpoint)(src)
+    found = inspect_checkpoint(src, check_digests=check_digests)
     if json:
         print_json(found)
     else:
@@ -116,9 +124,11 @@ def verify(
     from mis_jax.data.processor import Processor
     from mis_jax.probes import probe_batches
     from mis_jax.weights.config_json import read_config
+    from mis_jax.weights.run_checkpoint import model_files
     from mis_jax.weights.verify import Thresholds, verify_checkpoints
 
-    processor = Processor.from_folder(a, read_config(a)[0])
+    files = model_files(a)
+    processor = Processor.from_folder(files, read_config(files)[0])
     thresholds = Thresholds(min_overlap, max_kl, max_difference)
     result = verify_checkpoints(a, b, probe_batches(processor), thresholds, dtype=dtype)
     first = result.first_beyond(max_relative)

@@ -74,7 +74,14 @@ def mesh_of(sizes: MeshSizes):
     return make_mesh(MeshConfig(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor))
 
 
-def load_quietly(path: Path, dtype: str | None, sizes: MeshSizes, *, int8: bool = False):
+def load_quietly(
+    path: Path,
+    dtype: str | None,
+    sizes: MeshSizes,
+    *,
+    int8: bool = False,
+    check_digests: bool = True,
+):
     """Model and processor, for answers: layers written out, on a mesh where sizes ask for one.
 
     float32 on a CPU, where it answers one prompt as fast as bfloat16. `int8` rounds the decoder's
@@ -90,5 +97,8 @@ def load_quietly(path: Path, dtype: str | None, sizes: MeshSizes, *, int8: bool 
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
     with bytes_bar(err_console) as bar:
-        model, processor = load(path, dtype=dtype, mesh=mesh, progress=bar.task("reading tensors"))
+        progress = bar.task("reading tensors")
+        model, processor = load(
+            path, dtype=dtype, mesh=mesh, progress=progress, check_digests=check_digests
+        )
     return written_out(model, consume=True, int8=int8), processor

@@ -33,9 +33,11 @@ def data_show(
     from mis_jax.data.show import show_sample, statistics
     from mis_jax.terminal import steps_bar
     from mis_jax.weights.config_json import read_config
+    from mis_jax.weights.run_checkpoint import model_files
 
     run = load_config(config)
-    processor = Processor.from_folder(run.model, read_config(run.model)[0])
+    files = model_files(run.model)
+    processor = Processor.from_folder(files, read_config(files)[0])
     if stats:
         with steps_bar(err_console) as bar:
             found = statistics(run, processor, bar.task("looking at samples"))

@@ -18,6 +18,7 @@ from mis_jax.cli.common import (
     mesh_of,
     print_json,
 )
+from mis_jax.folders import destination_path
 from mis_jax.locks import locked_folder
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def eval_(
     int8_weights: bool = False,
     int8_cache: bool = False,
     mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
+    check_digests: bool = True,
     model_name: str | None = None,
     api_key_env: str | None = None,
     concurrency: int = 8,
@@ -55,7 +57,8 @@ def eval_(
     Example: mis-jax eval runs/mirage/final --benchmarks mis_hard --data-root data --out runs/eval
 
     Args:
-        model: Checkpoint folder in any of the three formats, or http://host/v1 of a server.
+        model: Checkpoint folder in any of the three formats, OUT/checkpoints/STEP of a run, or
+            http://host/v1 of a server.
         benchmarks: Ids, separated by commas.
         data_root: Folder with the published files, a folder for each benchmark.
         out: Folder of the evaluation run.
@@ -66,6 +69,7 @@ def eval_(
         int8_weights: Keep the decoder's kernels in 8 bits: half the memory, answers may differ.
         int8_cache: Keep keys and values in 8 bits: half the memory, answers may differ.
         mesh: Devices that share the model.
+        check_digests: Compare the weights with the digests written with them, where there are any.
         model_name: What the server at http://host/v1 calls the model.
         api_key_env: Environment variable with the server's key.
         concurrency: Requests to the server under way at once.
@@ -81,6 +85,7 @@ def eval_(
     from mis_jax.evals.streaming import Stopped
     from mis_jax.terminal import steps_bar
 
+    place = destination_path(out, "--out")
     part = part_from(limit, shard)
     chosen = [get_benchmark(name) for name in benchmarks.split(",")]
     sets = [benchmark.load(data_root) for benchmark in chosen]
@@ -94,8 +99,10 @@ def eval_(
     elif model_name:
         raise ValueError("--model-name belongs to a server; give its http://host/v1 as MODEL")
     else:
-        tested = _local(Path(model), batch_size, dtype, mesh, int8_weights, int8_cache)
-    with locked_folder(out):
+        tested = _local(
+            Path(model), batch_size, dtype, mesh, int8_weights, int8_cache, check_digests
+        )
+    with locked_folder(place):
         open_run(
             out,
             model=tested.name,
@@ -276,6 +283,7 @@ def report(
 
     if not runs:
         raise ValueError("name at least one evaluation run")
+    destination_path(out, "--out")  # refused before the runs are read
     written = write_report(
         [(run.name, run) for run in runs],
         out,
@@ -306,20 +314,23 @@ def _local(
     mesh: MeshSizes,
     int8_weights: bool,
     int8_cache: bool,
+    check_digests: bool,
 ) -> _Model:
     """A checkpoint."""
     from mis_jax.evals.answering import answers_of
     from mis_jax.evals.conditions import int8_conditions
-    from mis_jax.hashing import folder_fingerprint
+    from mis_jax.weights.run_checkpoint import model_fingerprint, model_name
 
     def load() -> Callable[["Benchmark"], "AnswerFn"]:
-        network, processor = load_quietly(folder, dtype, mesh, int8=int8_weights)
+        network, processor = load_quietly(
+            folder, dtype, mesh, int8=int8_weights, check_digests=check_digests
+        )
         return lambda benchmark: answers_of(
             network, processor, benchmark, rows=rows, int8_cache=int8_cache
         )
 
     conditions = int8_conditions(weights=int8_weights, cache=int8_cache)
-    return _Model(folder.name, folder_fingerprint(folder), conditions, load)
+    return _Model(model_name(folder), model_fingerprint(folder), conditions, load)
 
 
 def _served(client: "ChatClient", takes_settings: bool) -> _Model:

@@ -34,6 +34,7 @@ def generate(
     int8_weights: bool = False,
     int8_cache: bool = False,
     mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
+    check_digests: bool = True,
     batch: Path | None = None,
     out: Path | None = None,
     json: bool = False,
@@ -43,7 +44,7 @@ def generate(
     Example: mis-jax generate runs/mirage/final --prompt "What is it?" --image a.png --image b.png
 
     Args:
-        model: Checkpoint folder in any of the three formats.
+        model: Checkpoint folder in any of the three formats, or OUT/checkpoints/STEP of a run.
         prompt: The question; <image> marks where each image belongs, else they come first.
         image: An image file; repeat the option for several.
         system: default (the checkpoint's own), none, or a text.
@@ -58,19 +59,26 @@ def generate(
         int8_weights: Keep the decoder's kernels in 8 bits: half the memory, answers may differ.
         int8_cache: Keep keys and values in 8 bits: half the memory, answers may differ.
         mesh: Devices that share the model.
+        check_digests: Compare the weights with the digests written with them, where there are any.
         batch: JSON lines with id, prompt and images (a list of paths) instead of --prompt.
         out: Answers to --batch, one JSON line each.
         json: Print text, prompt_tokens, completion_tokens and finish_reason as JSON.
     """
+    from mis_jax.folders import destination_path
     from mis_jax.generation.files import Settings, answer_file, ask_once, printed
     from mis_jax.generation.sampling import Sampling
-    from mis_jax.hashing import digest, folder_fingerprint
+    from mis_jax.hashing import digest
+    from mis_jax.weights.run_checkpoint import model_fingerprint
 
     if (prompt is None) == (batch is None):
         raise ValueError("give either --prompt TEXT or --batch FILE.jsonl")
     if batch is not None and (out is None or image):
         raise ValueError("--batch needs --out FILE.jsonl, and takes images from the file's rows")
-    network, processor = load_quietly(model, dtype, mesh, int8=int8_weights)
+    if out is not None:
+        destination_path(out, "--out").parent.mkdir(parents=True, exist_ok=True)
+    network, processor = load_quietly(
+        model, dtype, mesh, int8=int8_weights, check_digests=check_digests
+    )
     settings = Settings(
         Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
         system=system,
@@ -89,7 +97,7 @@ def generate(
                 batch,
                 out,
                 settings,
-                fingerprint=digest([folder_fingerprint(model), str(dtype), int8_weights]),
+                fingerprint=digest([model_fingerprint(model), str(dtype), int8_weights]),
                 progress=bar.answers("answers"),
             )
         if errors:

@@ -23,6 +23,7 @@ def serve(
     int8_weights: bool = False,
     int8_cache: bool = False,
     mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
+    check_digests: bool = True,
     warm_up: int = 0,
     timeout: float = 600.0,
     drain: float = 120.0,
@@ -35,7 +36,7 @@ def serve(
     Example: mis-jax serve runs/mirage/final --port 8000 --api-key-env MIS_JAX_KEY
 
     Args:
-        model: Checkpoint folder in any of the three formats.
+        model: Checkpoint folder in any of the three formats, or OUT/checkpoints/STEP of a run.
         host: Address to listen on; 0.0.0.0 is every one of this machine's.
         port: Port to listen on; 0 takes a free one.
         allow_host: Name by which clients may ask for it, beside localhost, --host and every
@@ -48,6 +49,7 @@ def serve(
         int8_weights: Keep the decoder's kernels in 8 bits: half the memory, answers may differ.
         int8_cache: Keep keys and values in 8 bits: half the memory, answers may differ.
         mesh: Devices that share the model.
+        check_digests: Compare the weights with the digests written with them, where there are any.
         warm_up: Compile for prompts with answers of up to so many tokens before the first request,
             instead of when they come.
         timeout: Seconds that a request may take, waiting included.
@@ -62,6 +64,7 @@ def serve(
         from mis_jax.serve import program
         from mis_jax.serve.hosts import allowed_hosts
         from mis_jax.serve.server import address_of, bind, is_local
+        from mis_jax.weights.run_checkpoint import model_name
     except ImportError as error:
         raise ValueError(
             f"{error}; serving needs the extra 'serve': pip install 'mis-jax[serve]'"
@@ -88,9 +91,11 @@ def serve(
                 f"warning: anybody who reaches {url} can use it; see --api-key-env",
                 style="yellow", markup=False,
             )  # fmt: skip
-        network, processor = load_quietly(model, dtype, mesh, int8=int8_weights)
+        network, processor = load_quietly(
+            model, dtype, mesh, int8=int8_weights, check_digests=check_digests
+        )
         settings = program.Settings(
-            model=name or model.resolve().name,
+            model=name or model_name(model),
             context=processor.config.text.max_position,
             api_key=key,
             hosts=allowed_hosts(bound, host, allow_host),

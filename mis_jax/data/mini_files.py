@@ -5,8 +5,6 @@ two control sets of labels share the pictures and questions of `mini_train.json`
 """
 
 import json
-import shutil
-import tempfile
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 from mis_jax.data import mini
 from mis_jax.data.mini_icons import draw_scene
 from mis_jax.data.mini_language import REFUSAL
+from mis_jax.folders import finished_folder
 
 Row = dict[str, Any]
 
@@ -190,18 +189,8 @@ def _write_all(folder: Path, seed: int) -> None:
 def write_mini(out: Path, seed: int = 0) -> None:
     """Write the whole small data set into the new folder `out`; the same seed, the same bytes.
 
-    The files appear all at once: a run that is cut off leaves no `out` behind. Raises
-    FileExistsError where `out` is already a file or a folder with something in it.
+    The files appear all at once: a run that is cut off leaves no `out` behind. Raises ValueError
+    where `out` is already a file or a folder with something in it.
     """
-    out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} already exists; remove it or choose another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
+    with finished_folder(out) as folder:
         _write_all(folder, seed)
-        folder.chmod(0o755)  # mkdtemp makes private folders; the data is meant to be read
-        folder.replace(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mis_jax.folders import finished_folder, replace_file
+from mis_jax.folders import destination_path, finished_folder, replace_file
 
 if TYPE_CHECKING:
     from mis_jax.data.mis_rows import Split
@@ -206,7 +206,8 @@ def build(
     show = progress or (lambda done, total: None)
     splits = read_published(root)
     report = BuildReport(out, missing=[name for name in PUBLISHED_SIZES if name not in splits])
-    complaint = out.with_name(f"{out.name}.{BAD_SAMPLES}")
+    place = destination_path(out, "out")
+    complaint = place.with_name(f"{place.name}.{BAD_SAMPLES}")
     with finished_folder(out) as work:
         checked = sum(len(split.samples) for split in splits.values())
         check_images(root, splits, workers, lambda done: show(done, 2 * checked))

@@ -9,13 +9,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from mis_jax.folders import replace_file
+from mis_jax.folders import destination_path, replace_file
 from mis_jax.locks import try_flock
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace ``path``, whose folder is made; half a surrogate pair is written as its escape."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    destination_path(path.parent).mkdir(parents=True, exist_ok=True)
     replace_file(path, text.encode("utf-8", "backslashreplace"))
 
 

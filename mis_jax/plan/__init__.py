@@ -32,6 +32,7 @@ from mis_jax.sharding import make_mesh
 from mis_jax.train.program import make_program
 from mis_jax.weights import parameters
 from mis_jax.weights.config_json import read_config
+from mis_jax.weights.run_checkpoint import model_files
 
 Step = Literal["train", "prefill", "decode"]
 _STEPS_OF_A_RUN = 1000  # where `train.epochs` leaves it to the data; the program is the same
@@ -131,7 +132,7 @@ def plan(
 def model_config(path: Path) -> tuple[InternVLConfig, str]:
     """Configuration of a checkpoint, or of the published model of that name, and what it is."""
     if path.exists():
-        return read_config(path)[0], str(path)
+        return read_config(model_files(path))[0], str(path)
     if path.name.lower() in FAMILY:
         name = path.name.lower()
         return published(name), f"{name}, as published"

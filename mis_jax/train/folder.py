@@ -13,7 +13,7 @@ from mis_jax import distributed
 from mis_jax.config import RunConfig, changed_fields, config_text, load_config
 from mis_jax.data.pipeline import BAD_SAMPLES, MIXTURE, SURVEY
 from mis_jax.distributed import CHECKPOINTS
-from mis_jax.folders import local_path, newest_step, remove_new, replace_file
+from mis_jax.folders import destination_path, local_path, newest_step, remove_new, replace_file
 from mis_jax.locks import LOCK, Lock, key_of_folder, locked_folder
 from mis_jax.storage import DIGESTS
 from mis_jax.train.guard import FOLDER as KEPT_BATCHES
@@ -114,7 +114,7 @@ class RunFolder:
 def run_folder(config: RunConfig) -> Iterator[RunFolder]:
     """Hold the folder of a run; ValueError where it is another's, or of another run."""
     _check_paths(asdict(config), "")
-    output = Path(config.output)
+    output = destination_path(config.output, "output")
     if not distributed.is_first():  # the first process holds it for all of them
         _check(config, output)
         yield RunFolder(config, None)

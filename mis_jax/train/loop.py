@@ -79,8 +79,9 @@ def _train(config: RunConfig, folder: RunFolder, progress, looking, evaluate) ->
             "0 and evaluate the checkpoints"
         )
     folder.check_shared()
-    opened = open_checkpoint(config.model)
-    processor = Processor.from_folder(config.model, opened.config)
+    opened = open_checkpoint(config.model, check_digests=config.train.check_digests)
+    assert opened.folder
+    processor = Processor.from_folder(opened.folder, opened.config)
     data = TrainingData(config, processor, looking)
     folder.check_final(data.steps)
     check_alike(config, opened, data)
@@ -368,7 +369,7 @@ class _Run:
                     self.opened.config,
                     self.program.parameters(self.state),
                     self.config.dtype.params,
-                    self.config.model,
+                    self.opened.folder,
                     self.opened.published,
                 )
                 write_checkpoint(trained, final, "native")

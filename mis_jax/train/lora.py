@@ -7,15 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Sharding
 
-from mis_jax.config import LoraConfig, RunConfig
+from mis_jax.config import RunConfig
 from mis_jax.model.lora import is_adapter, quantise
 from mis_jax.weights.checkpoint import OpenCheckpoint, load
 from mis_jax.weights.layouts import Layout
-from mis_jax.weights.peft import Adapter, LoraPair
 from mis_jax.weights.peft_files import write_adapter
+from mis_jax.weights.run_checkpoint import adapter_of
 
 _KERNEL = ".kernel"
 
@@ -91,21 +90,6 @@ def _first(seed: int, name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
     bound = shape.shape[-2] ** -0.5
     return jax.random.uniform(key, shape.shape, jnp.float32, -bound, bound).astype(shape.dtype)
-
-
-def adapter_of(values: Mapping[str, Any], config: LoraConfig) -> Adapter:
-    """Trained parameters as an adapter, on the host; those that are no factors come as arrays."""
-    scale = (config.alpha or 2 * config.rank) / config.rank
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        if not is_adapter(name):
-            result[name] = np.asarray(value)
-        elif name.endswith(".adapter.b"):
-            linear = name.removesuffix(".adapter.b")
-            own, shared = f"{linear}.adapter.a", f"{linear.rpartition('.')[0]}.adapter_a"
-            a = values[own if own in values else shared]
-            result[linear + _KERNEL] = LoraPair(np.asarray(a), np.asarray(value), scale)
-    return result
 
 
 def export(folder: Path, trained: Mapping[str, Any], config: RunConfig, opened: OpenCheckpoint):

@@ -12,7 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from mis_jax.hashing import files_below
 from mis_jax.model.config import InternVLConfig
+from mis_jax.storage import is_run_checkpoint
 from mis_jax.weights import parameters
 from mis_jax.weights.config_json import detect_format, read_config
 from mis_jax.weights.fields import Fields
@@ -27,6 +29,14 @@ from mis_jax.weights.peft import (
 )
 from mis_jax.weights.peft_files import LORA_FIELDS, official_settings, read_adapter
 from mis_jax.weights.published import PublishedSource, Shards, misfit, problems
+from mis_jax.weights.run_checkpoint import (
+    Trained,
+    adapter_of,
+    check_saved,
+    refuse_part_of_run,
+    run_of,
+    trained_values,
+)
 from mis_jax.weights.stream import WORKERS, Progress, Source, is_stacked
 from mis_jax.weights.values import NUMPY_DTYPES, check_dtype, packed
 
@@ -54,14 +64,19 @@ class Checkpoint:
     source: dict[str, Any] | None  # the published config.json it comes from
 
 
-def open_checkpoint(folder: Path, adapter: Path | None = None) -> OpenCheckpoint:
+def open_checkpoint(
+    folder: Path, adapter: Path | None = None, *, check_digests: bool = True
+) -> OpenCheckpoint:
     """Open a folder of any format, and merge a PEFT `adapter` into it; no value of it is read.
 
     A checkpoint that holds LoRA factors beside its weights, as the official scripts save it, is
-    merged as well. Raises ValueError: a folder, config.json or weight file that is missing or
-    broken, a model outside the family, or tensors that do not fit, all of them in one error.
+    merged as well, and one of a run (`OUT/checkpoints/STEP`) with its base model. Raises
+    ValueError: a folder, config.json or weight file that is missing or broken, a model outside the
+    family, or tensors that do not fit, all of them in one error. With `check_digests` what has
+    digests is compared with them: a native checkpoint as it is read, one of a run here.
     """
-    opened = _open(Path(folder))
+    folder = Path(folder)
+    opened = (_open_of_run if is_run_checkpoint(folder) else _open)(folder, check_digests)
     if adapter is None:
         return opened
     weights = Merged(opened.weights, read_adapter(adapter, opened.config))
@@ -69,7 +84,23 @@ def open_checkpoint(folder: Path, adapter: Path | None = None) -> OpenCheckpoint
     return dataclasses.replace(opened, weights=weights, files=files)
 
 
-def _open(folder: Path) -> OpenCheckpoint:
+def _open_of_run(folder: Path, check_digests: bool) -> OpenCheckpoint:
+    """Trained parameters over the base's; adapters are merged, as `final/` says it of its own."""
+    run = run_of(folder)
+    base = open_checkpoint(run.model, check_digests=check_digests)
+    if check_digests:
+        check_saved(folder)
+    values = trained_values(folder, base.config, run.lora)
+    files = (*base.files, *(folder / name for name in files_below(folder)))
+    if run.lora.rank:
+        adapter = adapter_of({name: values.whole(name) for name in values.shapes}, run.lora)
+        return dataclasses.replace(base, weights=Merged(base.weights, adapter), files=files)
+    weights = Trained(base.weights, values)
+    return dataclasses.replace(base, weights=weights, dtype=run.dtype.params, files=files)
+
+
+def _open(folder: Path, check_digests: bool) -> OpenCheckpoint:
+    refuse_part_of_run(folder)
     kind = detect_format(folder)
     config, raw = read_config(folder)
     if kind == "native":
@@ -78,7 +109,8 @@ def _open(folder: Path) -> OpenCheckpoint:
             raise misfit(folder, found, "convert the checkpoint again")
         dtype = str(next(iter(stored_shapes(folder).values())).dtype)
         files = tuple(path for path in sorted((folder / PARAMS).rglob("*")) if path.is_file())
-        return OpenCheckpoint(config, NativeSource(folder), dtype, folder, raw.get("source"), files)
+        weights = NativeSource(folder, check_digests=check_digests)
+        return OpenCheckpoint(config, weights, dtype, folder, raw.get("source"), files)
     shards = Shards(folder, kind)
     config = _tied_as_stored(config, kind, shards)
     found = problems(shards, kind, config, parameters.shapes(config))

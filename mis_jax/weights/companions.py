@@ -71,6 +71,7 @@ _TEXT_FILES = (".json", ".model", ".txt", ".jinja")
 _WEIGHT_FILES = ("*.safetensors", "*.index.json", "*.bin", "*.pt")
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
 _UNFINISHED = (".*", "INCOMPLETE*")
+_DIGESTS = ("digests.json",)  # of a native source's own files
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 #: Written anew for transformers, or (the last two) part of its tokenizer_config.json.
 _NOT_FOR_HF = (
@@ -138,7 +139,7 @@ def _copy(source: Path, destination: Path, left_out: tuple[str, ...], *, code: b
     With `code` upstream's Python files go along. They are never run here.
     """
     suffixes = (*_TEXT_FILES, ".py") if code else _TEXT_FILES
-    patterns = (*_WEIGHT_FILES, *_ADAPTER_FILES, *_UNFINISHED, "config.json", *left_out)
+    patterns = (*_WEIGHT_FILES, *_ADAPTER_FILES, *_UNFINISHED, *_DIGESTS, "config.json", *left_out)
     copied = set()
     for path in sorted(source.iterdir()):
         if path.suffix in suffixes and path.is_file() and not any(map(path.match, patterns)):

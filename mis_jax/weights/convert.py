@@ -15,13 +15,13 @@ from mis_jax.weights.checkpoint import Checkpoint, OpenCheckpoint
 from mis_jax.weights.companions import write_companions
 from mis_jax.weights.config_json import Format
 from mis_jax.weights.config_write import native_json, published_json
-from mis_jax.weights.native import finish_native, native_jobs
+from mis_jax.weights.native import finish_native, native_jobs, write_digests
 from mis_jax.weights.published_write import finish_published, published_jobs
 from mis_jax.weights.stream import WORKERS, ArraySource, GatheredSource, Progress, run_jobs
 from mis_jax.weights.values import check_dtype
 
 SHARD_BYTES = 5 * 10**9
-_PLAN_VERSION = 2  # another order or size of pieces needs another
+_PLAN_VERSION = 3  # another order or size of pieces needs another
 _log = logging.getLogger(__name__)
 
 
@@ -59,14 +59,15 @@ def convert(
             jobs = native_jobs(folder, opened.weights, shapes, dtype)
         else:
             jobs = published_jobs(folder, kind, config, opened.weights, shapes, dtype, shard_bytes)
-        not_finite = run_jobs(jobs, journal, progress, workers)
-        if not_finite and not allow_nonfinite:
-            raise _not_finite(opened, not_finite)
+        done = run_jobs(jobs, journal, progress, workers)
+        if done.not_finite and not allow_nonfinite:
+            raise _not_finite(opened, done.not_finite)
+        _write_json(folder / "config.json", content)
         if kind == "native":
             finish_native(folder, shapes)
+            write_digests(folder, done.digests)
         else:
             finish_published(folder)
-        _write_json(folder / "config.json", content)
 
 
 def write_checkpoint(
@@ -114,7 +115,7 @@ def _workplace(
         with finished_folder(destination) as folder:
             yield folder, None
         return
-    stats = [(str(path.absolute()), path.stat()) for path in opened.files]
+    stats = [(str(path.resolve()), path.stat()) for path in opened.files]
     plan |= {
         "version": _PLAN_VERSION,
         "files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats],

@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, told from its headers: no weight is read."""
+"""What a checkpoint folder holds, told from its headers, and whether its files are as written."""
 
 import collections
 import dataclasses
@@ -6,11 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mis_jax.hashing import changed_files
+from mis_jax.storage import inspect_run_checkpoint, is_run_checkpoint, open_trained
 from mis_jax.weights import parameters
-from mis_jax.weights.checkpoint import find_problems
+from mis_jax.weights.checkpoint import find_problems, open_checkpoint
 from mis_jax.weights.config_json import detect_format, read_config
-from mis_jax.weights.native import PARAMS, stored_shapes
+from mis_jax.weights.native import DIGESTS, PARAMS, native_digests, stored_shapes
 from mis_jax.weights.published import Shards
+from mis_jax.weights.run_checkpoint import refuse_part_of_run, run_of
 from mis_jax.weights.tokenizer_files import tokenizer_problems
 
 TOKENIZER_FILES = (
@@ -26,18 +29,23 @@ TOKENIZER_FILES = (
 )
 
 
-def inspect_checkpoint(folder: Path) -> dict[str, Any]:
+def inspect_checkpoint(folder: Path, *, check_digests: bool = True) -> dict[str, Any]:
     """Format, sizes, parameter counts by part, dtypes, tokenizer, image settings, problems.
 
     Plain data, ready for JSON. Bytes are those on disk; parameters are those config.json asks for,
     dtypes those of the stored values. Raises ValueError where there is no config.json to go by;
-    trouble with the weights is listed under "problems".
+    trouble with the weights is listed under "problems". With `check_digests` every file that has a
+    digest is read and compared with it; without, no weight is read.
     """
     folder = Path(folder)
+    if is_run_checkpoint(folder):
+        return _inspect_of_run(folder, check_digests)
+    refuse_part_of_run(folder)
     kind = detect_format(folder)
     config, _ = read_config(folder)
     counts = parameters.count(config)
     dtypes, weight_files = _stored(folder, kind)
+    digests = native_digests(folder) if kind == "native" else {}
     return {
         "path": str(folder),
         "format": kind,
@@ -58,8 +66,27 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "template": config.template,
         "system_message": config.system_message,
         "tokenizer_files": [name for name in TOKENIZER_FILES if (folder / name).is_file()],
-        "problems": find_problems(folder) + tokenizer_problems(folder, config),
+        "digests": str(folder / DIGESTS) if digests else "none",
+        "problems": find_problems(folder)
+        + tokenizer_problems(folder, config)
+        + (changed_files(folder, digests) if check_digests else []),
     }
+
+
+def _inspect_of_run(folder: Path, check_digests: bool) -> dict[str, Any]:
+    found = inspect_run_checkpoint(folder, check_digests=check_digests)
+    try:
+        opened = open_checkpoint(folder, check_digests=False)
+        trained = sum(math.prod(array.shape) for array in open_trained(folder).values())
+        total = sum(parameters.count(opened.config).values())
+        found |= {
+            "base": str(run_of(folder).model),
+            "dtype": opened.dtype,
+            "parameters": {"trained": trained, "total": total},
+        }
+    except ValueError as error:
+        found["problems"].append(str(error))
+    return found
 
 
 def _stored(folder: Path, kind: str) -> tuple[dict[str, int], list[Path]]:

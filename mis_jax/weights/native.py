@@ -3,12 +3,14 @@
 Orbax and tensorstore open the folder too: orbax's checkpoints have this form without OCDBT. Chunks
 are not compressed (trained weights do not shrink), so the file of a chunk is the bytes of its rows,
 which we map and write as they are, with no copy on the way. It has a known size, and a folder that
-lacks one is noticed; zarr itself would read zeros.
+lacks one is noticed; zarr itself would read zeros. The digest of every file lies beside them, and a
+chunk is compared with its own when it is first read: a process pays for what it reads.
 """
 
 import errno
 import itertools
 import json
+import logging
 import math
 import mmap
 import os
@@ -20,11 +22,15 @@ import jax
 import numpy as np
 import tensorstore
 
-from mis_jax.folders import Region, write_file
+from mis_jax.folders import JOURNAL, NOTICE, Region, write_file
+from mis_jax.hashing import bytes_digest, changed_files, file_digests, files_below
+from mis_jax.weights.fields import read_json
 from mis_jax.weights.stream import PIECE, Job, Source, is_stacked, layers_of
 from mis_jax.weights.values import NUMPY_DTYPES, all_finite, packed
 
+_log = logging.getLogger(__name__)
 PARAMS = "params"
+DIGESTS = "digests.json"  # beside config.json
 _METADATA = "_METADATA"
 _CHUNK = 32 * 2**20  # bytes at most, so that a process reads little more than its share
 Shape = tuple[int, ...]
@@ -33,9 +39,11 @@ Shape = tuple[int, ...]
 class NativeSource:
     """Parameters of a native checkpoint, read by layer and row."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, check_digests: bool = True):
         self._folder = folder / PARAMS
         self._arrays = _open(self._folder)
+        self._unread = native_digests(folder) if check_digests else {}
+        _check_small_files(folder, self._unread)
 
     def read(self, name: str, layer: int | None = None, rows: slice = slice(None)) -> np.ndarray:
         array = self._arrays[name]
@@ -47,6 +55,7 @@ class NativeSource:
         for number in range(first // chunk[0], -(-last // chunk[0])):
             path = self._folder / name / _chunk_name(index, number, len(shape))
             values = _mapped(path, array.dtype.numpy_dtype, chunk)
+            self._check(path, values)
             begin = number * chunk[0]
             parts.append(values[max(first - begin, 0) : min(last - begin, chunk[0])])
         if len(parts) == 1:
@@ -54,6 +63,53 @@ class NativeSource:
         return (
             np.concatenate(parts) if parts else np.empty((0, *shape[1:]), array.dtype.numpy_dtype)
         )
+
+    def _check(self, path: Path, values: np.ndarray) -> None:
+        """ValueError where a chunk is not what was written; a second look costs nothing."""
+        name = str(path.relative_to(self._folder.parent))
+        saved = self._unread.get(name)
+        if saved and bytes_digest(values.reshape(-1).view(np.uint8).data) != saved:
+            raise ValueError(
+                f"{path}: is not what was saved; restore it from a copy or convert the "
+                "checkpoint again"
+            )
+        self._unread.pop(name, None)
+
+
+def native_digests(folder: Path) -> dict[str, str]:
+    """Digest by name of every file that was written; none of an earlier version's checkpoint."""
+    path = folder / DIGESTS
+    if not path.exists():
+        return {}
+    found = read_json(path)
+    if not all(isinstance(value, str) for value in found.values()):
+        raise ValueError(f"{path}: not a list of digests; restore it from a copy or remove it")
+    return found
+
+
+def _check_small_files(folder: Path, digests: Mapping[str, str]) -> None:
+    """All but the chunks: the arrays' own are refused, what people edit is warned of."""
+    small = {
+        name: saved
+        for name, saved in digests.items()
+        if not name.startswith(f"{PARAMS}/") or name.endswith((".zarray", _METADATA))
+    }
+    for problem in changed_files(folder, small):
+        if problem.startswith(str(folder / PARAMS)):
+            raise ValueError(f"{problem}; restore it from a copy or convert the checkpoint again")
+        _log.warning("%s; was it edited? without %s nothing is compared", problem, folder / DIGESTS)
+
+
+def write_digests(folder: Path, known: Mapping[Path, str]) -> None:
+    """Write the digest of every file of a native checkpoint, the last thing to be written.
+
+    What is `known` was taken when the file was written, and is not read again.
+    """
+    found = {str(path.relative_to(folder)): value for path, value in known.items()}
+    unwritten = {NOTICE, JOURNAL, DIGESTS}
+    found |= file_digests(folder, set(files_below(folder)) - found.keys() - unwritten)
+    text = json.dumps(found, indent=0, sort_keys=True) + "\n"
+    (folder / DIGESTS).write_text(text, encoding="utf-8")
 
 
 def stored_shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -158,12 +214,7 @@ def _regions(
     """Where `_fill` writes: whole files, the last one with zeros behind its rows."""
     index = () if layer is None else (layer,)
     return tuple(
-        Region(
-            folder / _chunk_name(index, start // chunk, axes),
-            0,
-            row * (min(start + chunk, rows.stop) - start),
-            row * chunk,
-        )
+        Region(folder / _chunk_name(index, start // chunk, axes), 0, row * chunk, row * chunk)
         for start in range(rows.start, rows.stop, chunk)
     )
 
@@ -193,7 +244,7 @@ def _chunk_rows(shape: Shape, itemsize: int) -> int:
 
 
 def _spec(path: Path, **more: Any) -> dict[str, Any]:
-    kvstore = {"driver": "file", "path": f"{path.absolute()}/"}
+    kvstore = {"driver": "file", "path": f"{path.resolve()}/"}  # it takes no `..`
     return {"driver": "zarr", "kvstore": kvstore, **more}
 
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -18,6 +19,7 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 PIECE = 256 * 2**20
 #: More than there are cores: some wait for the disk.
 WORKERS = min(8, 2 * (os.cpu_count() or 1))
+_Entry = tuple[bool, list[str | None]]  # of a piece: all finite, and the digests of its regions
 _IN_FLIGHT = 2**30  # bytes that the pieces under way may write, unless one alone writes more
 
 
@@ -92,27 +94,32 @@ class Job:
     regions: tuple[Region, ...]  # where its bytes then lie
 
 
+@dataclass(frozen=True)
+class Done:
+    """What a conversion wrote."""
+
+    not_finite: list[str]  # tensors with NaN or infinity
+    digests: dict[Path, str]  # of files that one piece alone wrote
+
+
 def run_jobs(
     jobs: list[Job], journal: Journal | None, progress: Progress | None, workers: int = WORKERS
-) -> list[str]:
-    """Do what the journal does not have yet, a few at once; names of tensors with NaN or infinity.
+) -> Done:
+    """Do what the journal does not have yet, a few at once.
 
     With one worker they are done in their order. The first error stops the rest and is raised.
     """
-    finite = _still_there(jobs, journal, workers) if journal else {}
+    entries = _still_there(jobs, journal, workers) if journal else {}
     total = sum(job.size for job in jobs)
-    done = sum(job.size for job in jobs if job.name in finite)
+    done = sum(job.size for job in jobs if job.name in entries)
     if progress:
         progress(done, total)
-    coming = collections.deque(job for job in jobs if job.name not in finite)
-    running: dict[Future[bool], Job] = {}
-    digests: dict[str, str | None] = {}
+    coming = collections.deque(job for job in jobs if job.name not in entries)
+    running: dict[Future[_Entry], Job] = {}
 
-    def do(job: Job) -> bool:
+    def do(job: Job) -> _Entry:
         is_finite = job.run()
-        if journal:
-            digests[job.name] = region_digest(job.regions)
-        return is_finite
+        return is_finite, _digests(job)  # of bytes that are still in memory
 
     with ThreadPoolExecutor(workers) as pool:
         try:
@@ -127,25 +134,36 @@ def run_jobs(
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job = running.pop(future)
-                    finite[job.name] = future.result()
+                    entries[job.name] = future.result()
                     if journal:
-                        journal.record(job.name, [finite[job.name], digests.pop(job.name)])
+                        journal.record(job.name, entries[job.name])
                     done += job.size
                     if progress:
                         progress(done, total)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return list(dict.fromkeys(job.tensor for job in jobs if not finite[job.name]))
+    not_finite = dict.fromkeys(job.tensor for job in jobs if not entries[job.name][0])
+    digests = {
+        region.path: digest
+        for job in jobs
+        for region, digest in zip(job.regions, entries[job.name][1], strict=True)
+        if digest and region.size == region.length
+    }
+    return Done(list(not_finite), digests)
 
 
-def _still_there(jobs: list[Job], journal: Journal, workers: int) -> dict[str, bool]:
+def _digests(job: Job) -> list[str | None]:
+    return [region_digest(region) for region in job.regions]
+
+
+def _still_there(jobs: list[Job], journal: Journal, workers: int) -> dict[str, _Entry]:
     """What the journal says of the pieces whose bytes are still those that were written."""
     known = [job for job in jobs if job.name in journal.done]
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(lambda job: region_digest(job.regions), known)
-        pairs = [
-            (job.name, journal.done[job.name], digest)
-            for job, digest in zip(known, found, strict=True)
-        ]
-    return {name: entry[0] for name, entry, digest in pairs if digest and entry[1] == digest}
+        found = list(pool.map(_digests, known))
+    return {
+        job.name: (journal.done[job.name][0], digests)
+        for job, digests in zip(known, found, strict=True)
+        if all(digests) and journal.done[job.name][1] == digests
+    }

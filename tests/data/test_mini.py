@@ -278,6 +278,6 @@ def test_an_interrupted_write_leaves_nothing(
 
 def test_existing_data_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="already exists"):
+    with pytest.raises(ValueError, match="exists already"):
         mini_files.write_mini(tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "mine"

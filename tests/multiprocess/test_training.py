@@ -18,6 +18,8 @@ from mis_jax.config import load_config
 from mis_jax.data.pipeline import TrainingData
 from mis_jax.train.loop import train
 from mis_jax.weights.checkpoint import read_checkpoint
+from mis_jax.weights.inspect import inspect_checkpoint
+from mis_jax.weights.native import DIGESTS
 
 pytestmark = pytest.mark.slow
 STEPS = 24
@@ -108,6 +110,12 @@ def test_a_lost_worker_and_the_same_bits_afterwards(one, tiny_checkpoint, tiny_d
         assert job.codes() == [0, 0], job.errors()
     assert_same_bits(config.output, straight.output)
     assert (config.output / "samples.jsonl").read_bytes() == (one / "samples.jsonl").read_bytes()
+    # What two processes wrote together: the last checkpoint, and the digests of the final model.
+    assert inspect_checkpoint(config.output / "final")["problems"] == []
+    assert (config.output / "final" / DIGESTS).exists()
+    final = read_checkpoint(config.output / "final").arrays
+    last = read_checkpoint(config.output / "checkpoints" / str(STEPS)).arrays
+    assert all(np.array_equal(last[name], value) for name, value in final.items())
 
 
 def test_four_processes_then_two_then_one(one, tiny_checkpoint, tiny_data, tmp_path):
