@@ -39,7 +39,10 @@ def processes_with(mark: str) -> list[int]:
 def children(process: int) -> list[int]:
     try:
         tasks = list(Path(f"/proc/{process}/task").glob("*/children"))
-        return [int(word) for path in tasks for word in path.read_text().split()]
+        found = [int(word) for path in tasks for word in path.read_text().split()]
+        return [
+            p for p in found if "resource_tracker" not in Path(f"/proc/{p}/cmdline").read_text()
+        ]
     except OSError:
         return []
 
