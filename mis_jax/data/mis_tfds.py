@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mis_jax.folders import finished_folder, replace_file
+from mis_jax.parsing import parse_json
 
 if TYPE_CHECKING:
     from mis_jax.data.mis_rows import Split
@@ -105,7 +106,7 @@ def _built_folder(folder: Path) -> Path | None:
     """Where the records are: `folder` itself, or `mis/VERSION` in it."""
     for place in (Path(folder), Path(folder) / NAME / VERSION):
         try:
-            info = json.loads((place / _INFO).read_text(encoding="utf-8"))
+            info = parse_json((place / _INFO).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if isinstance(info, dict) and info.get("name") == NAME:
@@ -127,17 +128,23 @@ def read_built(folder: Path, split: str) -> list[tuple[dict[str, Any], tuple[Rec
     place = _built_folder(folder)
     if place is None:
         raise ValueError(f"{folder}: is not a set that `mis-jax data build` made; build it first")
-    info = json.loads((place / _INFO).read_text(encoding="utf-8"))
-    counts = {
-        entry["name"]: sum(map(int, entry["shardLengths"])) for entry in info.get("splits", ())
-    }
+    try:
+        info = parse_json((place / _INFO).read_text(encoding="utf-8"))
+        counts = {
+            entry["name"]: sum(map(int, entry["shardLengths"])) for entry in info.get("splits", ())
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{place / _INFO}: lengths of the splits cannot be read ({error!r:.200}); "
+            "build the set again"
+        ) from None
     if split not in counts:
         raise ValueError(f"{place}: has no split '{split}'; it has {', '.join(counts)}")
     path = place / f"{split}.jsonl"
     try:
         # Only "\n" ends a line: splitlines() would also cut at U+2028, which JSON allows.
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        entries = [json.loads(line) for line in lines]
+        entries = [parse_json(line) for line in lines]
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); build the set again") from None
     if len(entries) != counts[split]:

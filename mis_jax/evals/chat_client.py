@@ -259,7 +259,7 @@ class ChatClient:
             return Reply("error", detail=f"timeout after {seconds} s", passing=True)
         except openai.APIConnectionError as error:
             return Reply("error", detail=_cause(error), passing=True, lost=True)
-        except (openai.OpenAIError, ValueError, OSError) as error:
+        except (openai.OpenAIError, ValueError, OSError, RecursionError) as error:
             return Reply("error", detail=_cause(error), passing=True)
         return _read(completion)
 

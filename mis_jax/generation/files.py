@@ -13,6 +13,7 @@ from mis_jax.generation.answers import Completion, answer
 from mis_jax.generation.sampling import Sampling
 from mis_jax.hashing import digest, file_digest
 from mis_jax.model.internvl import InternVL
+from mis_jax.parsing import parse_json
 
 
 def with_image_markers(prompt: str, images: int) -> str:
@@ -161,13 +162,17 @@ def _read_questions(path: Path) -> list[Question]:
         raise ValueError(
             f"{path}: no such file; give JSON lines of id, prompt and images"
         ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); save it as UTF-8 text") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
+            row = parse_json(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number}: not valid JSON ({error}); correct the line"
+            ) from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise ValueError(f"{path}, line {number}: field 'prompt' (a text) is missing")
         name, images = str(row.get("id", number - 1)), row.get("images", [])
@@ -206,7 +211,7 @@ def _read_done(path: Path, keys: dict[str, str]) -> set[str]:
         if number > len(lines) and (ours or begin.startswith(line)):
             break  # nothing, or torn by a kill
         try:
-            row = json.loads(line) if ours else {}
+            row = parse_json(line) if ours else {}
             name, key = row["id"], row.get("key")
         except (ValueError, KeyError):
             raise ValueError(
