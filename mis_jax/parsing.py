@@ -12,6 +12,8 @@ import yaml
 
 _DEEPEST = 100  # what is meant is below 10; Python's own functions give up near 1000
 _LONGEST_YAML = 2**20  # characters
+_LONGEST_NUMBER = 100  # characters
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _MOST_YAML = 20_000  # values, aliases written out; a run's configuration has under 200
 
 
@@ -110,6 +112,9 @@ def _check_nodes(root: yaml.Node) -> None:
                         )
                     seen.add(key.value)
                 waiting += [(key, depth + 1), (value, depth + 1)]
+        elif isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS:
+            if len(node.value) > _LONGEST_NUMBER:  # 1:1:1 is one too, of base 60
+                raise ValueError(f"holds a number of more than {_LONGEST_NUMBER} characters")
         elif isinstance(node, yaml.SequenceNode):
             waiting += [(inner, depth + 1) for inner in node.value]
 
