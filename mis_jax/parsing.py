@@ -17,11 +17,17 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _MOST_YAML = 20_000  # values, aliases written out; a run's configuration has under 200
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON document; ValueError, without a file's name, where it is none."""
+def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
+    """The value of a JSON document; ValueError, without a file's name, where it is none.
+
+    Without `finite` it may hold NaN and Infinity, as Python's own writer of metrics does.
+    """
     try:
         value = json.loads(
-            text, object_pairs_hook=_distinct, parse_float=_finite, parse_constant=_constant
+            text,
+            object_pairs_hook=_distinct,
+            parse_float=_finite,
+            parse_constant=_constant if finite else None,
         )
     except RecursionError:
         raise _too_deep() from None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mis_jax.folders import finished_folder, replace_file
+from mis_jax.locks import LOCK, locked
 from mis_jax.parsing import parse_json
 
 if TYPE_CHECKING:
@@ -198,7 +199,8 @@ def build(
             and one when it is stored.
 
     Raises:
-        ValueError: no published file, bad samples, or an `out` that exists.
+        ValueError: no published file, bad samples, an `out` that exists, or another process that
+            builds it.
         mis_jax.data.mis_check.WorkersDied: a process that decodes images crashed.
     """
     from mis_jax.data.mis_check import check_images
@@ -214,7 +216,7 @@ def build(
     splits = read_published(root)
     report = BuildReport(out, missing=[name for name in PUBLISHED_SIZES if name not in splits])
     complaint = out.with_name(f"{out.name}.{BAD_SAMPLES}")
-    with finished_folder(out) as work:
+    with locked(out.with_name(f".{out.name}{LOCK}"), out), finished_folder(out) as work:
         checked = sum(len(split.samples) for split in splits.values())
         check_images(root, splits, workers, lambda done: show(done, 2 * checked))
         for split in splits.values():

@@ -61,7 +61,7 @@ def _parse_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         if not line.endswith(b"\n"):
             break
         try:
-            row = parse_json(line)
+            row = parse_json(line, finite=False)
         except ValueError as error:
             raise ValueError(
                 f"{path}, line {number}, is not JSON ({error}); only a torn last line is repaired "
