@@ -276,6 +276,7 @@ async def run(
         "first_token_p99": percentile(tally.first, 99),
         "memory_mib_before": before,
         "memory_mib_after": after,
+        "memory_mib_begin_middle_end": [tally.memory[i] for i in (0, half, -1)],
         "memory_mib_most": max(tally.memory),
         "memory_mib_median_halves": [
             percentile(tally.memory[:half], 50), percentile(tally.memory[half:], 50),

@@ -46,6 +46,7 @@ WEIGHTS = "adapter_model.safetensors"
 #: Ranks in the config.json of a model that upstream's scripts saved with its factors beside it.
 LORA_FIELDS = "use_llm_lora", "use_backbone_lora"
 _MOST_PATTERNS = 20_000  # one for each linear map of 1000 layers of both towers
+_MOST_SAVED = 100
 _PICKLED = "adapter_model.bin"
 _MERGE = "merge it with peft (merge_and_unload, save_pretrained) and convert the merged model"
 # Set, each of these makes the adapted model another one than W + scale * B @ A.
@@ -117,6 +118,10 @@ def _trained_keys(fields: Fields, names: Sequence[str]) -> set[str]:
     Raises ValueError: the file lacks a module.
     """
     modules = fields.get("modules_to_save", [])
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        fields.refuse("modules_to_save", "a list of names of modules")
+    if len(modules) > _MOST_SAVED:
+        fields.refuse("modules_to_save", f"at most {_MOST_SAVED} modules")
     of = {module: [n for n in names if f".{module}." in f".{n}"] for module in modules}
     if not all(of.values()):
         fields.refuse("modules_to_save", f"modules whose tensors are in {WEIGHTS}")
