@@ -72,16 +72,21 @@ def test_a_server_that_leaves_half_requests_alone_fails(monkeypatch):
 
     monkeypatch.setattr(load_hostile, "_PATIENCE", 0.1)
 
-    async def ignore(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
-
     async def ask() -> Counter[str]:
+        over = asyncio.Event()
+
+        async def ignore(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+            await writer.wait_closed()
+            over.set()
+
         server = await asyncio.start_server(ignore, "127.0.0.1", 0)
         async with server:
             host, port = server.sockets[0].getsockname()[:2]
             hostile = load_hostile.Hostile(f"http://{host}:{port}", "m", {})
             assert await hostile._half(b"POST ") == "left alone"
+            await over.wait()
             return hostile.wrong
 
     assert asyncio.run(ask()) == {"a half request was not ended": 1}
