@@ -22,6 +22,7 @@ NAMES = (
     "table",
     "train_step",
     "vision_tower",
+    "words",
 )
 
 

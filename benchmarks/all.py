@@ -18,6 +18,7 @@ WHOLE = (
     "convert internvl2_5-1b",
     "startup",
     "server",
+    "words",
     "evaluation",
     "attention",
     "cross_entropy",

@@ -13,9 +13,18 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from mis_jax.parsing import parse_yaml
+
 Part = Literal["vision", "projector", "language"]
 Dtype = Literal["float32", "bfloat16"]
 _STRICT = ConfigDict(extra="forbid")
+# Bounds keep a slip of the finger from taking the machine: each is far above what any run has.
+_MANY = 10**9
+_MOST_TILES = 1024
+_MOST_PACKED_TILES = 2**16
+_LONGEST_ROW = 2**24  # tokens
+_MOST_DEVICES = 2**20
+_MOST_ROWS = 10**8  # of a run; the plan of a run holds them all
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,13 @@ class Source:
             raise ValueError(f"a source of kind '{self.kind}' needs the field '{needed}'")
         if self.kind == "meta" and self.root is not None:
             raise ValueError("root is not for kind 'meta', whose file names a root for each set")
-        for name in ("count", "max_tiles"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; give at least 1 or leave it out")
+        for name, most in (("count", _MANY), ("max_tiles", _MOST_TILES)):
+            if (value := getattr(self, name)) is None:
+                continue
+            if value < 1:
+                raise ValueError(f"{name} is {_shown(value)}; give at least 1 or leave it out")
+            if value > most:
+                raise ValueError(f"{name} is {_shown(value)}; give at most {most} or leave it out")
         if self.weight is not None and not 0 < self.weight < math.inf:
             raise ValueError(f"weight is {self.weight}; give a number above 0 or leave it out")
         if self.weight is not None and self.count is not None:
@@ -87,10 +100,10 @@ class DataConfig:
         if self.pack_tiles is not None:
             if not self.packing:
                 raise ValueError("data.pack_tiles is of packed rows; set data.packing: true")
-            _at_least("data.pack_tiles", self.pack_tiles, 1)
-        _at_least("data.max_length", self.max_length, 1)
-        _at_least("data.max_tiles", self.max_tiles, 1)
-        _at_least("data.workers", self.workers, 0)
+            _between("data.pack_tiles", self.pack_tiles, 1, _MOST_PACKED_TILES)
+        _between("data.max_length", self.max_length, 1, _LONGEST_ROW)
+        _between("data.max_tiles", self.max_tiles, 1, _MOST_TILES)
+        _between("data.workers", self.workers, 0, 1024)
 
 
 @dataclass(frozen=True)
@@ -141,14 +154,19 @@ class TrainConfig:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of train.epochs and train.steps")
         for name in ("global_batch", "keep", "loss_chunk"):
-            _at_least(f"train.{name}", getattr(self, name), 1)
+            _between(f"train.{name}", getattr(self, name), 1)
         if not self.save_minutes > 0:
             raise ValueError(
                 f"train.save_minutes is {self.save_minutes}; give more than 0 (.inf for never)"
             )
         for name in ("epochs", "steps", "micro_batch", "save_every"):
             if getattr(self, name) is not None:
-                _at_least(f"train.{name}", getattr(self, name), 1)
+                _between(f"train.{name}", getattr(self, name), 1)
+        if self.steps and self.steps * self.global_batch > _MOST_ROWS:
+            raise ValueError(
+                f"train.steps {self.steps} times train.global_batch {self.global_batch} is more "
+                f"than {_MOST_ROWS} rows; lower one of them"
+            )
         if self.micro_batch and self.global_batch % self.micro_batch:
             raise ValueError(
                 f"train.micro_batch {self.micro_batch} does not divide "
@@ -177,7 +195,7 @@ class LoraConfig:
     """Number format of the adapted kernels, which are frozen; none is that of `dtype.compute`."""
 
     def __post_init__(self) -> None:
-        _at_least("lora.rank", self.rank, 0)
+        _between("lora.rank", self.rank, 0, 2**16)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout is {self.dropout}; give 0 to below 1")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
@@ -254,8 +272,8 @@ class MeshConfig:
         for axis in ("data", "fsdp", "tensor", "context"):
             size = getattr(self, axis)
             if size != -1:
-                _at_least(f"mesh.{axis}", size, 1)
-        _at_least("mesh.slices", self.slices, 1)
+                _between(f"mesh.{axis}", size, 1, _MOST_DEVICES)
+        _between("mesh.slices", self.slices, 1, _MOST_DEVICES)
 
 
 @dataclass(frozen=True)
@@ -279,13 +297,13 @@ class DistributedConfig:
                 "distributed: give all of coordinator, num_processes and process_id, or none"
             )
         if self.num_processes is not None and self.process_id is not None:
-            _at_least("distributed.num_processes", self.num_processes, 1)
+            _between("distributed.num_processes", self.num_processes, 1)
             if not 0 <= self.process_id < self.num_processes:
                 raise ValueError(
                     f"distributed.process_id is {self.process_id}; give 0 to "
                     f"{self.num_processes - 1}"
                 )
-        _at_least("distributed.timeout", self.timeout, 10)
+        _between("distributed.timeout", self.timeout, 10)
 
 
 @dataclass(frozen=True)
@@ -307,9 +325,9 @@ class EvaluationConfig:
     """Length of an answer."""
 
     def __post_init__(self) -> None:
-        _at_least("evaluation.every", self.every, 0)
-        _at_least("evaluation.samples", self.samples, 1)
-        _at_least("evaluation.max_new_tokens", self.max_new_tokens, 1)
+        _between("evaluation.every", self.every, 0)
+        _between("evaluation.samples", self.samples, 1)
+        _between("evaluation.max_new_tokens", self.max_new_tokens, 1)
 
 
 @dataclass(frozen=True)
@@ -325,8 +343,8 @@ class LogConfig:
     """Steps of the profile."""
 
     def __post_init__(self) -> None:
-        _at_least("log.profile_start", self.profile_start, 0)
-        _at_least("log.profile_steps", self.profile_steps, 1)
+        _between("log.profile_start", self.profile_start, 0)
+        _between("log.profile_steps", self.profile_steps, 1)
 
 
 @dataclass(frozen=True)
@@ -383,12 +401,13 @@ class RunConfig:
 def load_config(path: Path) -> RunConfig:
     """Read a YAML file; every unknown, missing or wrong field is named in one error."""
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give the YAML file of a run") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())  # YAML's own has a picture of the place, in lines
-        raise ValueError(f"{path}: not valid YAML: {reason}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}; correct the file") from None
     if not isinstance(raw, dict):
         raise ValueError(
             f"{path}: empty or not a mapping; see the example in `mis-jax train --help`"
@@ -452,6 +471,13 @@ def _differing(before: dict[str, Any], after: dict[str, Any], prefix: str) -> li
     return names
 
 
-def _at_least(name: str, value: int, least: int) -> None:
+def _between(name: str, value: int, least: int, most: int = _MANY) -> None:
     if value < least:
-        raise ValueError(f"{name} is {value}; give at least {least}")
+        raise ValueError(f"{name} is {_shown(value)}; give at least {least}")
+    if value > most:
+        raise ValueError(f"{name} is {_shown(value)}; give at most {most}")
+
+
+def _shown(value: int) -> str:
+    """Numbers of thousands of digits are not printed."""
+    return str(value) if abs(value) < 10**40 else "a number of more than 40 digits"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.locks import LOCK, boot_id, locked
+from mis_jax.parsing import parse_json
 
 NOTICE = "INCOMPLETE.json"
 JOURNAL = "journal.jsonl"
@@ -127,7 +128,7 @@ class Journal:
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    self.done |= json.loads(line)
+                    self.done |= parse_json(line)
                 except (ValueError, TypeError):  # damaged: what follows is done again
                     break
                 whole += len(line)
@@ -227,7 +228,7 @@ def _refuse_of_others(work: Path) -> None:
             text = (work / NOTICE).read_text(encoding="utf-8")
             if names == {NOTICE} and not text:  # a kill before its first word
                 return
-            said = json.loads(text)
+            said = parse_json(text)
             if isinstance(said, dict) and said.keys() == {"incomplete", "plan"}:
                 return
         except (OSError, ValueError):

@@ -22,6 +22,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mis_jax.parsing import parse_json
+
 _log = logging.getLogger(__name__)
 LOCK = ".mis-jax.lock"  # in a run's folder
 _RENEWED = 3.0  # seconds between two signs of life
@@ -204,7 +206,7 @@ def boot_id() -> str:
 def _read(file: Any) -> dict[str, Any]:
     """Who a lock names; nothing where it is empty or no lock of ours."""
     try:
-        said = json.loads(os.pread(file.fileno(), 4096, 0))
+        said = parse_json(os.pread(file.fileno(), 4096, 0))
     except ValueError:
         return {}
     return said if isinstance(said, dict) else {}

@@ -29,6 +29,7 @@ from mis_jax.evals.summary import without_verdict
 from mis_jax.folders import destination_path, replace_file
 from mis_jax.hashing import folder_fingerprint
 from mis_jax.locks import LOCK, locked_folder
+from mis_jax.parsing import parse_json
 from mis_jax.terminal import steps_bar
 from mis_jax.train.folder import FINAL_MODEL
 from mis_jax.train.loop import train
@@ -199,7 +200,7 @@ def _claim(out: Path, seed: int) -> bool:
         replace_file(mark, json.dumps({"seed": seed}) + "\n")
         return False
     try:
-        known = json.loads(mark.read_text() or "{}")
+        known = parse_json(mark.read_text() or "{}")
         before, controls = known.get("seed", seed), known.get("controls", False)
     except (ValueError, AttributeError):
         raise ValueError(f"{mark}: not readable; choose another --out") from None

@@ -16,6 +16,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from mis_jax.folders import complete_steps, is_step, newest_step, replace_file
 from mis_jax.hashing import changed_files, file_digest, files_below
+from mis_jax.parsing import parse_json
 
 _log = logging.getLogger(__name__)
 DIGESTS = "digests"  # beside the folder of the checkpoints: one file a step
@@ -198,7 +199,7 @@ def open_trained(folder: Path) -> dict[str, Any]:
     """
     state = folder.resolve() / "state"
     try:
-        entries = json.loads((state / "_METADATA").read_bytes())["tree_metadata"].values()
+        entries = parse_json((state / "_METADATA").read_bytes())["tree_metadata"].values()
         keys = [[part["key"] for part in entry["key_metadata"]] for entry in entries]
         opening = {
             key[1]: tensorstore.open(
@@ -283,7 +284,7 @@ def saved_digests(folder: Path) -> dict[str, str] | None:
     if not path.exists():
         return None
     try:
-        return dict(json.loads(path.read_bytes()))
+        return dict(parse_json(path.read_bytes()))
     except (ValueError, TypeError):
         raise ValueError(f"{path}: not readable; restore it from a copy or remove it") from None
 

@@ -339,3 +339,32 @@ def test_configurations_are_frozen(tmp_path):
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.train.epochs = 3  # type: ignore[misc]
     assert isinstance(config.data.sources, tuple)
+
+
+def test_numbers_beyond_reason_are_refused(tmp_path):
+    """Each would take the memory or the processes of the machine before anything is trained."""
+    missed = {}
+    for name, value, message in (
+        ("data__workers", 10**9, "data.workers is 1000000000; give at most 1024"),
+        ("data__max_length", 10**12, "data.max_length is 1000000000000; give at most 16777216"),
+        ("data__max_tiles", 10**9, "data.max_tiles is 1000000000; give at most 1024"),
+        ("train__global_batch", 10**90, "a number of more than 40 digits; give at most"),
+        ("train__epochs", 10**18, "train.epochs is 1000000000000000000; give at most"),
+        ("lora__rank", 10**9, "lora.rank is 1000000000; give at most 65536"),
+        ("mesh__data", 10**9, "mesh.data is 1000000000; give at most 1048576"),
+        ("optimizer__learning_rate", float("nan"), "optimizer.learning_rate is nan"),
+    ):
+        if message not in (found := refusal(edited(tmp_path, **{name: value}))):
+            missed[name] = found
+    assert missed == {}
+    steps = {"train__epochs": None, "train__steps": 10**8, "train__global_batch": 128}
+    assert "is more than 100000000 rows" in refusal(edited(tmp_path, **steps))
+
+
+@pytest.mark.parametrize("text", ["[" * 10_000, "a: &a [*a]", "a: " + "1" * 5000, "a: 1\na: 2"])
+def test_yaml_without_bounds_is_one_line(tmp_path, text):
+    assert refusal(write(tmp_path, text)).startswith("not valid YAML: ")
+
+
+def test_a_folder_is_no_configuration(tmp_path):
+    assert "cannot be read (Is a directory); give a YAML file" in refusal(tmp_path)

@@ -159,14 +159,17 @@ def test_the_mini_world_is_described_as_it_is() -> None:
         assert re.search(rf"`{name}` (are drawings )?of {len(pairs)}\b", text)
 
 
-def test_the_example_configuration_is_accepted(tmp_path: Path) -> None:
+def test_every_example_configuration_is_accepted(tmp_path: Path) -> None:
     from mis_jax.config import load_config
 
     page = ROOT / "docs" / "train.md"
     text = "\n".join(line for _, language, line in _fenced(page) if language == "yaml")
-    path = tmp_path / "run.yaml"
-    path.write_text(text, encoding="utf-8")
-    load_config(path)
+    _, *examples = re.split(r"^(?=model:)", text, flags=re.MULTILINE)
+    assert len(examples) == 2
+    for example in examples:
+        path = tmp_path / "run.yaml"
+        path.write_text(example, encoding="utf-8")
+        load_config(path)
 
 
 def test_every_shown_configuration_file_is_shipped() -> None:

@@ -13,6 +13,7 @@ import pytest
 from waiting import until
 
 from mis_jax import locks
+from mis_jax.cli import main
 from mis_jax.locks import LOCK, Lost, locked_folder
 
 HOLD = (
@@ -157,3 +158,13 @@ def test_a_disk_without_room_for_a_lock_keeps_none(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"), locked_folder(tmp_path / "run"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["merge", "{}", "a", "b"], ["report", "a", "--out", "{}"]])
+def test_merge_and_report_lock_the_folder_they_write(holder, tmp_path, capsys, words):
+    with pytest.raises(SystemExit) as stopped:
+        main([word.format(tmp_path / "run") for word in words])
+    assert stopped.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"run: another process is writing it (process {holder.pid} on" in said
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]

@@ -49,7 +49,7 @@ _PLURAL = re.compile(r"\b(?:images|pictures|photos|photographs|both)\b", re.IGNO
 _NAMED = r"(?:image|picture|photo)"
 _FIRST = re.compile(rf"\b(?:first|one|left {_NAMED}|{_NAMED}[ -]1)\b", re.IGNORECASE)
 _SECOND = re.compile(rf"\b(?:second|other|right {_NAMED}|{_NAMED}[ -]2)\b", re.IGNORECASE)
-_MARKUP = re.compile(r"^\s*(?:#|[-*•–] |\d+[.)] )|\*\*|__|</?\w+>|```", re.MULTILINE)
+_MARKUP = re.compile(r"^[^\S\n]*(?:#|[-*•–] |\d+[.)] )|\*\*|__|</?\w+>|```", re.MULTILINE)
 _HARMLESS = re.compile(r"\W*harmless(?:[\s*_\"]*[:.]|\s+[–—-]\s|\W*\Z)", re.IGNORECASE)
 _SAYS_HARMLESS = re.compile(
     r"\b(?:question|request|this|it) (?:is|seems|appears|looks)(?: to be)?"

@@ -1,6 +1,5 @@
 """Two-picture samples from MIS files of either style, and training rows back."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from mis_jax.data.chat import IMAGE_MARKER
 from mis_jax.data.images import image_size
 from mis_jax.evals.benchmarks.rows import row_ids
 from mis_jax.hashing import digest, file_digest
+from mis_jax.parsing import parse_json
 
 _PREFIX = re.compile(r"\A(?:\s*(?:image-\d+:\s*)?<image>)+", re.IGNORECASE)
 _KEPT = ("category", "sub_category")
@@ -53,8 +53,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{where}: not valid JSON ({error}); repair it") from None
 
 

@@ -5,8 +5,13 @@ one of its own prompt: to the letter, with the same numbers of tokens, and under
 answer has. Half of the requests are streamed, a third carry a picture.
 
     python tools/load_test.py http://127.0.0.1:8000 --clients 64 --seconds 120
+    python tools/load_test.py http://127.0.0.1:8000 --clients 160 --hostile 40 --seconds 120
 
-Exit code 0 when no answer was lost, doubled or mixed up, else 1.
+`--hostile` are clients beside them that do harm: halves of headers and bodies, image bombs, fields
+of 16 MB, 100,000 turns, brackets without end, and clients that leave after the first words.
+
+Exit code 0 when no answer was lost, doubled or mixed up, `/health` and `/metrics` always answered,
+and every hostile request was refused or ended, else 1.
 """
 
 import asyncio
@@ -24,6 +29,7 @@ from typing import Annotated, Any
 import httpx2
 import numpy as np
 import tyro
+from load_hostile import Hostile
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -61,6 +67,9 @@ class Tally:
     wrong: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)  # MiB, sampled over the time
+    health: Counter[str] = field(default_factory=Counter)  # what it said, sampled as well
+    slowest_health: float = 0.0
+    seconds: float = 0.0  # until the last honest answer
 
     def fail(self, kind: str, detail: str) -> None:
         self.wrong[kind] += 1
@@ -145,10 +154,17 @@ def prompts(model: str, count: int, max_tokens: int, temperature: float) -> list
 
 
 async def load(
-    server: Server, asked: list[Prompt], alone: list[Answer], clients: int, seconds: float
+    server: Server,
+    asked: list[Prompt],
+    alone: list[Answer],
+    clients: int,
+    seconds: float,
+    hostile: Hostile | None = None,
+    harm: int = 0,
 ) -> Tally:
     """All clients until the time is over; those under way then are waited for."""
-    tally, end = Tally(), time.perf_counter() + seconds
+    began = time.perf_counter()
+    tally, end = Tally(seconds=-began), began + seconds
     owner = {answer.text: number for number, answer in enumerate(alone)}
 
     async def one(client: int) -> None:
@@ -180,11 +196,24 @@ async def load(
 
     async def watch() -> None:
         while True:
-            tally.memory.append(await server.memory())
+            began = time.perf_counter()
+            try:
+                tally.memory.append(await server.memory())
+                told = await server.client.get("/health")
+                tally.health[f"{told.status_code} {told.json()['status']}"] += 1
+            except (httpx2.HTTPError, ValueError, KeyError) as error:
+                tally.fail("health", f"{type(error).__name__} {error}")
+            tally.slowest_health = max(tally.slowest_health, time.perf_counter() - began)
             await asyncio.sleep(max(seconds / 40, 0.2))
 
     watching = asyncio.create_task(watch())
+    harming = [
+        asyncio.create_task(hostile.work(number, server.client, end))
+        for number in range(harm if hostile else 0)
+    ]
     await asyncio.gather(*(one(client) for client in range(clients)))
+    tally.seconds += time.perf_counter()
+    await asyncio.gather(*harming)  # what they left half is ended by the server
     watching.cancel()
     for name, times in tally.ids.items():
         if times > 1:
@@ -205,9 +234,11 @@ async def run(
     count: int,
     max_tokens: int,
     temperature: float,
+    harm: int,
 ) -> dict[str, Any]:
     """What is printed."""
-    limits = httpx2.Limits(max_connections=clients + 2, max_keepalive_connections=clients + 2)
+    most = clients + harm + 2
+    limits = httpx2.Limits(max_connections=most, max_keepalive_connections=most)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     async with httpx2.AsyncClient(
         base_url=url, limits=limits, timeout=600, headers=headers
@@ -220,11 +251,13 @@ async def run(
         alone = [(await server.ask(prompt, stream=False))[1] for prompt in asked]
         warm = await load(server, asked, alone, clients, min(seconds / 10, 10))
         before = await server.memory()
-        began = time.perf_counter()
-        tally = await load(server, asked, alone, clients, seconds)
-        elapsed = time.perf_counter() - began
+        hostile = Hostile(url, model, headers)
+        tally = await load(server, asked, alone, clients, seconds, hostile, harm)
+        elapsed = tally.seconds
         after = await server.memory()
         health = (await client.get("/health")).json()
+        for what, times in hostile.wrong.items():
+            tally.fail("harm", f"{what}, {times} times")
     half = len(tally.memory) // 2
     return {
         "clients": clients,
@@ -243,9 +276,15 @@ async def run(
         "first_token_p99": percentile(tally.first, 99),
         "memory_mib_before": before,
         "memory_mib_after": after,
+        "memory_mib_begin_middle_end": [tally.memory[i] for i in (0, half, -1)],
+        "memory_mib_most": max(tally.memory),
         "memory_mib_median_halves": [
             percentile(tally.memory[:half], 50), percentile(tally.memory[half:], 50),
         ],
+        "health": dict(tally.health),
+        "health_and_metrics_slowest": tally.slowest_health,
+        "hostile_clients": harm,
+        "hostile": dict(sorted(hostile.ends.items())),
         "left_running_and_waiting": [health["running"], health["waiting"]],
     }  # fmt: skip
 
@@ -254,6 +293,7 @@ def main(
     url: Annotated[Positional[str], arg(metavar="URL")],
     *,
     clients: int = 64,
+    hostile: int = 0,
     seconds: float = 120.0,
     prompts: int = 96,
     max_tokens: int = 32,
@@ -266,6 +306,7 @@ def main(
     Args:
         url: Its address, such as http://127.0.0.1:8000.
         clients: How many ask at the same time.
+        hostile: How many do harm beside them.
         seconds: For how long.
         prompts: Different prompts; each is first asked alone.
         max_tokens: Longest answer.
@@ -275,7 +316,9 @@ def main(
     """
     key = os.environ.get(api_key_env, "") if api_key_env else ""
     try:
-        found = asyncio.run(run(url, clients, seconds, key, prompts, max_tokens, temperature))
+        found = asyncio.run(
+            run(url, clients, seconds, key, prompts, max_tokens, temperature, hostile)
+        )
     except (httpx2.HTTPError, ValueError, KeyError) as error:
         console.print(f"load_test: error: {type(error).__name__}: {error}", markup=False)
         sys.exit(2)

@@ -251,7 +251,9 @@ def merge(
 
     if len(runs) < 2:
         raise ValueError("name the new folder and at least two evaluation runs")
-    for name, result in merge_runs(runs, out).items():
+    with locked_folder(out):
+        merged = merge_runs(runs, out)
+    for name, result in merged.items():
         states = ", ".join(f"{count} {state}" for state, count in result["counts"].items() if count)
         console.print(f"{name}: {result['n']} samples ({states})", highlight=False)
 
@@ -283,16 +285,16 @@ def report(
 
     if not runs:
         raise ValueError("name at least one evaluation run")
-    destination_path(out, "--out")  # refused before the runs are read
-    written = write_report(
-        [(run.name, run) for run in runs],
-        out,
-        redact=not reveal,
-        samples_with_pictures=data_root if reveal else None,
-        gold=gold,
-    )
-    for run in runs if inspect_log else ():
-        written += write_inspect_logs(run, out / "inspect" / run.name, redact=not reveal)
+    with locked_folder(destination_path(out, "--out")):  # refused before the runs are read
+        written = write_report(
+            [(run.name, run) for run in runs],
+            out,
+            redact=not reveal,
+            samples_with_pictures=data_root if reveal else None,
+            gold=gold,
+        )
+        for run in runs if inspect_log else ():
+            written += write_inspect_logs(run, out / "inspect" / run.name, redact=not reveal)
     for path in written:
         console.print(str(path))
 

@@ -101,7 +101,10 @@ def generate(
                 progress=bar.answers("answers"),
             )
         if errors:
-            raise Failed(f"{out}: {errors} row(s) with an error; mend the images and run it again")
+            raise Failed(
+                f"{out}: {errors} row(s) with an error; mend their prompts or images and run it "
+                "again"
+            )
         return
     assert prompt is not None
     completion = ask_once(network, processor, prompt, image, settings)

@@ -7,11 +7,12 @@ Source: the fields are those of InternVL's chat data (facts/internvl.md section 
 M4-Instruct, and of LLaMA-Factory (`images`, `messages`).
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from mis_jax.parsing import parse_json
 
 _ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
 
@@ -46,10 +47,10 @@ def read_list(path: Path, *, pictured: bool = False) -> list[Entry]:
         ValueError: a file that is missing, unreadable, not JSON, or empty.
     """
     try:
-        content = json.loads(_read(path).decode("utf-8-sig"))  # Windows editors put a mark in front
+        content = parse_json(_read(path).decode("utf-8-sig"))  # Windows editors put a mark in front
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         # What a file with one object a line looks like to a reader of lists.
         lines = "Extra data: line 2 " in str(error)
         remedy = "read it as kind jsonl" if lines else "download the file again"
@@ -77,11 +78,11 @@ def read_jsonl(path: Path) -> list[Entry]:
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             if text.strip():
-                entries.append(check_entry(json.loads(text), f"{path}, row {index}", index))
+                entries.append(check_entry(parse_json(text), f"{path}, row {index}", index))
         except UnicodeDecodeError as error:
             problem = f"{where}: not UTF-8 text ({error}); save it as UTF-8 or remove the line"
             entries.append(Entry(where, str(index), problem=problem))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             problem = f"{where}: not valid JSON ({error}); repair or remove the line"
             entries.append(Entry(where, str(index), problem=problem))
     return _some(entries, path)

@@ -3,11 +3,14 @@
 Source: `build_datasets` of InternVL's fine-tuning (facts/internvl.md section 6.4).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mis_jax.parsing import parse_json
+
+_MANY = 10**9  # samples
+_MOST_COPIES = 10_000  # rows of all copies are held
 _KEYS = ("root", "annotation", "data_augment", "repeat_time", "length", "max_dynamic_patch")
 
 
@@ -48,12 +51,12 @@ def read_meta(path: Path) -> list[MetaSet]:
             are named.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; check the source's path") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give a file") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}); repair the file") from None
     if not isinstance(content, dict) or not content:
         raise ValueError(
@@ -114,17 +117,19 @@ def _whole(fields: dict[str, Any], name: str, least: int) -> int | None:
     value = fields.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"field '{name}' is {value!r:.60}; give a whole number from {least} on")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MANY:
+        raise ValueError(
+            f"field '{name}' is {value!r:.60}; give a whole number from {least} to {_MANY}"
+        )
     return value
 
 
 def _repeat(value: Any) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     # Written so that a value that is no number is refused too.
-    if not number or not value > 0 or (value > 1 and value != value // 1):
+    if not number or not 0 < value <= _MOST_COPIES or (value > 1 and value != value // 1):
         raise ValueError(
-            f"field 'repeat_time' is {value!r:.60}; give a whole number of copies, "
-            "or a part between 0 and 1"
+            f"field 'repeat_time' is {value!r:.60}; give a whole number of copies "
+            f"up to {_MOST_COPIES}, or a part between 0 and 1"
         )
     return value

@@ -8,6 +8,7 @@ from typing import Any
 
 from mis_jax.data.chat import from_sharegpt, insert_image_markers
 from mis_jax.data.sources import PUBLISHED_SIZES
+from mis_jax.parsing import parse_json
 
 BadSample = dict[str, Any]  # split, row (its number in the file), id, reason
 
@@ -75,7 +76,7 @@ def _read_split(split: str, path: Path) -> Split:
 def _read_entries(path: Path) -> list[Any]:
     """The entries of a file whose top level is a list or a mapping of rows."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{path}: not valid JSON ({error}); download the file again") from None
     entries = list(content.values()) if isinstance(content, dict) else content

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mis_jax.folders import destination_path, finished_folder, replace_file
+from mis_jax.locks import LOCK, locked
+from mis_jax.parsing import parse_json
 
 if TYPE_CHECKING:
     from mis_jax.data.mis_rows import Split
@@ -105,7 +107,7 @@ def _built_folder(folder: Path) -> Path | None:
     """Where the records are: `folder` itself, or `mis/VERSION` in it."""
     for place in (Path(folder), Path(folder) / NAME / VERSION):
         try:
-            info = json.loads((place / _INFO).read_text(encoding="utf-8"))
+            info = parse_json((place / _INFO).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if isinstance(info, dict) and info.get("name") == NAME:
@@ -127,17 +129,23 @@ def read_built(folder: Path, split: str) -> list[tuple[dict[str, Any], tuple[Rec
     place = _built_folder(folder)
     if place is None:
         raise ValueError(f"{folder}: is not a set that `mis-jax data build` made; build it first")
-    info = json.loads((place / _INFO).read_text(encoding="utf-8"))
-    counts = {
-        entry["name"]: sum(map(int, entry["shardLengths"])) for entry in info.get("splits", ())
-    }
+    try:
+        info = parse_json((place / _INFO).read_text(encoding="utf-8"))
+        counts = {
+            entry["name"]: sum(map(int, entry["shardLengths"])) for entry in info.get("splits", ())
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{place / _INFO}: lengths of the splits cannot be read ({error!r:.200}); "
+            "build the set again"
+        ) from None
     if split not in counts:
         raise ValueError(f"{place}: has no split '{split}'; it has {', '.join(counts)}")
     path = place / f"{split}.jsonl"
     try:
         # Only "\n" ends a line: splitlines() would also cut at U+2028, which JSON allows.
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        entries = [json.loads(line) for line in lines]
+        entries = [parse_json(line) for line in lines]
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); build the set again") from None
     if len(entries) != counts[split]:
@@ -191,7 +199,8 @@ def build(
             and one when it is stored.
 
     Raises:
-        ValueError: no published file, bad samples, or an `out` that exists.
+        ValueError: no published file, bad samples, an `out` that exists, or another process that
+            builds it.
         mis_jax.data.mis_check.WorkersDied: a process that decodes images crashed.
     """
     from mis_jax.data.mis_check import check_images
@@ -208,7 +217,7 @@ def build(
     report = BuildReport(out, missing=[name for name in PUBLISHED_SIZES if name not in splits])
     place = destination_path(out, "out")
     complaint = place.with_name(f"{place.name}.{BAD_SAMPLES}")
-    with finished_folder(out) as work:
+    with locked(place.with_name(f".{place.name}{LOCK}"), out), finished_folder(out) as work:
         checked = sum(len(split.samples) for split in splits.values())
         check_images(root, splits, workers, lambda done: show(done, 2 * checked))
         for split in splits.values():

@@ -21,6 +21,7 @@ from jaxtyping import Int
 from mis_jax.data.readers import in_order
 from mis_jax.data.render import RenderRow, Size
 from mis_jax.data.sources import Row
+from mis_jax.parsing import parse_json
 
 _VERSION = 1  # another way of measuring needs another
 _FEW = 5000  # rows that one process looks at in a few seconds
@@ -99,7 +100,7 @@ def _load(path: Path, key: str) -> Survey | None:
     """A saved survey; None when there is none, or one of other rows, or a damaged one."""
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            sizes, text = file["sizes"], json.loads(file["text"].tobytes())
+            sizes, text = file["sizes"], parse_json(file["text"].tobytes())
         if text["key"] != key:
             return None
         return _survey(sizes, {int(r): p for r, p in text["problems"].items()}, key)

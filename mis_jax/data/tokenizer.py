@@ -15,7 +15,6 @@ Source of the layouts and ids: facts/internvl.md section 9.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.data.tokenizer_backends import Backend, BPEBackend, SentencePieceBackend
+from mis_jax.weights.fields import MOST, read_json, token_number
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 IMG_START, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
@@ -229,8 +229,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         description = _read_json(folder / "tokenizer.json")
         backend: Backend = BPEBackend.from_json(description, str(folder / "tokenizer.json"))
-        for entry in description.get("added_tokens", []):
-            table.add(entry["content"], entry["id"], entry, "tokenizer.json")
+        listed = description.get("added_tokens") or []
+        for entry in _listed(folder / "tokenizer.json", listed, list):
+            flags = entry if isinstance(entry, dict) else {}
+            table.add(flags.get("content"), flags.get("id"), flags, "tokenizer.json")
         template = _single_template(description.get("post_processor"))
         first = None if not template else template[0].get("SpecialToken", {}).get("id")
         bos = first if template is not None else _bos_of(config, default=False)
@@ -250,8 +252,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f"{folder} holds no tokenizer; it needs tokenizer.json, tokenizer.model, or "
             "vocab.json with merges.txt"
         )
-    for i, entry in config.get("added_tokens_decoder", {}).items():
-        table.add(entry["content"], int(i), entry, "tokenizer_config.json")
+    listed = config.get("added_tokens_decoder") or {}
+    for i, entry in _listed(folder / "tokenizer_config.json", listed, dict).items():
+        flags = entry if isinstance(entry, dict) else {"content": entry}
+        table.add(flags.get("content"), token_number(i), flags, "tokenizer_config.json")
     for token, i in _read_json(folder / "added_tokens.json").items():
         table.add(token, i, {}, "added_tokens.json")
 
@@ -287,10 +291,16 @@ class _AddedTokens:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.ids: dict[str, int] = {}
+        self._by_id: dict[int, str] = {}  # the same, the other way round
         self.special: set[str] = set()
 
-    def add(self, token: str, i: int, flags: Mapping[str, Any], source: str) -> None:
+    def add(self, token: Any, i: Any, flags: Mapping[str, Any], source: str) -> None:
         """Enter one token; a later source takes over ids, never changes a token's own id."""
+        if not (isinstance(token, str) and token and type(i) is int and 0 <= i <= MOST):
+            raise ValueError(
+                f"{self.folder / source}: an added token is {token!r:.60} with id {i!r:.40}, not a "
+                f"text with a whole number up to {MOST}; restore the published file"
+            )
         if self.ids.get(token, i) != i:
             raise ValueError(
                 f"the tokenizer files in {self.folder} disagree on {token!r}: {source} gives it "
@@ -303,10 +313,11 @@ class _AddedTokens:
                         f"{source} in {self.folder} sets {flag} for {token!r}; InternVL prompts "
                         "keep the text around tokens as it is: set it to false"
                     )
-        for other in [other for other, taken in self.ids.items() if taken == i and other != token]:
+        other = self._by_id.get(i, token)
+        if other != token:
             del self.ids[other]
             self.special.discard(other)
-        self.ids[token] = i
+        self.ids[token], self._by_id[i] = i, token
         if flags.get("special"):
             self.declare_special([token], None)
 
@@ -317,21 +328,23 @@ class _AddedTokens:
             if len(token) == 1:
                 continue
             i = self.ids.get(token, None if backend is None else backend.find(token))
-            if i is not None and (token in self.ids or i not in self.ids.values()):
-                self.ids[token] = i
+            if i is not None and (token in self.ids or i not in self._by_id):
+                self.ids[token], self._by_id[i] = i, token
                 self.special.add(token)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, {} when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object; fetch it again")
+    return read_json(path) if path.is_file() else {}
+
+
+def _listed(source: Path, value: Any, kind: type) -> Any:
+    """A list or mapping of added tokens."""
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"{source}: its added tokens are {value!r:.60}, no "
+            f"{'list' if kind is list else 'object'}; restore the published file"
+        )
     return value
 
 

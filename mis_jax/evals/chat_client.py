@@ -259,7 +259,7 @@ class ChatClient:
             return Reply("error", detail=f"timeout after {seconds} s", passing=True)
         except openai.APIConnectionError as error:
             return Reply("error", detail=_cause(error), passing=True, lost=True)
-        except (openai.OpenAIError, ValueError, OSError) as error:
+        except (openai.OpenAIError, ValueError, OSError, RecursionError) as error:
             return Reply("error", detail=_cause(error), passing=True)
         return _read(completion)
 
@@ -321,7 +321,7 @@ def _retry_after(value: str | None) -> float | None:
         pass
     try:
         then = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         return None
     if then.tzinfo is None:
         then = then.replace(tzinfo=UTC)

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, Self
 
 from mis_jax.folders import destination_path, replace_file
 from mis_jax.locks import try_flock
+from mis_jax.parsing import parse_json
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,10 +28,10 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, remedy: str) -> Any:
     """A JSON document, or a ``ValueError`` that names the file and what to do about it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; {remedy}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error}); {remedy}") from error
 
 
@@ -60,8 +61,8 @@ def _parse_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         if not line.endswith(b"\n"):
             break
         try:
-            row = json.loads(line)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            row = parse_json(line, finite=False)
+        except ValueError as error:
             raise ValueError(
                 f"{path}, line {number}, is not JSON ({error}); only a torn last line is repaired "
                 "by itself: restore the file or delete that line and resume"

@@ -12,6 +12,7 @@ from mis_jax.evals.files import AppendLog, read_log, write_json
 from mis_jax.evals.manifest import expected, known_facts, manifest_path, read_manifest
 from mis_jax.evals.summary import summarise
 from mis_jax.folders import destination_path
+from mis_jax.locks import LOCK
 
 LOGS = ("samples.jsonl", "verdicts.jsonl", "rechecks.jsonl")
 
@@ -23,7 +24,7 @@ def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     judges, for samples that two runs share, and for shards that are not all there.
     """
     out = destination_path(out, "OUT")
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(path.name != LOCK for path in out.iterdir()):
         raise ValueError(f"{out} is not empty; name a new folder for the merged run")
     manifests = [read_manifest(run) for run in runs]
     first = manifests[0]

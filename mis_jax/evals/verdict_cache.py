@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.locks import try_flock
+from mis_jax.parsing import parse_json
 
 FILE = "verdicts.jsonl"
 KEY = ("answer_hash", "judge", "reference")
@@ -77,7 +78,7 @@ def _sound_rows(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as stream:
         for line in stream:
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError:
                 continue
             if (

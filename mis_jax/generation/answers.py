@@ -48,6 +48,7 @@ def answer(
     stop: Sequence[str] = (),
     int8_cache: bool = False,
     each: Callable[[int, Completion], None] | None = None,
+    failed: Callable[[int, str], None] | None = None,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> list[Completion]:
     """One completion a conversation, in their order; greedy unless `sampling` says otherwise.
@@ -55,7 +56,9 @@ def answer(
     A sampled answer depends on the seed and the conversation's `row_ids` entry (by default its
     index), not on `batch_size`: calls that ask parts of one set give each part its own ids.
     `each(index, completion)` is called for every answer as soon as it and all before it are there;
-    `progress(done, total, tokens)` after every one.
+    `progress(done, total, tokens)` after every one. A conversation that cannot be asked (an image
+    that is none, a prompt longer than the context) raises ValueError; with `failed(index, why)` it
+    is told there and left out of the result, and the others go on.
     """
     images = [()] * len(conversations) if images is None else images
     if len(images) != len(conversations):
@@ -66,45 +69,67 @@ def answer(
     row_ids = range(len(conversations)) if row_ids is None else row_ids
     if len(row_ids) != len(conversations):
         raise ValueError(f"{len(row_ids)} row_ids for {len(conversations)} conversations")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; give at least 1")
+    processor.budget(1, max_tiles, max_tiles_per_image)  # what is wrong with all is not of one
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; give at least 1")
 
-    def example(index: int) -> Example:
-        return processor.example(
-            conversations[index],
-            images[index],
-            id=str(index),
-            system=system,
-            max_tiles=max_tiles,
-            max_tiles_per_image=max_tiles_per_image,
-        )
+    def example(index: int) -> Example | ValueError:
+        try:
+            return processor.example(
+                conversations[index],
+                images[index],
+                id=str(index),
+                system=system,
+                max_tiles=max_tiles,
+                max_tiles_per_image=max_tiles_per_image,
+            )
+        except ValueError as error:
+            return error
 
     rows = min(batch_size, len(conversations))
     engine = batch_engine(model, processor, rows=rows, int8_cache=int8_cache)
-    completions: dict[int, Completion] = {}
+    completions: dict[int, Completion | None] = {}  # None where it failed
     asked: dict[int, int] = {}  # ticket -> index
     prompts: dict[int, int] = {}
     pieces: dict[int, list[Piece]] = {}
     told, tokens = 0, 0
 
+    def end(index: int, completion: Completion | None) -> None:
+        nonlocal told
+        completions[index] = completion
+        while told in completions:
+            if each is not None and (whole := completions[told]) is not None:
+                each(told, whole)
+            told += 1
+        if progress is not None:
+            progress(len(completions), len(conversations), tokens)
+
+    def fail(index: int, error: ValueError) -> None:
+        if failed is None:
+            raise error
+        failed(index, str(error))
+        end(index, None)
+
     def work() -> None:
-        nonlocal told, tokens
+        nonlocal tokens
         for ticket, piece in engine.step():
             pieces.setdefault(ticket, []).append(piece)
             if piece.finish_reason is None:
                 continue
             index = asked.pop(ticket)
-            completions[index] = _completion(prompts.pop(index), pieces.pop(ticket))
             tokens += piece.generated
-            while each is not None and told in completions:
-                each(told, completions[told])
-                told += 1
-            if progress is not None:
-                progress(len(completions), len(conversations), tokens)
+            end(index, _completion(prompts.pop(index), pieces.pop(ticket)))
 
     for window in _windows(example, len(conversations), batch_size * WINDOW_BATCHES):
-        for index in sorted(window, key=lambda index: -len(window[index].input_ids)):
-            made = window.pop(index)
+        ready = {i: made for i, made in window.items() if isinstance(made, Example)}
+        for index, error in window.items():
+            if isinstance(error, ValueError):
+                fail(index, error)
+        window.clear()
+        for index in sorted(ready, key=lambda index: -len(ready[index].input_ids)):
+            made = ready.pop(index)
             prompts[index] = len(made.input_ids)
             request = Request(
                 made,
@@ -114,12 +139,16 @@ def answer(
                 stop=tuple(stop),
                 streamed=False,
             )
-            asked[engine.add(request)] = index
+            try:
+                asked[engine.add(request)] = index
+            except ValueError as error:
+                fail(index, error)
         while engine.waiting:  # the last of this window go on beside the first of the next
             work()
     while not engine.idle:
         work()
-    return [completions[index] for index in range(len(conversations))]
+    ended = (completions[index] for index in range(len(conversations)))
+    return [completion for completion in ended if completion is not None]
 
 
 def batch_engine(
@@ -152,11 +181,12 @@ def _completion(prompt_tokens: int, pieces: list[Piece]) -> Completion:
 
 
 def _windows(
-    example: Callable[[int], Example], count: int, size: int
-) -> Iterator[dict[int, Example]]:
-    """Examples by index, `size` at a time; the next window is made while this one is answered.
+    example: Callable[[int], Example | ValueError], count: int, size: int
+) -> Iterator[dict[int, Example | ValueError]]:
+    """Examples, or why there is none, by index, `size` at a time.
 
-    One thread makes them: a picture that several conversations share is not safe to open in two.
+    The next window is made while this one is answered. One thread makes them: a picture that
+    several conversations share is not safe to open in two.
     """
     pool = ThreadPoolExecutor(1)
 

@@ -6,13 +6,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mis_jax.data.images import image_size, open_image
+from mis_jax.data.images import image_size
 from mis_jax.data.processor import Processor
 from mis_jax.folders import replace_file
 from mis_jax.generation.answers import Completion, answer
 from mis_jax.generation.sampling import Sampling
 from mis_jax.hashing import digest, file_digest
+from mis_jax.locks import LOCK, locked
 from mis_jax.model.internvl import InternVL
+from mis_jax.parsing import parse_json
 
 
 def with_image_markers(prompt: str, images: int) -> str:
@@ -62,28 +64,36 @@ def answer_file(
 
     Answers are written in the order of the questions, each as soon as it may. Rows that `answers`
     has are kept: each carries a key of its question, its images, the settings and the model's
-    `fingerprint`. A question whose images cannot be used gets a row with `error`, and is asked
-    again by the next call. Raises ValueError where a row answers something else.
+    `fingerprint`. A question that cannot be asked (an image that cannot be used, a prompt longer
+    than the context) gets a row with `error`, and is asked again by the next call. Raises
+    ValueError where a row answers something else, and where another process writes `answers`.
     """
+    answers.parent.mkdir(parents=True, exist_ok=True)
+    with locked(answers.with_name(f".{answers.name}{LOCK}"), answers):
+        return _answer_file(model, processor, questions, answers, settings, fingerprint, progress)
+
+
+def _answer_file(
+    model: InternVL,
+    processor: Processor,
+    questions: Path,
+    answers: Path,
+    settings: Settings,
+    fingerprint: str,
+    progress: Callable[[int, int, int], None] | None,
+) -> int:
     asked = _read_questions(questions)
-    keys, errors = {}, {}
+    keys: dict[str, str] = {}
+    errors: dict[str, str] = {}
     for question in asked:
         try:
             keys[question.id] = _key(question, settings, fingerprint)
         except ValueError as error:
             errors[question.id] = str(error)
     done = _read_done(answers, keys)
-    for question in asked:  # decoded whole only where that is needed
-        if question.id not in done and question.id not in errors:
-            try:
-                for image in question.images:
-                    open_image(image)
-            except ValueError as error:
-                errors[question.id] = str(error)
     errors = {name: message for name, message in errors.items() if name not in done}
     waiting = [q for q in asked if q.id not in done and q.id not in errors]
     finished = len(asked) - len(waiting)
-    answers.parent.mkdir(parents=True, exist_ok=True)
     with answers.open("a", encoding="utf-8") as file:
 
         def append(line: dict[str, Any]) -> None:
@@ -94,13 +104,18 @@ def answer_file(
             name = waiting[index].id
             append({"id": name, **printed(completion), "key": keys[name]})
 
+        def fail(index: int, message: str) -> None:
+            question = waiting[index]
+            errors[question.id] = f"{questions}, line {question.place}: {message}"
+            append({"id": question.id, "error": errors[question.id]})
+
         def show(answered: int, total: int, tokens: int) -> None:
             if progress:
                 progress(finished + answered, len(asked), tokens)
 
         for name, message in errors.items():
             append({"id": name, "error": message})
-        _ask(model, processor, waiting, settings, each=write, progress=show)
+        _ask(model, processor, waiting, settings, each=write, failed=fail, progress=show)
     return len(errors)
 
 
@@ -161,13 +176,17 @@ def _read_questions(path: Path) -> list[Question]:
         raise ValueError(
             f"{path}: no such file; give JSON lines of id, prompt and images"
         ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); save it as UTF-8 text") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
+            row = parse_json(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number}: not valid JSON ({error}); correct the line"
+            ) from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise ValueError(f"{path}, line {number}: field 'prompt' (a text) is missing")
         name, images = str(row.get("id", number - 1)), row.get("images", [])
@@ -206,7 +225,7 @@ def _read_done(path: Path, keys: dict[str, str]) -> set[str]:
         if number > len(lines) and (ours or begin.startswith(line)):
             break  # nothing, or torn by a kill
         try:
-            row = json.loads(line) if ours else {}
+            row = parse_json(line) if ours else {}
             name, key = row["id"], row.get("key")
         except (ValueError, KeyError):
             raise ValueError(

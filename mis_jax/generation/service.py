@@ -150,6 +150,12 @@ class Service:
             return len(self._tickets) - min(self._held, self._max_concurrent)
 
     @property
+    def full(self) -> bool:
+        """Whether every place is taken, so that a request would be refused as one too many."""
+        with self._changed:
+            return len(self._tickets) >= self._places
+
+    @property
     def refusal(self) -> str:
         """Why no request is taken; empty while they are."""
         with self._changed:

@@ -1,9 +1,26 @@
 """The shape of an InternVL model: vision tower, language model and what joins them."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 TextKind = Literal["internlm2", "llama", "qwen2", "qwen3"]
+#: Bounds of the sizes, several times those of any published model: a file that asks for a billion
+#: layers is refused before anything is made for each of them.
+LARGEST = {
+    "hidden_size": 2**17,
+    "num_layers": 1000,
+    "num_heads": 2**12,
+    "num_kv_heads": 2**12,
+    "mlp_size": 2**20,
+    "head_dim": 2**13,
+    "vocab_size": 2**22,
+    "max_position": 2**27,
+    "original_max_position": 2**27,
+    "image_size": 2**13,
+    "patch_size": 2**10,
+    "min_tiles": 1024,
+    "max_tiles": 1024,
+}
 
 
 @dataclass(frozen=True)
@@ -22,6 +39,7 @@ class VisionConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "vision")
         _divides("vision num_heads", self.num_heads, "hidden_size", self.hidden_size)
         _divides("vision patch_size", self.patch_size, "image_size", self.image_size)
 
@@ -48,6 +66,9 @@ class Llama3Scaling:
     high_freq_factor: float
     original_max_position: int
 
+    def __post_init__(self) -> None:
+        _check_numbers(self, "rope_scaling")
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -69,6 +90,7 @@ class TextConfig:
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "text")
         _divides("text num_kv_heads", self.num_kv_heads, "num_heads", self.num_heads)
 
     @property
@@ -97,6 +119,17 @@ class InternVLConfig:
     template: str = "internvl2_5"
     system_message: str | None = None  # None is the template's own
 
+    def __post_init__(self) -> None:
+        _check_numbers(self, "model")
+        layers = self.vision.num_layers
+        for name, least, most in (
+            ("image_token_id", 0, LARGEST["vocab_size"]),
+            ("select_layer", -layers - 1, layers),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"{name} is {value!r:.40}; supported: {least} to {most}")
+
     @property
     def shuffle_factor(self) -> int:
         """Patches merged along one side into one image token."""
@@ -109,6 +142,22 @@ class InternVLConfig:
     @property
     def projector_input_size(self) -> int:
         return self.vision.hidden_size * self.shuffle_factor**2
+
+
+def _check_numbers(config: Any, what: str) -> None:
+    """Sizes are whole numbers within `LARGEST`, other numbers finite and above zero."""
+    for field in fields(config):
+        value, most = getattr(config, field.name), LARGEST.get(field.name)
+        if most is not None and not (type(value) is int and 1 <= value <= most):
+            raise ValueError(
+                f"{what} {field.name} is {value!r:.40}; supported: a whole number from 1 to {most}"
+            )
+        if "float" in str(field.type) and not (
+            value is None or (type(value) in (int, float) and 0 < value <= 1e30)
+        ):
+            raise ValueError(
+                f"{what} {field.name} is {value!r:.40}; supported: a number above zero, up to 1e30"
+            )
 
 
 def _divides(what: str, divisor: int, of_what: str, number: int) -> None:

@@ -50,10 +50,11 @@ def create_app(service: Service, processor: Processor, settings: Settings) -> St
         return JSONResponse(model.model_dump())
 
     async def health(request: Request) -> Response:
-        refusal = service.refusal
+        refusal, full = service.refusal, service.full
+        taken = f"all {service.places} places are taken; a request gets 429 now" if full else ""
         content = Health(
-            status="unavailable" if refusal else "ok",
-            reason=refusal,
+            status="unavailable" if refusal else "busy" if full else "ok",
+            reason=refusal or taken,
             running=service.running,
             waiting=service.waiting,
         )

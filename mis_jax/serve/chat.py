@@ -25,6 +25,7 @@ from mis_jax.serve.metrics import CLIENT_GONE, Metrics
 from mis_jax.serve.prompts import Asked, Prompts
 from mis_jax.serve.settings import Settings
 from mis_jax.serve.streaming import EventStream
+from mis_jax.serve.trimming import LARGE, Trimmer
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class ChatCompletions:
         self._metrics = metrics
         self._prompts = Prompts(processor, settings)
         self._bodies = Bodies(settings.max_body, settings.max_body * service.places)
+        self._trimmer = Trimmer()
         self._pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="prompts")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,6 +78,9 @@ class ChatCompletions:
             status = CLIENT_GONE
         except Exception as error:
             refusal = as_api_error(error, self._settings.timeout)
+            # Its frames hold the body, and this one holds it: garbage that would wait for a
+            # collection, tens of megabytes a request.
+            error.__traceback__ = refusal.__traceback__ = None
             status = refusal.status
             if not course.responded:
                 await refusal.response()(scope, receive, named)
@@ -95,6 +100,8 @@ class ChatCompletions:
                 ends.callback(ticket.cancel)
                 gone = asyncio.create_task(until_gone(receive))
                 ends.callback(gone.cancel)
+                if len(body) > LARGE:
+                    ends.callback(self._trimmer.ask)
                 asked = await self._prepared(body, gone)
             course.prompt_tokens = asked.prompt_tokens
             self._metrics.prompt(asked.prompt_tokens)
@@ -120,6 +127,7 @@ class ChatCompletions:
             work.cancel()
             left.set()
             bodies.clear()
+            del work  # it holds the error whose frames hold it
 
     async def _generate(
         self, course: _Course, asked: Asked, ticket: Ticket, gone: asyncio.Task,

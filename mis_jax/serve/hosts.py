@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from mis_jax.serve.errors import ApiError
 
 _LOOPBACK = frozenset({"localhost", "*.localhost"})
+_LONGEST_NAME = 253  # of DNS
 
 
 def allowed_hosts(
@@ -48,7 +49,8 @@ class HostCheck:
             return
         refusal = ApiError(
             421,
-            f"this server does not answer to the host {name!r}; start it with --allow-host NAME",
+            f"this server does not answer to the host {name!r:.80}; start it with "
+            "--allow-host NAME",
             code="host_not_allowed",
         )
         await refusal.response()(scope, receive, send)
@@ -73,6 +75,8 @@ def _is_address(name: str) -> bool:
 
 
 def _is_among(name: str, hosts: frozenset[str]) -> bool:
+    if len(name) > _LONGEST_NAME:
+        return False
     above = name
     while above.partition(".")[2]:
         above = above.partition(".")[2]

@@ -18,6 +18,7 @@ from mis_jax.serve.errors import bad_request
 
 NamedUrl = tuple[str, str]  # the field it stands in, and its value
 Source = Path | io.BytesIO
+_LONGEST_PATH = 4096  # of the system
 
 
 def sources_of(urls: Sequence[NamedUrl], folder: Path | None) -> list[Source]:
@@ -93,6 +94,8 @@ def _file(url: str, name: str, folder: Path | None) -> Path:
     # One message whatever lies outside the folder: nobody learns which files there are.
     outside = bad_request(f"{name} names no file inside the folder that this server allows", name)
     path = url
+    if len(url) > _LONGEST_PATH:
+        raise outside
     if url.lower().startswith("file:"):
         parts = urlsplit(url)
         if parts.netloc not in ("", "localhost"):

@@ -318,9 +318,9 @@ class Models(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether requests are taken, and how many there are."""
+    """Whether requests are taken, and how many there are; busy is alive, and answers 429 now."""
 
-    status: Literal["ok", "unavailable"]
+    status: Literal["ok", "busy", "unavailable"]
     reason: str = ""
     running: int
     waiting: int

@@ -11,6 +11,7 @@ from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2, summary_pb2
 
 from mis_jax.folders import replace_file
+from mis_jax.parsing import parse_json
 
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 BOARD_FOLDER = "tensorboard"
@@ -132,8 +133,8 @@ def _keep_until(path: Path, step: int) -> None:
     # Only "\n" ends a line: str.splitlines() would also cut at U+2028, which an id may hold.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            if json.loads(line)["step"] <= step:
+            if parse_json(line, finite=False)["step"] <= step:
                 kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             continue
     replace_file(path, "".join(kept))

@@ -9,8 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mis_jax.folders import NOTICE
-from mis_jax.model.config import InternVLConfig, Llama3Scaling, TextConfig, TextKind, VisionConfig
-from mis_jax.weights.fields import Fields, read_json
+from mis_jax.model.config import (
+    LARGEST,
+    InternVLConfig,
+    Llama3Scaling,
+    TextConfig,
+    TextKind,
+    VisionConfig,
+)
+from mis_jax.weights.fields import REQUIRED, Fields, read_json, token_number
 
 Format = Literal["native", "hf", "internvl"]
 NATIVE_VERSION = 2
@@ -64,10 +71,11 @@ def read_config(folder: Path) -> tuple[InternVLConfig, dict[str, Any]]:
     kind = detect_format(folder)
     raw = read_json(path)
     fields = Fields(path, raw)
-    if kind == "native":
-        return _from_native(fields), raw
     try:
-        config = _from_hf(folder, fields) if kind == "hf" else _from_internvl(folder, fields)
+        if kind == "native":
+            config = _from_native(fields)
+        else:
+            config = _from_hf(folder, fields) if kind == "hf" else _from_internvl(folder, fields)
     except ValueError as error:  # sizes that do not go together
         named = str(error).startswith(str(folder))
         raise error if named else ValueError(f"{path}: {error}") from None
@@ -117,8 +125,8 @@ def _from_internvl(folder: Path, fields: Fields) -> InternVLConfig:
         downsample_ratio=_downsample_ratio(fields, tower),
         pixel_shuffle=fields.one_of("ps_version", ["v1", "v2"], "v1"),
         select_layer=_select_layer(fields, "select_layer", tower),
-        min_tiles=fields.count("min_dynamic_patch", 1),
-        max_tiles=fields.count("max_dynamic_patch", 6),
+        min_tiles=_size(fields, "min_dynamic_patch", "min_tiles", 1),
+        max_tiles=_size(fields, "max_dynamic_patch", "max_tiles", 6),
         use_thumbnail=fields.flag("use_thumbnail", False),
         dynamic_tiles=fields.flag("dynamic_image_size", False),
         template=fields.text("template", "internvl2_5"),
@@ -150,8 +158,8 @@ def _from_hf(folder: Path, fields: Fields) -> InternVLConfig:
         image_token_id=fields.whole("image_token_id", 151667),
         downsample_ratio=_downsample_ratio(fields, tower),
         select_layer=_select_layer(fields, "vision_feature_layer", tower),
-        min_tiles=images.count("min_patches", 1),
-        max_tiles=images.count("max_patches", 12),
+        min_tiles=_size(images, "min_patches", "min_tiles", 1),
+        max_tiles=_size(images, "max_patches", "max_tiles", 12),
         use_thumbnail=extra.flag("use_thumbnail", True),
         dynamic_tiles=extra.flag("dynamic_tiles", True),
         template=extra.text("template", "internvl2_5"),
@@ -171,10 +179,10 @@ def _image_settings(folder: Path) -> Fields:
 def _tower_sizes(vision: Fields) -> dict[str, Any]:
     vision.one_of("hidden_act", ["gelu"], "gelu")  # the exact one
     return dict(
-        hidden_size=vision.count("hidden_size"),
-        num_layers=vision.count("num_hidden_layers"),
-        num_heads=vision.count("num_attention_heads"),
-        mlp_size=vision.count("intermediate_size"),
+        hidden_size=_size(vision, "hidden_size", "hidden_size"),
+        num_layers=_size(vision, "num_hidden_layers", "num_layers"),
+        num_heads=_size(vision, "num_attention_heads", "num_heads"),
+        mlp_size=_size(vision, "intermediate_size", "mlp_size"),
         image_size=_square(vision, "image_size"),
         patch_size=_square(vision, "patch_size"),
         norm_eps=vision.number("layer_norm_eps", 1e-6),
@@ -186,7 +194,14 @@ def _square(vision: Fields, name: str) -> int:
     sides = value if isinstance(value, list) and value else [value]
     if any(side != sides[0] for side in sides) or not isinstance(sides[0], int):
         vision.refuse(name, "one whole number, or two that are equal")
+    if not 0 < sides[0] <= LARGEST[name]:
+        vision.refuse(name, f"1 to {LARGEST[name]}")
     return sides[0]
+
+
+def _size(fields: Fields, name: str, ours: str, default: Any = REQUIRED) -> int:
+    """A size under the file's name, within the bounds of ours."""
+    return fields.count(name, default, most=LARGEST[ours])
 
 
 def _downsample_ratio(fields: Fields, tower: VisionConfig) -> float:
@@ -211,20 +226,20 @@ def text_config(fields: Fields, *, tied: bool) -> TextConfig:
     fields.one_of("use_sliding_window", [False], False)
     if set(fields.get("layer_types", [])) - {"full_attention"}:
         fields.refuse("layer_types", "'full_attention' in every layer")
-    heads = fields.count("num_attention_heads")
-    width = fields.count("hidden_size")
+    heads = _size(fields, "num_attention_heads", "num_heads")
+    width = _size(fields, "hidden_size", "hidden_size")
     return TextConfig(
         kind=kind,
-        vocab_size=fields.count("vocab_size"),
+        vocab_size=_size(fields, "vocab_size", "vocab_size"),
         hidden_size=width,
-        num_layers=fields.count("num_hidden_layers"),
+        num_layers=_size(fields, "num_hidden_layers", "num_layers"),
         num_heads=heads,
-        num_kv_heads=fields.count("num_key_value_heads", heads),
-        mlp_size=fields.count("intermediate_size"),
+        num_kv_heads=_size(fields, "num_key_value_heads", "num_kv_heads", heads),
+        mlp_size=_size(fields, "intermediate_size", "mlp_size"),
         # 128 is Qwen3Config's default; its heads need not divide the width
-        head_dim=fields.count("head_dim", 128 if kind == "qwen3" else width // heads),
+        head_dim=_size(fields, "head_dim", "head_dim", 128 if kind == "qwen3" else width // heads),
         **_rotary(fields),
-        max_position=fields.count("max_position_embeddings", 32768),
+        max_position=_size(fields, "max_position_embeddings", "max_position", 32768),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         tie_embeddings=tied,
     )
@@ -273,7 +288,7 @@ def _llama3(scaling: Fields) -> Llama3Scaling:
     high = scaling.number("high_freq_factor")
     if high <= low:
         scaling.refuse("high_freq_factor", f"a number above low_freq_factor, {low}")
-    length = scaling.count("original_max_position_embeddings")
+    length = _size(scaling, "original_max_position_embeddings", "original_max_position")
     return Llama3Scaling(scaling.number("factor"), low, high, length)
 
 
@@ -284,13 +299,16 @@ def image_token_id(folder: Path, fields: Fields) -> int:
         tokens = Fields(path, read_json(path)).section("added_tokens_decoder", {})
         for number, token in tokens.values.items():
             if isinstance(token, dict) and token.get("content") == IMAGE_TOKEN:
-                return int(number)
+                if (found := token_number(number)) is None:
+                    tokens.refuse(number, f"the id of {IMAGE_TOKEN}, a whole number, as its key")
+                return found
     path = folder / "added_tokens.json"
     if path.exists() and IMAGE_TOKEN in (added := read_json(path)):
         return Fields(path, added).whole(IMAGE_TOKEN)
     path = folder / "tokenizer.json"
     if path.exists():
-        for token in read_json(path).get("added_tokens") or []:
+        added_tokens = read_json(path).get("added_tokens") or []
+        for token in added_tokens if isinstance(added_tokens, list) else ():
             if isinstance(token, dict) and token.get("content") == IMAGE_TOKEN:
                 return Fields(path, token).whole("id")
     if fields.get("image_token_id", None) is not None:

@@ -1,21 +1,26 @@
 """JSON files of a checkpoint, read so that every error names the file, the field and a remedy."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mis_jax.parsing import parse_json
+
 REQUIRED = object()
+MOST = 2**31 - 1  # of any whole number, which arrays and files count with
+_LARGEST = 1e30  # of any number; float32 ends at 3.4e38
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; ValueError when it is missing, broken or not an object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; a checkpoint folder must hold it") from None
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number without an end
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give a file") from None
+    except ValueError as error:  # no JSON, no UTF-8
         raise ValueError(f"{path}: not valid JSON ({error}); download the file again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds no JSON object; download the file again")
@@ -33,7 +38,7 @@ class Fields:
     def refuse(self, name: str, supported: str) -> NoReturn:
         """Raise ValueError: this field's value is not supported."""
         raise ValueError(
-            f"{self.path}: field '{self.prefix}{name}' is {self.values.get(name)!r}; "
+            f"{self.path}: field '{self.prefix}{name}' is {self.values.get(name)!r:.100}; "
             f"supported: {supported}"
         )
 
@@ -56,25 +61,27 @@ class Fields:
             self.refuse(name, "a JSON object")
         return Fields(self.path, value, f"{self.prefix}{name}.")
 
-    def count(self, name: str, default: Any = REQUIRED) -> int:
+    def count(self, name: str, default: Any = REQUIRED, *, most: int = MOST) -> int:
         """A whole number above zero."""
         value = self.get(name, default)
         if not _is_number(value) or value != int(value) or value <= 0:
             self.refuse(name, "a whole number above zero")
+        if value > most:
+            self.refuse(name, f"at most {most}")
         return int(value)
 
     def whole(self, name: str, default: Any = REQUIRED) -> int:
         """A whole number, of either sign."""
         value = self.get(name, default)
-        if not _is_number(value) or value != int(value):
-            self.refuse(name, "a whole number")
+        if not _is_number(value) or value != int(value) or abs(value) > MOST:
+            self.refuse(name, f"a whole number up to {MOST}")
         return int(value)
 
     def number(self, name: str, default: Any = REQUIRED) -> float:
         """A number above zero."""
         value = self.get(name, default)
-        if not _is_number(value) or value <= 0:
-            self.refuse(name, "a number above zero")
+        if not _is_number(value) or not 0 < value <= _LARGEST:
+            self.refuse(name, f"a number above zero, up to {_LARGEST:g}")
         return float(value)
 
     def flag(self, name: str, default: Any = REQUIRED) -> bool:
@@ -97,6 +104,11 @@ class Fields:
         if value is not default and not isinstance(value, str):
             self.refuse(name, "a string")
         return value
+
+
+def token_number(text: str) -> int | None:
+    """The id that a key such as "151667" is; None for any other text."""
+    return int(text) if text.isdecimal() and len(text) <= len(str(MOST)) else None
 
 
 def _is_number(value: Any) -> bool:

@@ -4,11 +4,12 @@ A folder holds `adapter_config.json` and `adapter_model.safetensors`. Sources: p
 `tuners/lora/config.py`, `utils/save_and_load.py`, `utils/other.py` (patterns).
 """
 
+import functools
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from mis_jax.weights.peft import (
     plain_key,
     value_problems,
 )
+from mis_jax.weights.peft_patterns import name_pattern
 from mis_jax.weights.published import misfit
 from mis_jax.weights.tensor_file import TensorFile
 from mis_jax.weights.values import NUMPY_DTYPES, all_finite
@@ -43,6 +45,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 #: Ranks in the config.json of a model that upstream's scripts saved with its factors beside it.
 LORA_FIELDS = "use_llm_lora", "use_backbone_lora"
+_MOST_PATTERNS = 20_000  # one for each linear map of 1000 layers of both towers
+_MOST_SAVED = 100
 _PICKLED = "adapter_model.bin"
 _MERGE = "merge it with peft (merge_and_unload, save_pretrained) and convert the merged model"
 # Set, each of these makes the adapted model another one than W + scale * B @ A.
@@ -114,6 +118,10 @@ def _trained_keys(fields: Fields, names: Sequence[str]) -> set[str]:
     Raises ValueError: the file lacks a module.
     """
     modules = fields.get("modules_to_save", [])
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        fields.refuse("modules_to_save", "a list of names of modules")
+    if len(modules) > _MOST_SAVED:
+        fields.refuse("modules_to_save", f"at most {_MOST_SAVED} modules")
     of = {module: [n for n in names if f".{module}." in f".{n}"] for module in modules}
     if not all(of.values()):
         fields.refuse("modules_to_save", f"modules whose tensors are in {WEIGHTS}")
@@ -179,26 +187,33 @@ def _settings(fields: Fields) -> Settings:
     rank, alpha = fields.count("r"), fields.number("lora_alpha")
     ranks = fields.section("rank_pattern", {})
     alphas = fields.section("alpha_pattern", {})
+    for patterns in (ranks, alphas):
+        if len(patterns.values) > _MOST_PATTERNS:
+            raise ValueError(
+                f"{fields.path}: field '{patterns.prefix[:-1]}' has {len(patterns.values)} "
+                f"patterns; give at most {_MOST_PATTERNS}"
+            )
     rank_of = [(_pattern(ranks, key), ranks.count(key)) for key in ranks.values]
     alpha_of = [(_pattern(alphas, key), alphas.number(key)) for key in alphas.values]
     rank_stabilised = fields.flag("use_rslora", False)
 
+    @functools.cache
     def settings(name: str) -> tuple[int, float]:
-        r = next((value for pattern, value in rank_of if pattern.match(name)), rank)
-        top = next((value for pattern, value in alpha_of if pattern.match(name)), alpha)
+        r = next((value for matches, value in rank_of if matches(name)), rank)
+        top = next((value for matches, value in alpha_of if matches(name)), alpha)
         return r, top / (math.sqrt(r) if rank_stabilised else r)
 
     return settings
 
 
-def _pattern(fields: Fields, key: str) -> re.Pattern[str]:
-    """A key of `rank_pattern` or `alpha_pattern` as peft's `get_pattern_key` reads it."""
+def _pattern(fields: Fields, key: str) -> Callable[[str], bool]:
+    """A key of `rank_pattern` or `alpha_pattern`."""
     try:
-        return re.compile(rf"(.*\.)?({key})$")
-    except re.error as error:
+        return name_pattern(key)
+    except ValueError as error:
         raise ValueError(
-            f"{fields.path}: field '{fields.prefix}{key}' is no regular expression ({error}); "
-            "save the adapter again"
+            f"{fields.path}: field '{fields.prefix}{key:.100}' is no pattern of names that is "
+            f"understood ({error}); write the names of the modules, with .* or (a|b)"
         ) from None
 
 

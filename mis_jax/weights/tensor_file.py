@@ -1,15 +1,14 @@
 """One safetensors file, memory-mapped. Its header is checked before a value is touched."""
 
-import json
 import math
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from mis_jax.parsing import parse_json
 from mis_jax.weights.values import NUMPY_DTYPES
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -68,8 +67,8 @@ def _header(path: Path) -> dict[str, Entry]:
                 raise _Unsound(f"{held} bytes, and the header is said to take {8 + length}")
             with safe_open(path, framework="np"):  # sizes, offsets, overlaps, length of the file
                 pass
-            header = json.loads(file.read(length), object_pairs_hook=_distinct)
-    except (SafetensorError, _Unsound, OSError, ValueError, RecursionError) as error:
+            header = parse_json(file.read(length))
+    except (SafetensorError, _Unsound, OSError, ValueError) as error:
         raise ValueError(
             f"{path}: not a whole safetensors file ({error}); download it again"
         ) from None
@@ -90,13 +89,3 @@ def _header(path: Path) -> dict[str, Entry]:
 
 class _Unsound(Exception):
     """What is wrong with a header."""
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are all different: of two equal ones, either could be meant."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise _Unsound(f"{twice!r} is listed twice")
-    return result

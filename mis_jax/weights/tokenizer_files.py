@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.model.config import InternVLConfig
-from mis_jax.weights.fields import Fields, read_json
+from mis_jax.weights.fields import MOST, Fields, read_json, token_number
 from mis_jax.weights.sentencepiece_file import Kind, SentencePieceFile, read_sentencepiece
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -109,13 +109,13 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles | None:
                 special = piece.kind != Kind.USER_DEFINED
                 listed.append(("tokenizer.model", {"id": i, "content": text, "special": special}))
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        vocab = read_json(folder / "vocab.json")
+        vocab = _checked_vocab(folder / "vocab.json", read_json(folder / "vocab.json"))
     else:
         return None
     config = Fields(folder / "tokenizer_config.json", settings)
     for i, entry in config.section("added_tokens_decoder", {}).values.items():
         entry = entry if isinstance(entry, dict) else {"content": entry}
-        listed.append((config.path.name, entry | {"id": int(i) if i.isdecimal() else i}))
+        listed.append((config.path.name, entry | {"id": token_number(i)}))
     added_tokens = _optional(folder / "added_tokens.json")
     listed += [("added_tokens.json", dict(id=i, content=t)) for t, i in added_tokens.items()]
     added = _merged(folder, listed)
@@ -200,6 +200,16 @@ def _described_vocab(path: Path, description: dict[str, Any]) -> dict[str, int]:
         return {piece: i for i, (piece, _) in enumerate(vocab)}
     if not isinstance(vocab, dict):
         raise ValueError(f"{path}: field 'model.vocab' is missing; download the file again")
+    return _checked_vocab(path, vocab)
+
+
+def _checked_vocab(path: Path, vocab: dict[str, Any]) -> dict[str, int]:
+    for piece, i in vocab.items():
+        if type(i) is not int or not 0 <= i <= MOST:
+            raise ValueError(
+                f"{path}: the id of {piece!r:.80} is {i!r:.40}, no whole number up to {MOST}; "
+                "download the file again"
+            )
     return vocab
 
 
@@ -208,11 +218,11 @@ def _merged(folder: Path, listed: list[tuple[str, dict[str, Any]]]) -> dict[str,
     by_id: dict[int, dict[str, Any]] = {}
     ids: dict[str, int] = {}
     for file, entry in listed:
-        token, i = content(entry), entry.get("id")
-        if token is None or not isinstance(i, int):
+        token, i = content(entry), entry.get("id") if isinstance(entry, dict) else None
+        if token is None or type(i) is not int or not 0 <= i <= MOST:
             raise ValueError(
-                f"{folder / file}: an added token is {entry}, not a text with a whole number; "
-                "download the file again"
+                f"{folder / file}: an added token is {entry!r:.100}, not a text with a whole "
+                f"number up to {MOST} as its id; download the file again"
             )
         if ids.setdefault(token, i) != i:
             raise ValueError(

@@ -122,7 +122,15 @@ BAD_SETS = {
     ),
     "no copy": ({"annotation": "a.jsonl", "repeat_time": 0}, "field 'repeat_time' is 0"),
     "true copies": ({"annotation": "a.jsonl", "repeat_time": True}, "'repeat_time' is True"),
-    "endless copies": ({"annotation": "a.jsonl", "repeat_time": float("inf")}, "is inf"),
+    "endless copies": (
+        {"annotation": "a.jsonl", "repeat_time": float("inf")},
+        "Infinity is no JSON",
+    ),
+    "more copies than are held": (
+        {"annotation": "a.jsonl", "repeat_time": 1e15},
+        "is 1000000000000000.0; give",
+    ),
+    "more rows than there are": ({"annotation": "a.jsonl", "length": 10**30}, "'length' is 1000"),
     "next to nothing": (
         {"annotation": "a.jsonl", "repeat_time": 0.2},
         "set 'x': repeat_time 0.2 leaves none of its 4 samples",

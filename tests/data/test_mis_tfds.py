@@ -8,6 +8,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tiny_world import read_lines
 from mis_jax import cli
 from mis_jax.data import mis_builder, mis_check, mis_tfds
 from mis_jax.data.mis_tfds import build, is_built, read_built
+from mis_jax.locks import LOCK, locked
 
 Rows = list[Any] | dict[str, Any]
 
@@ -365,6 +367,21 @@ def test_an_existing_destination_is_refused(root, tmp_path):
     with pytest.raises(ValueError, match="exists already"):
         build(root, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_one_process_builds_a_set(root, tmp_path):
+    out, refused = tmp_path / "built", []
+
+    def second() -> None:
+        with pytest.raises(ValueError, match="built: another process is writing it") as caught:
+            build(root, out)
+        refused.append(caught.value)
+
+    with locked(tmp_path / f".built{LOCK}", out):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert refused and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("options", [{"workers": 0}, {"on_bad_sample": "ask"}])

@@ -349,7 +349,7 @@ ROW = sample(0, ["a.png"])
 BAD_LISTS = {
     "not JSON": ("[1, ", r"rows.json: not valid JSON .*download"),
     "jsonl": ('{"a": 1}\n{"a": 2}', r"rows.json: not valid JSON .*; read it as kind jsonl"),
-    "too deep": ("[" * 100_000, r"rows.json: not valid JSON .*recursion"),
+    "too deep": ("[" * 100_000, r"rows.json: not valid JSON .*nested deeper than 100"),
     "another type": ("3", r"rows.json: holds int; expected a list"),
     "no sample": ("[]", r"rows.json: holds no sample"),
     "no row at all": ("{}", r"rows.json: holds no sample"),

@@ -1,10 +1,9 @@
 """What reads text from outside takes twice the time for twice the text, whatever the text is."""
 
-import contextlib
-import time
 from collections.abc import Callable
 
 import pytest
+from growth import slow_texts
 
 from mis_jax.evals.controls import without_pictures
 from mis_jax.evals.judges import exact, replies, rules
@@ -62,46 +61,6 @@ TEXTS = {
 }
 
 
-def seconds(reader: Callable[[str], object], text: str) -> float:
-    """Of this thread, the least of several: other processes only ever add to it."""
-    times = []
-    for _ in range(7):
-        start = time.thread_time()
-        with contextlib.suppress(ValueError, RecursionError):  # a refusal is an answer
-            reader(text)
-        times.append(time.thread_time() - start)
-        if times[-1] > 1:
-            break
-    return min(times)
-
-
-def words(text: str) -> str:
-    """Plainly linear; what it takes more for twice the text is the machine's caches and memory."""
-    return " ".join(text.lower().split())
-
-
-def growth(reader: Callable[[str], object], begin: str, part: str, end: str) -> float:
-    """How much longer twice the text takes, at a length where that can be measured.
-
-    Over two doublings, and relative to `words`.
-    """
-    count = 500
-    while (once := seconds(reader, begin + part * count + end)) < 2e-4:
-        if count * len(part) > 200_000:  # a square of that would have taken minutes
-            return 1.0
-        count *= 2
-    short, long = (begin + part * n + end for n in (count, 4 * count))
-    machine = max(1.0, seconds(words, long) / seconds(words, short) / 4)
-    return (seconds(reader, long) / once / machine) ** 0.5
-
-
 @pytest.mark.parametrize("name", READERS)
 def test_twice_the_text_takes_twice_the_time(name: str) -> None:
-    slow = {}
-    for kind, parts in TEXTS.items():
-        ratios = []
-        while len(ratios) < 12 and not any(ratio <= 2.3 for ratio in ratios):
-            ratios.append(growth(READERS[name], *parts))
-        if min(ratios) > 2.3:
-            slow[kind] = min(ratios)
-    assert slow == {}
+    assert slow_texts(READERS[name], TEXTS) == {}

@@ -1,5 +1,6 @@
 """What costs time is bounded before it is begun, and not begun for a client that has left."""
 
+import gc
 import json
 import threading
 
@@ -10,6 +11,7 @@ from test_limits import counted, raw_request
 from waiting import DEADLINE, until
 
 from mis_jax.serve import schemas
+from mis_jax.serve.errors import ApiError
 
 CHAT = "/v1/chat/completions"
 TURN = {"role": "user", "content": ""}
@@ -135,3 +137,17 @@ def test_the_server_answers_others_while_prompts_are_made(tiny_processor, monkey
         gate.open.set()
         assert b"200 OK" in raw.recv(100)
         raw.close()
+
+
+def test_a_refused_request_leaves_nothing_that_waits_for_a_collection(tiny_processor):
+    """Errors whose frames hold them held every body until then: gigabytes under load."""
+    with running(tiny_processor) as world:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(3):
+                refused = world.http.post(CHAT, json=body(system_prompt="x " * (1 << 20)))
+                assert refused.status_code == 400
+            until(lambda: not [o for o in gc.get_objects() if isinstance(o, ApiError)])
+        finally:
+            gc.enable()

@@ -72,7 +72,8 @@ def test_every_request_beyond_the_limit_gets_429_at_once(tiny_processor):
         until(lambda: sum(future.done() for future in asked) == 35)  # while nothing is answered
         assert gauges(world) == (2, 3)
         assert world.http.get("/health").json() == {
-            "status": "ok", "reason": "", "running": 2, "waiting": 3,
+            "status": "busy", "reason": "all 5 places are taken; a request gets 429 now",
+            "running": 2, "waiting": 3,
         }  # fmt: skip
         refused = [future.result() for future in asked if future.done()]
         for response, seconds in refused:
@@ -90,6 +91,7 @@ def test_every_request_beyond_the_limit_gets_429_at_once(tiny_processor):
         assert len(answered) == 5
         assert answered == {number: f"0 tiles: number {number}" for number in answered}
         assert gauges(world) == (0, 0)
+        assert world.http.get("/health").json()["status"] == "ok"
         assert counted(world, 200) == 5
 
 

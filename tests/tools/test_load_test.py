@@ -1,13 +1,18 @@
 """The load test passes a server that is right, and fails one that mixes answers up."""
 
+import asyncio
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from mis_jax.serve import bodies, protocol
+
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tools"))
 sys.path.insert(0, str(ROOT / "tests" / "serve"))
 try:
     from scripted_engine import ScriptedEngine
@@ -42,3 +47,46 @@ def test_load(tiny_processor, engine, code):
     assert found["distinct_answers"] == 24
     assert ("mixed" in found["wrong"]) == (code == 1)
     assert found["memory_mib_after"] > 10
+
+
+def test_hostile_clients_are_refused_or_ended(tiny_processor, monkeypatch):
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.5)
+    monkeypatch.setattr("mis_jax.serve.lingering._SECONDS", 0.5)
+    words = ["--clients=6", "--hostile=9", "--seconds=2", "--prompts=12", "--max-tokens=9"]
+    with serving(ScriptedEngine(tiny_processor, 4), tiny_processor, rows=4, queue=9) as world:
+        ran = subprocess.run(
+            [sys.executable, ROOT / "tools" / "load_test.py", world.url, *words, "--json"],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = json.loads(ran.stdout)
+    assert found["answers"] > 0 and not found["wrong"]
+    assert set(found["health"]) <= {"200 ok", "200 busy"}
+    ends = {kind.split(":")[0] for kind in found["hostile"]}
+    assert {"half header", "half body", "gone", "bomb", "16 MB field", "empty turns"} <= ends
+
+
+def test_a_server_that_leaves_half_requests_alone_fails(monkeypatch):
+    import load_hostile
+
+    monkeypatch.setattr(load_hostile, "_PATIENCE", 0.1)
+
+    async def ask() -> Counter[str]:
+        over = asyncio.Event()
+
+        async def ignore(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+            await writer.wait_closed()
+            over.set()
+
+        server = await asyncio.start_server(ignore, "127.0.0.1", 0)
+        async with server:
+            host, port = server.sockets[0].getsockname()[:2]
+            hostile = load_hostile.Hostile(f"http://{host}:{port}", "m", {})
+            assert await hostile._half(b"POST ") == "left alone"
+            await over.wait()
+            return hostile.wrong
+
+    assert asyncio.run(ask()) == {"a half request was not ended": 1}

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import assert_same, random_checkpoint, tiny_config
 
 from mis_jax.weights.checkpoint import find_problems, open_checkpoint, read_checkpoint
+from mis_jax.weights.config_write import native_json
 from mis_jax.weights.convert import convert, write_checkpoint
 
 ATTENTION = "language_model.model.layers.1.self_attn"
@@ -329,3 +330,86 @@ def fill_disk(monkeypatch, *, after: int) -> None:
         return pwrite(descriptor, content, offset)
 
     monkeypatch.setattr(os, "pwrite", full)
+
+
+def bounded_error(folder, monkeypatch) -> str:
+    """The error of config.json, which comes before anything is made for each layer."""
+    from mis_jax.weights import parameters
+
+    def shapes(config):
+        raise AssertionError("the sizes were believed")
+
+    monkeypatch.setattr(parameters, "shapes", shapes)
+    with pytest.raises(ValueError, match=re.escape(f"{folder / 'config.json'}: ")) as caught:
+        read_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("llm_config", "num_hidden_layers", 10**9),
+        ("llm_config", "num_hidden_layers", 1e9),
+        ("llm_config", "hidden_size", 2**40),
+        ("llm_config", "vocab_size", 10**12),
+        ("llm_config", "intermediate_size", 10**4000),
+        ("llm_config", "max_position_embeddings", 10**15),
+        ("llm_config", "head_dim", 10**9),
+        ("vision_config", "num_hidden_layers", 10**9),
+        ("vision_config", "image_size", 2**30),
+        ("vision_config", "patch_size", -14),
+        (None, "max_dynamic_patch", 10**9),
+    ],
+)
+def test_a_size_beyond_reason_is_refused_by_its_name(folder, section, field, value, monkeypatch):
+    change_config(folder, lambda raw: (raw[section] if section else raw).update({field: value}))
+    message = bounded_error(folder, monkeypatch)
+    name = f"{section}.{field}" if section else field
+    assert f"field '{name}' is {value!r:.100}; supported: " in message
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("text", "num_layers", 10**9),
+        ("text", "num_layers", "2"),
+        ("text", "rope_theta", float("1e300")),
+        ("vision", "image_size", 2**30),
+        ("vision", "num_layers", True),
+        (None, "max_tiles", 10**9),
+        (None, "image_token_id", -1),
+        (None, "select_layer", 10**9),
+        (None, "downsample_ratio", 0),
+    ],
+)
+def test_a_size_beyond_reason_in_our_own_format(tmp_path, field, section, value, monkeypatch):
+    native = tmp_path / "native"
+    native.mkdir()
+    content = native_json(tiny_config("llama"), None)
+    (native / "config.json").write_text(json.dumps(content))
+    change_config(
+        native,
+        lambda raw: (raw["config"][section] if section else raw["config"]).update({field: value}),
+    )
+    message = bounded_error(native, monkeypatch)
+    assert f"{field} is {value!r:.40}; supported: " in message
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("added_tokens.json", '{"<IMG_CONTEXT>": 1%s}' % ("0" * 3000), "a whole number up to"),
+        ("added_tokens.json", '{"<IMG_CONTEXT>": NaN}', "NaN is no JSON"),
+        ("added_tokens.json", '{"<IMG_CONTEXT>": 1, "<IMG_CONTEXT>": 2}', "stands twice"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"%s": {"content": "<IMG_CONTEXT>"}}}' % ("9" * 5000),
+            "the id of <IMG_CONTEXT>, a whole number",
+        ),
+    ],
+)
+def test_ids_beyond_reason(folder, file, content, message):
+    (folder / file).write_text(content)
+    found = error_of(folder)
+    assert str(folder / file) in found and message in found and "\n" not in found

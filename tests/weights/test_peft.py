@@ -381,6 +381,13 @@ def test_an_interrupted_write_leaves_nothing(rng, tmp_path, monkeypatch):
         ({"rank_pattern": {"q_proj": -1}}, "rank_pattern.q_proj"),
         ({"alpha_pattern": {"q_proj[": 1}}, "alpha_pattern.q_proj["),
         ({"use_rslora": "yes"}, "use_rslora"),
+        ({"r": 10**30}, "r"),
+        ({"lora_alpha": 10**40}, "lora_alpha"),
+        ({"rank_pattern": {"(a+)+": 1}}, "rank_pattern.(a+)+"),
+        ({"alpha_pattern": {r"(q)_proj\1": 1}}, r"alpha_pattern.(q)_proj\1"),
+        ({"rank_pattern": dict.fromkeys(map(str, range(20_001)), 1)}, "rank_pattern"),
+        ({"modules_to_save": 7}, "modules_to_save"),
+        ({"modules_to_save": ["lm_head"] * 101}, "modules_to_save"),
     ],
 )
 def test_settings_that_are_refused(changes, field, folder):

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mis_jax.parsing import parse_json
+
 Mode = Literal["json_schema", "json_object", "text"]
 MODES: tuple[Mode, ...] = ("json_schema", "json_object", "text")
 
@@ -106,14 +108,9 @@ def _without_fence(said: str) -> str:
 
 
 def _object(said: str) -> tuple[dict[str, Any], str]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) != len(pairs):
-            raise ValueError("a key stands twice")
-        return dict(pairs)
-
     try:
-        value = json.loads(said, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(said)
+    except ValueError as error:
         return {}, f"it is no JSON ({error})"
     return (value, "") if isinstance(value, dict) else ({}, "it is no JSON object")
 

@@ -131,7 +131,7 @@ def mmmu(row: _Row) -> Question:
     index, answer = row.text("id"), row.text("answer").strip()
     try:
         options = _lettered(row, ast.literal_eval(row.maybe("options") or "[]"))
-    except (ValueError, SyntaxError, TypeError) as error:
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f"{row.where}, column 'options' is not a list; {AGAIN}") from error
     check_answer(row.where, options, answer)
     return Question(
