@@ -19,7 +19,7 @@ from mis_jax.locks import LOCK
 from mis_jax.storage import RunCheckpoints
 from mis_jax.train import loop
 from mis_jax.train.loop import train
-from mis_jax.train.outcome import FailedRun, Interrupted
+from mis_jax.train.outcome import FailedRun, Interrupted, SavedFailure
 
 STEPS = 6  # with a checkpoint every 2
 GRAVES = ("checkpoints/mine.txt", "tensorboard/events", "digests/1", "metrics.jsonl", "notes.md")
@@ -147,8 +147,9 @@ def test_an_evaluation_that_fails_costs_no_steps(config):
 
     evaluation = dataclasses.replace(config.evaluation, every=3)
     failing = dataclasses.replace(config, evaluation=evaluation)
-    with pytest.raises(ValueError, match="benchmark gone; step 3 is saved"):
+    with pytest.raises(SavedFailure, match="benchmark gone; step 3 is saved") as failure:
         train(failing, evaluate=evaluate)
+    assert failure.value.exit_code == 2
     assert [line["step"] for line in read_lines(config.output / "metrics.jsonl")] == [1, 2, 3]
 
 
