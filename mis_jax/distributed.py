@@ -47,6 +47,7 @@ def start(config: DistributedConfig, output: Path) -> None:
 
     if _only_cpu():
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # `listen_for_stop` starts it
     jax.distributed.initialize(
         config.coordinator,
         config.num_processes,
@@ -129,6 +130,18 @@ def lost(output: Path, error: Exception | None = None) -> str:
         f"lost contact with another process of the run{reason}; the newest checkpoint is of step "
         f"{newest_step(output / CHECKPOINTS) or 0}: run the same command again on every process"
     )
+
+
+def listen_for_stop() -> None:
+    """From here on SIGTERM is taken by JAX, for `stop_agreed`; before, it ends the process at once.
+
+    To be called by all once there is something to save: JAX's handler is native code, which cannot
+    be asked whether a signal has come, and a run agrees on its end only after a step.
+    """
+    import jax
+
+    jax.config.update("jax_enable_preemption_service", True)
+    sys.modules["jax._src.distributed"].global_state.initialize_preemption_sync_manager()
 
 
 def stop_agreed(step: int) -> bool:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,15 +213,17 @@ class _Run:
 
         taken: _Taken | None = None
         several = distributed.several()  # they can only stop after a step, together
-        with self._log() as log, stopping.deferred(several) as asked:
-            self.ahead = Ahead(
-                steps,
-                lambda item: (item, place(item.batch)),
-                (lambda: False) if several else asked,
-            )
+        asked: Callable[[], bool] | None = None  # before the first step a signal ends all at once
 
-            def stopped() -> bool:
-                return distributed.stop_agreed(self.done) if distributed.several() else asked()
+        def stopped() -> bool:
+            if asked is None:
+                return False
+            return distributed.stop_agreed(self.done) if several else asked()
+
+        with self._log() as log, ExitStack() as deferring:
+            self.ahead = Ahead(
+                steps, lambda item: (item, place(item.batch)), lambda: not several and stopped()
+            )
 
             self.settled = self.saved = time.monotonic()
             began = self.settled - self.before
@@ -246,6 +248,10 @@ class _Run:
                 self.profile.before(self.done + 1)
                 self.state, metrics = self.program.step(self.state, batch)
                 self.profile.after(self.done + 1, metrics)
+                if asked is None:  # it is compiled and under way
+                    if several:
+                        distributed.listen_for_stop()
+                    asked = deferring.enter_context(stopping.deferred(several))
                 if taken is not None:
                     self._settle(taken, log)
                     if self.failure:
@@ -268,7 +274,7 @@ class _Run:
             if self.done and self.checkpoints.latest != self.done:
                 self._save(seconds)
                 self._wait()
-            return seconds, asked()
+            return seconds, asked is not None and asked()
 
     def _evaluates(self, step: int) -> bool:
         return self.evaluate is not None and step % self.config.evaluation.every == 0
