@@ -251,7 +251,7 @@ def merge(
 
     if len(runs) < 2:
         raise ValueError("name the new folder and at least two evaluation runs")
-    with locked_folder(out):
+    with locked_folder(destination_path(out, "OUT")):
         merged = merge_runs(runs, out)
     for name, result in merged.items():
         states = ", ".join(f"{count} {state}" for state, count in result["counts"].items() if count)

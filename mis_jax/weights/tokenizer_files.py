@@ -115,7 +115,9 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles | None:
     config = Fields(folder / "tokenizer_config.json", settings)
     for i, entry in config.section("added_tokens_decoder", {}).values.items():
         entry = entry if isinstance(entry, dict) else {"content": entry}
-        listed.append((config.path.name, entry | {"id": token_number(i)}))
+        listed.append(
+            (config.path.name, entry | {"id": i if (n := token_number(i)) is None else n})
+        )
     added_tokens = _optional(folder / "added_tokens.json")
     listed += [("added_tokens.json", dict(id=i, content=t)) for t, i in added_tokens.items()]
     added = _merged(folder, listed)
