@@ -116,7 +116,7 @@ def test_signals_to_processes_and_groups_at_random_moments(tiny_checkpoint, tiny
             assert took < END
             early = {-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}  # Python itself was starting
             assert set(codes) <= (allowed | early if starting else allowed)
-            assert not any("Traceback" in text for text in one.errors())
+            assert not any("Traceback" in text for text in one.errors()), one.errors()
     with job(config) as one:
         assert one.codes() == [0, 0], one.errors()
     until(lambda: not processes_with(mark))
