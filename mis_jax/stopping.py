@@ -25,6 +25,7 @@ class Stop(KeyboardInterrupt):
 
     def __init__(self, name: str):
         super().__init__(f"stopped by {name}; {_AGAIN}")
+        self.signal = signal.Signals[name]
 
 
 class LostWorker(RuntimeError):
@@ -57,7 +58,7 @@ def stoppable() -> Iterator[None]:
         yield  # the caller handles signals
         return
     state.owner = os.getpid()
-    with _handled(_raise):
+    with _handled(_raise), _raised_again():
         try:
             yield
         finally:
@@ -138,6 +139,25 @@ def _handled(
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+@contextmanager
+def _raised_again() -> Iterator[None]:
+    """A `Stop` that Python drops, in a callback of its garbage collector, say, comes once more."""
+    before = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        if not isinstance(dropped.exc_value, Stop):
+            before(dropped)
+            return
+        _state.came = None
+        threading.Timer(_LOOK, os.kill, (os.getpid(), dropped.exc_value.signal)).start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _raise(number: int, frame: Any) -> None:

@@ -284,6 +284,19 @@ def test_a_signal_during_native_code_ends_with_75_and_a_line():
     assert said == "mis-jax: error: stopped by SIGTERM; run the same command again to go on\n"
 
 
+def test_a_signal_in_a_callback_that_drops_what_is_raised_is_not_lost(capsys):
+    """As JAX's callback of the garbage collector is: Python writes a traceback and goes on."""
+
+    class Dropping:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(stopping.Stop, match="stopped by SIGTERM"), stopping.stoppable():
+        del [Dropping()][0]
+        time.sleep(30)
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_what_was_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     try:
