@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -291,9 +292,12 @@ def test_a_signal_in_a_callback_that_drops_what_is_raised_is_not_lost(capsys):
         def __del__(self):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(stopping.Stop, match="stopped by SIGTERM"), stopping.stoppable():
+    def drop() -> None:
         del [Dropping()][0]
         time.sleep(30)
+
+    with pytest.raises(stopping.Stop, match="stopped by SIGTERM"), stopping.stoppable():
+        drop()
     assert "Traceback" not in capsys.readouterr().err
 
 
