@@ -91,7 +91,9 @@ def test_signals_to_processes_and_groups_at_random_moments(tiny_checkpoint, tiny
         path = write_yaml(config, tmp_path / f"{config.output.name}.yaml")
         return Job(path, 2, group=True, environments=[{name: value}] * 2)
 
+    # A process that is killed while it starts is waited for that long.
     often = dict(mesh__fsdp=-1, data__workers=2, train__steps=STEPS, train__save_every=4)
+    often |= dict(distributed__timeout=20)
     straight = run_config(tiny_checkpoint, tiny_data, tmp_path / "straight", **often)
     with job(straight) as one:
         assert one.codes() == [0, 0], one.errors()
