@@ -97,8 +97,8 @@ def ours(dtype: Dtype) -> Callable[[str], dict[str, Any]]:
     import jax.numpy as jnp
 
     from mis_jax.config import MeshConfig
-    from mis_jax.kernels import attend_on, choose
-    from mis_jax.sharding import make_mesh
+    from mis_jax.parallel.attention_kernels import attend_on, choose
+    from mis_jax.parallel.sharding import make_mesh
 
     mesh = make_mesh(MeshConfig())
     kernel = choose("auto", mesh, jnp.dtype(dtype))

@@ -21,10 +21,10 @@ import tyro
 from benchmarks.common import Ran, run, save
 from benchmarks.disk import drop_cached, plain_read, plain_write, tree_bytes
 from benchmarks.harness import Cell, Dtype, show, summed_up
-from mis_jax.weights import parameters
-from mis_jax.weights.checkpoint import open_checkpoint
-from mis_jax.weights.stream import PIECE, layers_of
-from mis_jax.weights.tensor_file import TensorFile
+from mis_jax.checkpoint import nnx_state
+from mis_jax.checkpoint.load import open_checkpoint
+from mis_jax.checkpoint.parameter_source import PIECE, layers_of
+from mis_jax.checkpoint.safetensors_file import TensorFile
 
 PEAK_GIB = 3.0  # what no conversion may exceed
 SLOWEST = 1.5  # times a plain copy
@@ -142,7 +142,7 @@ def differences(source: Path, other: Path, dtype: Dtype) -> list[str]:
     """Parameters whose bits differ; a wider dtype must hold the same values."""
     a, b = open_checkpoint(source), open_checkpoint(other)
     wrong = []
-    for name, shape in parameters.shapes(a.config).items():
+    for name, shape in nnx_state.shapes(a.config).items():
         for layer in layers_of(name, shape):
             rows = shape[0] if layer is None else shape[1]
             step = max(1, PIECE // (4 * int(np.prod(shape[1 if layer is None else 2 :]))))

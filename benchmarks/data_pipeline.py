@@ -31,11 +31,11 @@ from benchmarks.common import save
 from benchmarks.harness import Cell, line, show, summed_up
 from benchmarks.mis_sizes import mis_like
 from benchmarks.pictures import draw_picture, image_processor, pixels_of
+from mis_jax.checkpoint.hf_config import read_config
 from mis_jax.config import DataConfig, RunConfig, Source, TrainConfig
+from mis_jax.data.loader import TrainingData
 from mis_jax.data.packing import fill, pack, tiles_of_a_row
-from mis_jax.data.pipeline import TrainingData
 from mis_jax.data.processor import Processor
-from mis_jax.weights.config_json import read_config
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 

@@ -19,16 +19,16 @@ import tyro
 from benchmarks.common import save
 from benchmarks.harness import Cell, line, show, summed_up
 from mis_jax.api import load
-from mis_jax.data.mini_files import write_mini
-from mis_jax.evals.answering import answers_of
 from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.files import write_json
 from mis_jax.evals.hashing import answer_hash
 from mis_jax.evals.manifest import open_run, update_benchmark
+from mis_jax.evals.models import answers_of
 from mis_jax.evals.report import write_report
 from mis_jax.evals.runner import generate_answers, judge_run
-from mis_jax.evals.summary import summarise
-from mis_jax.hashing import digest, folder_fingerprint
+from mis_jax.evals.scoring import summarise
+from mis_jax.mini.files import write_mini
+from mis_jax.storage.hashing import digest, folder_fingerprint
 
 MINI = Path(__file__).parents[1] / "mis_jax" / "assets" / "mini"
 BENCHMARKS = ("mini_easy", "mini_hard", "mini_benign", "mini_recognition")

@@ -150,18 +150,16 @@ def compilations() -> list[str]:
 
 
 def ours(settings: Settings):
+    from mis_jax.checkpoint.load import load, open_checkpoint
+    from mis_jax.checkpoint.nnx_state import build
     from mis_jax.data.collate import Example
-    from mis_jax.generation.engine import Engine
-    from mis_jax.generation.requests import Request
-    from mis_jax.model.written_out import written_out
-    from mis_jax.weights.checkpoint import load, open_checkpoint
-    from mis_jax.weights.parameters import build
+    from mis_jax.inference.engine import Engine
+    from mis_jax.inference.requests import Request
+    from mis_jax.model.unrolled import unrolled
 
     checkpoint = load(open_checkpoint(settings.folder), settings.dtype)
     config = checkpoint.config
-    model = written_out(
-        build(config, checkpoint.arrays, compute_dtype=settings.dtype), consume=True
-    )
+    model = unrolled(build(config, checkpoint.arrays, compute_dtype=settings.dtype), consume=True)
     del checkpoint
 
     def answer(cell: dict[str, Any], new: list[int]) -> list[list[int]]:
@@ -184,7 +182,7 @@ def theirs(settings: Settings):
     import torch
     from transformers import InternVLForConditionalGeneration
 
-    from mis_jax.weights.checkpoint import open_checkpoint
+    from mis_jax.checkpoint.load import open_checkpoint
 
     torch.set_num_threads(2)
     config = open_checkpoint(settings.folder).config

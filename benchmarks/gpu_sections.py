@@ -120,7 +120,7 @@ def _trained(
 
     from benchmarks.noise import noise
     from mis_jax import flops
-    from mis_jax.sharding import put_batch
+    from mis_jax.parallel.sharding import put_batch
 
     sizes, model = SMOKE if smoke else SIZES, model_of(smoke)
     tiles = sizes.tiles if tiles is None else tiles
@@ -171,8 +171,8 @@ def _program(
     import jax
 
     from mis_jax.config import DataConfig, DtypeConfig, LoraConfig, RunConfig, Source, TrainConfig
-    from mis_jax.sharding import make_mesh
-    from mis_jax.train.program import make_program
+    from mis_jax.parallel.sharding import make_mesh
+    from mis_jax.train.compiled_step import make_train_program
 
     config = RunConfig(
         Path("unused"),
@@ -188,7 +188,7 @@ def _program(
         dtype=DtypeConfig("bfloat16", "bfloat16", "bfloat16", "bfloat16"),
         lora=LoraConfig(rank=lora_rank),
     )
-    return make_program(config, model, make_mesh(config.mesh, jax.devices()[:1]), 100)
+    return make_train_program(config, model, make_mesh(config.mesh, jax.devices()[:1]), 100)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -256,14 +256,14 @@ def prefill(smoke: bool) -> Iterator[Found]:
 
 def _network(model: Any, sizes: Sizes) -> Any:
     """The model as it generates: bfloat16, layers written out."""
-    from mis_jax.model.written_out import written_out
+    from mis_jax.model.unrolled import unrolled
 
     program = _program(model, sizes, freeze=("vision", "language"))  # few moments
-    return written_out(program.network(program.random(seed=0)), consume=True)
+    return unrolled(program.network(program.random(seed=0)), consume=True)
 
 
 def _engine(network: Any, rows: int) -> Any:
-    from mis_jax.generation.engine import Engine
+    from mis_jax.inference.engine import Engine
 
     return Engine(network, stop_ids=(), decode=str, rows=rows, pool_tiles=16)
 
@@ -273,7 +273,7 @@ def _answered(engine: Any, prompts: list[Any], pixels: Any, new: int) -> list[fl
     import numpy as np
 
     from mis_jax.data.collate import Example
-    from mis_jax.generation.requests import Request
+    from mis_jax.inference.requests import Request
 
     for ids in prompts:
         tiles = np.zeros((0, 448, 448, 3), np.uint8) if pixels is None else pixels
@@ -345,7 +345,7 @@ def _back_ends(packed: bool) -> dict[str, Any]:
     import jax
 
     from mis_jax.model.attention import attend_xla
-    from mis_jax.model.attention_cudnn import attend_cudnn, attend_cudnn_packed
+    from mis_jax.parallel.attention_cudnn import attend_cudnn, attend_cudnn_packed
 
     found = {"xla": attend_xla}
     if jax.default_backend() == "gpu":
@@ -370,7 +370,7 @@ def cross_entropy(smoke: bool) -> Iterator[Found]:
     import numpy as np
 
     from mis_jax.model.batch import Batch
-    from mis_jax.sharding import padded_vocab
+    from mis_jax.parallel.sharding import padded_vocab
     from mis_jax.train.loss import weighted_loss
 
     model, length = model_of(smoke), 512 if smoke else SIZES.length

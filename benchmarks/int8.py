@@ -18,12 +18,12 @@ from rich.table import Table
 
 from benchmarks.common import save
 from mis_jax.api import load
-from mis_jax.data.mini_files import write_mini
 from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.judges import get_judge
-from mis_jax.generation.answers import answer
-from mis_jax.model.cache import KVCache
-from mis_jax.model.written_out import written_out
+from mis_jax.inference.offline import answer
+from mis_jax.mini.files import write_mini
+from mis_jax.model.kv_cache import KVCache
+from mis_jax.model.unrolled import unrolled
 
 MINI = Path(__file__).parents[1] / "mis_jax" / "assets" / "mini"
 BENCHMARKS = ("mini_easy", "mini_hard", "mini_benign", "mini_recognition")
@@ -63,7 +63,7 @@ def compare(settings: Settings, data: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     reference: list[str] = []
     for kind, (kernels, cache) in KINDS.items():
-        rounded = written_out(model, int8=kernels)
+        rounded = unrolled(model, int8=kernels)
         texts: list[str] = []
         metrics: dict[str, float] = {}
         for name in BENCHMARKS:

@@ -162,8 +162,8 @@ def _in_a_process(point: Point, settings: Settings) -> dict[str, Any] | None:
 
 def planned(point: Point) -> dict[str, Any]:
     """What the compiler, the formulas and the roofline say of a step."""
+    from mis_jax.checkpoint.hf_config_writer import native_json
     from mis_jax.plan import plan
-    from mis_jax.weights.config_write import native_json
 
     with tempfile.TemporaryDirectory(prefix="mis_jax_scaling.") as folder:
         config = json.dumps(native_json(model_of(point), None))
@@ -180,12 +180,12 @@ def timed(point: Point, steps: int) -> dict[str, Any]:
     """Seconds of a step on this machine, with random parameters and samples; compiling apart."""
     import jax
 
-    from mis_jax.sharding import make_mesh
-    from mis_jax.train.program import make_program
+    from mis_jax.parallel.sharding import make_mesh
+    from mis_jax.train.compiled_step import make_train_program
 
     config, model = run_of(point, Path("unused")), model_of(point)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    program = make_program(config, model, mesh, 100)
+    program = make_train_program(config, model, mesh, 100)
     state, batch = program.random(seed=0), batch_of(point, model)
     seconds = []
     with jax.set_mesh(mesh):

@@ -70,7 +70,7 @@ def main() -> None:
 def prepared(folder: Path) -> Path:
     """The mini world, and the mini configuration with its paths."""
     program = (
-        "import sys; from pathlib import Path; from mis_jax.data.mini_files import write_mini; "
+        "import sys; from pathlib import Path; from mis_jax.mini.files import write_mini; "
         "write_mini(Path(sys.argv[1]), 0)"
     )
     data = folder / "data"

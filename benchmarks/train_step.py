@@ -194,6 +194,7 @@ def numbers(settings: Settings, vocab: int, image_token: int) -> dict[str, np.nd
 def ours(settings: Settings) -> dict[str, Any]:
     import jax
 
+    from mis_jax.checkpoint.load import open_checkpoint
     from mis_jax.config import (
         DataConfig,
         DtypeConfig,
@@ -205,9 +206,8 @@ def ours(settings: Settings) -> dict[str, Any]:
     )
     from mis_jax.model.batch import Batch
     from mis_jax.model.family import published
-    from mis_jax.sharding import make_mesh, put_batch
-    from mis_jax.train.program import make_program
-    from mis_jax.weights.checkpoint import open_checkpoint
+    from mis_jax.parallel.sharding import make_mesh, put_batch
+    from mis_jax.train.compiled_step import make_train_program
 
     opened = open_checkpoint(settings.folder / "weights") if settings.peer else None
     model = opened.config if opened else published(settings.model)
@@ -229,7 +229,7 @@ def ours(settings: Settings) -> dict[str, Any]:
         lora=LoraConfig(rank=settings.lora_rank),
     )
     mesh = make_mesh(config.mesh)
-    program = make_program(config, model, mesh, 100)
+    program = make_train_program(config, model, mesh, 100)
     state = program.load(opened) if opened else program.random(seed=0)
     made = numbers(settings, model.text.vocab_size, model.image_token_id)
     place = np.broadcast_to(np.arange(length(settings), dtype=np.int32), made["ids"].shape)

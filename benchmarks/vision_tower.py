@@ -90,13 +90,13 @@ def ours(settings: Settings):
     import jax
     from flax import nnx
 
-    from mis_jax.model.written_out import written_out
-    from mis_jax.weights.checkpoint import load, open_checkpoint
-    from mis_jax.weights.parameters import build
+    from mis_jax.checkpoint.load import load, open_checkpoint
+    from mis_jax.checkpoint.nnx_state import build
+    from mis_jax.model.unrolled import unrolled
 
     checkpoint = load(open_checkpoint(settings.folder), settings.dtype)
     model = build(checkpoint.config, checkpoint.arrays, compute_dtype=settings.dtype)
-    graph, state = nnx.split(written_out(model, consume=True))
+    graph, state = nnx.split(unrolled(model, consume=True))
     encode = jax.jit(lambda state, tiles: nnx.merge(graph, state).encode_images(tiles))
 
     def answer(cell: str) -> dict[str, Any]:

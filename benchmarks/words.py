@@ -16,8 +16,8 @@ import tyro
 
 from benchmarks.common import save
 from benchmarks.harness import Cell, line, show, summed_up
-from mis_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mis_jax.generation.words import Words
+from mis_jax.inference.detokenizer import Words
+from mis_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 MINI = Path(__file__).parents[1] / "mis_jax" / "assets" / "mini"
 LENGTHS = (512, 1024, 2048, 4096, 8192)

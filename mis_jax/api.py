@@ -8,16 +8,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 from jax.typing import DTypeLike
 
+from mis_jax.checkpoint import nnx_state
+from mis_jax.checkpoint.load import load as load_weights
+from mis_jax.checkpoint.load import open_checkpoint
+from mis_jax.checkpoint.parameter_source import Progress
+from mis_jax.checkpoint.run_checkpoint import model_files
 from mis_jax.data.processor import ImageLike, Message, Processor
-from mis_jax.generation.answers import answer
-from mis_jax.generation.sampling import Sampling
+from mis_jax.inference.offline import answer
+from mis_jax.inference.sampling import Sampling
 from mis_jax.model.internvl import InternVL
-from mis_jax.sharding import FSDP_TENSOR, parameter_shardings
-from mis_jax.weights import parameters
-from mis_jax.weights.checkpoint import load as load_weights
-from mis_jax.weights.checkpoint import open_checkpoint
-from mis_jax.weights.run_checkpoint import model_files
-from mis_jax.weights.stream import Progress
+from mis_jax.parallel.sharding import FSDP_TENSOR, parameter_shardings
 
 
 def load(
@@ -38,14 +38,14 @@ def load(
     """
     name = None if dtype is None else jnp.dtype(dtype).name
     opened = open_checkpoint(Path(path), check_digests=check_digests)
-    abstract = parameters.abstract_model(opened.config)
+    abstract = nnx_state.abstract_model(opened.config)
     if mesh is None:
         here = SingleDeviceSharding(jax.devices()[0])
-        shardings = dict.fromkeys(parameters.flat(abstract), here)
+        shardings = dict.fromkeys(nnx_state.flat(abstract), here)
     else:
         shardings = parameter_shardings(abstract, mesh, FSDP_TENSOR)
     checkpoint = load_weights(opened, name, progress, shardings)
-    model = parameters.build(
+    model = nnx_state.build(
         checkpoint.config, checkpoint.arrays, compute_dtype=jnp.dtype(checkpoint.dtype)
     )
     return model, Processor.from_folder(model_files(Path(path)), checkpoint.config)

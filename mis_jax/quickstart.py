@@ -11,30 +11,23 @@ from rich.console import Console
 from rich.table import Table
 
 from mis_jax.api import load
-from mis_jax.config import (
-    DataConfig,
-    DtypeConfig,
-    OptimizerConfig,
-    RunConfig,
-    Source,
-    TrainConfig,
-)
-from mis_jax.data.mini_files import write_mini
-from mis_jax.evals.answering import answers_of
+from mis_jax.checkpoint.convert import convert
+from mis_jax.checkpoint.load import open_checkpoint
+from mis_jax.config import DataConfig, DtypeConfig, OptimizerConfig, RunConfig, Source, TrainConfig
 from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.manifest import open_run
+from mis_jax.evals.models import answers_of
 from mis_jax.evals.report import write_report
 from mis_jax.evals.runner import generate_answers, judge_run
-from mis_jax.evals.summary import without_verdict
-from mis_jax.folders import destination_path, replace_file
-from mis_jax.hashing import folder_fingerprint
-from mis_jax.locks import LOCK, locked_folder
+from mis_jax.evals.scoring import without_verdict
+from mis_jax.mini.files import write_mini
 from mis_jax.parsing import parse_json
+from mis_jax.storage.folders import destination_path, replace_file
+from mis_jax.storage.hashing import folder_fingerprint
+from mis_jax.storage.locks import LOCK, locked_folder
 from mis_jax.terminal import steps_bar
-from mis_jax.train.folder import FINAL_MODEL
-from mis_jax.train.loop import train
-from mis_jax.weights.checkpoint import open_checkpoint
-from mis_jax.weights.convert import convert
+from mis_jax.train.run_folder import FINAL_MODEL
+from mis_jax.train.trainer import train
 
 BASE_MODEL = Path(__file__).parent / "assets" / "mini"
 BENCHMARKS = ("mini_easy", "mini_hard", "mini_benign", "mini_recognition")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mis_jax.data.collate import Example
-from mis_jax.generation.engine import Engine
-from mis_jax.generation.requests import Piece, Request
-from mis_jax.generation.sampling import Sampling
+from mis_jax.inference.engine import Engine
+from mis_jax.inference.requests import Request, RequestOutput
+from mis_jax.inference.sampling import Sampling
 from mis_jax.model.batch import Batch
 from mis_jax.model.internvl import InternVL
 
@@ -44,10 +44,10 @@ def requests_of(batch: Batch, tiles_per_image: list[list[int]] | None = None, **
     return made
 
 
-def run_all(engine: Engine, requests: Sequence[Request]) -> list[list[Piece]]:
+def run_all(engine: Engine, requests: Sequence[Request]) -> list[list[RequestOutput]]:
     """All pieces of every request, in the order of the requests."""
     tickets = [engine.add(request) for request in requests]
-    pieces: dict[int, list[Piece]] = {ticket: [] for ticket in tickets}
+    pieces: dict[int, list[RequestOutput]] = {ticket: [] for ticket in tickets}
     while not engine.idle:
         for ticket, piece in engine.step():
             pieces[ticket].append(piece)

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 import mis_jax
-from mis_jax.data.mini_icons import draw_scene
+from mis_jax.checkpoint.convert import write_checkpoint
+from mis_jax.checkpoint.load import read_checkpoint
+from mis_jax.mini.icons import draw_scene
 from mis_jax.quickstart import BASE_MODEL
-from mis_jax.weights.checkpoint import read_checkpoint
-from mis_jax.weights.convert import write_checkpoint
 
 QUESTION = "Image-1: <image>\nImage-2: <image>\nWhat is in the second image?"
 

@@ -391,10 +391,10 @@ def test_serve_on_a_port_that_is_taken(run):
 
 def test_serve_without_its_extra(run, monkeypatch):
     # Imported anew, the package would stand in the place of the one that other tests know.
-    if hasattr(mis_jax, "serve"):
-        monkeypatch.setattr(mis_jax, "serve", mis_jax.serve)
+    if hasattr(mis_jax, "server"):
+        monkeypatch.setattr(mis_jax, "server", mis_jax.server)
     monkeypatch.setitem(sys.modules, "starlette.applications", None)
-    for name in [name for name in sys.modules if name.startswith("mis_jax.serve")]:
+    for name in [name for name in sys.modules if name.startswith("mis_jax.server")]:
         monkeypatch.delitem(sys.modules, name)
     refused = run("serve", "nowhere")
     assert refused.code == 2

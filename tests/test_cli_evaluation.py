@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mis_jax.cli import main
-from mis_jax.data import mini_files
-from mis_jax.data.mini_icons import draw_scene
-from mis_jax.locks import locked_folder
+from mis_jax.mini import files
+from mis_jax.mini.icons import draw_scene
 from mis_jax.quickstart import BASE_MODEL
+from mis_jax.storage.locks import locked_folder
 
 MODEL = str(BASE_MODEL)
 
@@ -40,10 +40,10 @@ def data(tmp_path_factory):
     """The mini world with a few rows of each set."""
     patch = pytest.MonkeyPatch()
     for name in ("TRAIN_ROWS", "EASY_ROWS", "HARD_ROWS", "BENIGN_ROWS", "RECOGNITION_ROWS"):
-        patch.setattr(mini_files, name, 12)
-    patch.setattr(mini_files, "GENERAL_ROWS", 20)
+        patch.setattr(files, name, 12)
+    patch.setattr(files, "GENERAL_ROWS", 20)
     folder = tmp_path_factory.mktemp("world") / "data"
-    mini_files.write_mini(folder)
+    files.write_mini(folder)
     patch.undo()
     return folder
 

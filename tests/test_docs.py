@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mis_jax.data import mini, mini_files
+from mis_jax.mini import files, world
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -141,21 +141,21 @@ def test_links_to_files_lead_somewhere() -> None:
 
 def test_the_mini_world_is_described_as_it_is() -> None:
     text = (ROOT / "docs" / "mini-world.md").read_text(encoding="utf-8")
-    assert f"{len(mini.OBJECTS)} household objects" in text
+    assert f"{len(world.OBJECTS)} household objects" in text
     table = dict(re.findall(r"^\| (\w+) \| ([a-z ,⚠]+) \|$", text, re.M))
-    for kind in mini.KINDS:
-        things = [thing for thing in mini.OBJECTS.values() if thing.kind == kind]
+    for kind in world.KINDS:
+        things = [thing for thing in world.OBJECTS.values() if thing.kind == kind]
         assert table[kind] == ", ".join(t.name + " ⚠" * t.alarming for t in things)
     for file, rows in {
-        "mini_train.json": mini_files.TRAIN_ROWS,
-        "general.jsonl": mini_files.GENERAL_ROWS,
-        "mini_easy.json": mini_files.EASY_ROWS,
-        "mini_hard.json": mini_files.HARD_ROWS,
-        "mini_benign.json": mini_files.BENIGN_ROWS,
-        "mini_recognition.json": mini_files.RECOGNITION_ROWS,
+        "mini_train.json": files.TRAIN_ROWS,
+        "general.jsonl": files.GENERAL_ROWS,
+        "mini_easy.json": files.EASY_ROWS,
+        "mini_hard.json": files.HARD_ROWS,
+        "mini_benign.json": files.BENIGN_ROWS,
+        "mini_recognition.json": files.RECOGNITION_ROWS,
     }.items():
         assert f"| `{file}` | {rows:,} |" in text
-    for name, pairs in (("mini_hard", mini.PAIRS.test_hard), ("mini_easy", mini.PAIRS.test_easy)):
+    for name, pairs in (("mini_hard", world.PAIRS.test_hard), ("mini_easy", world.PAIRS.test_easy)):
         assert re.search(rf"`{name}` (are drawings )?of {len(pairs)}\b", text)
 
 
@@ -186,7 +186,7 @@ def test_python_examples_run(
 ) -> None:
     import numpy as np
 
-    from mis_jax.data.mini_icons import draw_scene
+    from mis_jax.mini.icons import draw_scene
 
     example = "\n".join(line for _, language, line in _fenced(page) if language == "python")
     assert "mis_jax.load" in example

@@ -3,8 +3,8 @@
 import pytest
 
 from mis_jax import flops
+from mis_jax.checkpoint import nnx_state
 from mis_jax.model.family import published
-from mis_jax.weights import parameters
 
 MODEL = published("internvl2_5-8b")
 TERA = 1e12
@@ -88,7 +88,7 @@ def test_what_a_part_costs_in_training(freeze, lora, factors) -> None:
 )
 def test_the_linear_maps_are_the_parameters(name: str) -> None:
     config = published(name)
-    count = parameters.count(config)
+    count = nnx_state.count(config)
     work = flops.forward(config, tokens=1, tiles=1, squares=0)
     embedding = config.text.vocab_size * config.text.hidden_size
     assert work.language == pytest.approx(2 * (count["text"] - embedding), rel=1e-3)

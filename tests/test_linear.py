@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 from growth import slow_texts
 
+from mis_jax.checkpoint.lora_peft import plain_key
+from mis_jax.checkpoint.safetensors_reader import _LAYER
 from mis_jax.data.annotations import check_entry
-from mis_jax.data.chat import from_sharegpt, insert_image_markers, render
-from mis_jax.data.tokenizer import Tokenizer, _AddedTokens, load_tokenizer
-from mis_jax.generation.guard import _categories
+from mis_jax.data.chat_template import from_sharegpt, insert_image_markers, render
+from mis_jax.inference.guard import _categories
 from mis_jax.parsing import parse_json, parse_yaml
-from mis_jax.serve import images, schemas
-from mis_jax.serve.hosts import _is_among
-from mis_jax.weights.peft import plain_key
-from mis_jax.weights.published import _LAYER
+from mis_jax.server import images, schemas
+from mis_jax.server.hosts import _is_among
+from mis_jax.tokenizer.tokenizer import Tokenizer, _AddedTokens, load_tokenizer
 
 sys.path.append(str(Path(__file__).parent / "data"))
 sys.path.append(str(Path(__file__).parents[1] / "tools"))

@@ -48,16 +48,16 @@ def write_checkpoint_folder(folder: Path, work: Path) -> Path:
         from tokenizer_folders import internlm2_folder, train_sentencepiece
     finally:
         sys.path.pop(0)
-    from mis_jax.data.tokenizer import load_tokenizer
+    from mis_jax.checkpoint import nnx_state
+    from mis_jax.checkpoint.convert import write_checkpoint
+    from mis_jax.checkpoint.load import Checkpoint
     from mis_jax.model.internvl import InternVL
-    from mis_jax.weights import parameters
-    from mis_jax.weights.checkpoint import Checkpoint
-    from mis_jax.weights.convert import write_checkpoint
+    from mis_jax.tokenizer.tokenizer import load_tokenizer
 
     texts = internlm2_folder(work / "tokenizer", train_sentencepiece())
     tokenizer = load_tokenizer(texts)
     config = tiny_config(tokenizer.img_context_id, tokenizer.vocab_size)
-    arrays: dict[str, Any] = parameters.flat(InternVL(config, rngs=nnx.Rngs(0)))
+    arrays: dict[str, Any] = nnx_state.flat(InternVL(config, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     for name, value in arrays.items():  # no parameter keeps a value under which it has no effect
         if value.ndim <= 2 and not name.endswith("kernel"):
@@ -172,7 +172,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_processor(tiny_checkpoint: Path) -> Any:
     """Tokenizer, template and tiling of `tiny_checkpoint`."""
+    from mis_jax.checkpoint.hf_config import read_config
     from mis_jax.data.processor import Processor
-    from mis_jax.weights.config_json import read_config
 
     return Processor.from_folder(tiny_checkpoint, read_config(tiny_checkpoint)[0])

@@ -20,7 +20,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parent))
 from label_rows import bare_question, read_rows
 
-from mis_jax.data.chat import IMAGE_MARKER, from_sharegpt
+from mis_jax.data.chat_template import IMAGE_MARKER, from_sharegpt
 from mis_jax.evals.files import write_json
 
 REFUSAL = "I'm sorry, but I can't help with this request."

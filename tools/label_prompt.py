@@ -2,7 +2,7 @@
 
 import re
 
-from mis_jax.hashing import digest
+from mis_jax.storage.hashing import digest
 
 _PROMPT = """\
 You write answers from which a vision-language assistant learns to notice a danger that shows only \

@@ -11,7 +11,7 @@ from label_prompt import find_flags
 from label_rows import Sample
 
 from mis_jax.evals.files import write_text
-from mis_jax.hashing import digest
+from mis_jax.storage.hashing import digest
 
 _COLUMNS: tuple[str, ...] = (
     "id", "label", "flags", "ok", "note", "question", "image1", "image2", "reply",

@@ -7,11 +7,11 @@ from typing import Any
 
 from label_prompt import PROMPT_VERSION
 
-from mis_jax.data.chat import IMAGE_MARKER
+from mis_jax.data.chat_template import IMAGE_MARKER
 from mis_jax.data.images import image_size
 from mis_jax.evals.benchmarks.rows import row_ids
-from mis_jax.hashing import digest, file_digest
 from mis_jax.parsing import parse_json
+from mis_jax.storage.hashing import digest, file_digest
 
 _PREFIX = re.compile(r"\A(?:\s*(?:image-\d+:\s*)?<image>)+", re.IGNORECASE)
 _KEPT = ("category", "sub_category")

@@ -22,20 +22,20 @@ from flax import nnx
 from mini_tokenizer import total_vocab, write_tokenizer
 
 import mis_jax  # noqa: F401  (first: its import sets the guard against XLA's miscompilation)
-from mis_jax.data import mini
-from mis_jax.data.chat import render
-from mis_jax.data.mini_icons import draw_scene
-from mis_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mis_jax.checkpoint import nnx_state
+from mis_jax.checkpoint.convert import write_checkpoint
+from mis_jax.checkpoint.load import Checkpoint
+from mis_jax.data.chat_template import render
+from mis_jax.mini import world
+from mis_jax.mini.icons import draw_scene
 from mis_jax.model.batch import Batch
 from mis_jax.model.config import InternVLConfig, TextConfig, VisionConfig
 from mis_jax.model.execution import Execution
 from mis_jax.model.internvl import InternVL, merge, pixel_shuffle
+from mis_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from mis_jax.train.loss import weighted_loss
-from mis_jax.weights import parameters
-from mis_jax.weights.checkpoint import Checkpoint
-from mis_jax.weights.convert import write_checkpoint
 
-NAMES = tuple(mini.OBJECTS)
+NAMES = tuple(world.OBJECTS)
 VISION = VisionConfig(
     hidden_size=96, num_layers=4, num_heads=3, mlp_size=384, image_size=112, patch_size=14
 )
@@ -166,7 +166,7 @@ def optimise(
 def train_vision(settings: Settings, pictures: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """The tower, trained to name the object through a head that is thrown away."""
     config = InternVLConfig(VISION, TextConfig(vocab_size=8, **TEXT_SIZES), image_token_id=0)
-    model = parameters.flat(InternVL(config, rngs=nnx.Rngs(settings.seed)))
+    model = nnx_state.flat(InternVL(config, rngs=nnx.Rngs(settings.seed)))
     start = {name: value for name, value in model.items() if name.startswith("vision.")}
     for name in (
         "attention_scale",
@@ -177,7 +177,7 @@ def train_vision(settings: Settings, pictures: np.ndarray, labels: np.ndarray) -
     start["head"] = jnp.zeros((VISION.hidden_size, len(NAMES)))
 
     def logits(values, tiles):
-        network = parameters.build(config, rest | {k: v for k, v in values.items() if k != "head"})
+        network = nnx_state.build(config, rest | {k: v for k, v in values.items() if k != "head"})
         features = network.vision(tiles, dtype=jnp.float32, execution=UNROLLED).mean(1)
         features = (features - features.mean(-1, keepdims=True)) / (
             features.std(-1, keepdims=True) + 1e-5
@@ -216,7 +216,7 @@ def train_language(
     labels: np.ndarray,
 ) -> dict[str, Any]:
     """Projector and decoder, on features of the frozen tower computed once."""
-    start = parameters.flat(InternVL(config, rngs=nnx.Rngs(settings.seed + 2)))
+    start = nnx_state.flat(InternVL(config, rngs=nnx.Rngs(settings.seed + 2)))
     start = {name: value for name, value in start.items() if not name.startswith("vision.")}
     if settings.start is not None:
         with np.load(settings.start) as earlier:
@@ -225,7 +225,7 @@ def train_language(
 
     @jax.jit
     def encode(tiles):
-        network = parameters.build(config, start | frozen)
+        network = nnx_state.build(config, start | frozen)
         features = network.vision(tiles, dtype=jnp.float32, execution=UNROLLED)
         return pixel_shuffle(features, config.shuffle_factor).astype(jnp.bfloat16)
 
@@ -237,7 +237,7 @@ def train_language(
     def batches(rng):
         """Rows of about one length: the next batch of long or short conversations that is full."""
         while max(map(len, waiting.values())) < rows:
-            sample = mini.base_sample(rng)
+            sample = world.base_sample(rng)
             turns = [
                 {"role": "user", "content": sample.question},
                 {"role": "assistant", "content": sample.answer},
@@ -265,7 +265,7 @@ def train_language(
 
     def loss(values, batch_and_features):
         batch, shuffled = batch_and_features
-        network = parameters.build(config, values | frozen, execution=UNROLLED)
+        network = nnx_state.build(config, values | frozen, execution=UNROLLED)
         embedded = network.text.embed(batch.input_ids, jnp.float32)
         is_image = batch.input_ids == config.image_token_id
         embedded = merge(embedded, network.projector(shuffled.astype(jnp.float32)), is_image)

@@ -24,13 +24,13 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parent))
 from random_tokenizer import write_internlm, write_qwen
 
+from mis_jax.checkpoint import nnx_state
+from mis_jax.checkpoint.convert import SHARD_BYTES, convert
+from mis_jax.checkpoint.load import OpenCheckpoint
+from mis_jax.checkpoint.parameter_source import Progress, is_stacked
 from mis_jax.model.config import InternVLConfig
 from mis_jax.model.family import published
 from mis_jax.terminal import bytes_bar
-from mis_jax.weights import parameters
-from mis_jax.weights.checkpoint import OpenCheckpoint
-from mis_jax.weights.convert import SHARD_BYTES, convert
-from mis_jax.weights.stream import Progress, is_stacked
 
 _BLOCK = 2**23  # values drawn from one seed
 _QWEN_BASE = 151643  # first special token of Qwen2.5 and Qwen3
@@ -86,7 +86,7 @@ def main() -> None:
             shard_bytes=int(settings.shard_size * 1e9),
             progress=bar.task("writing"),
         )
-    total = sum(parameters.count(config).values())
+    total = sum(nnx_state.count(config).values())
     console.print(f"wrote {settings.out}: {settings.model}, {total:,} parameters, random")
 
 
@@ -186,10 +186,10 @@ def original_json(config: InternVLConfig) -> dict[str, Any]:
 
 
 class RandomSource:
-    """Noise by name, layer and seed; `mis_jax.weights.stream.Source`."""
+    """Noise by name, layer and seed; `mis_jax.checkpoint.parameter_source.ParameterSource`."""
 
     def __init__(self, config: InternVLConfig, dtype: str, seed: int):
-        self._shapes = parameters.shapes(config)
+        self._shapes = nnx_state.shapes(config)
         self._dtype, self._seed = dtype, seed
 
     def read(self, name: str, layer: int | None = None, rows: slice = slice(None)) -> np.ndarray:

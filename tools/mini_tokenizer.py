@@ -5,8 +5,8 @@ from pathlib import Path
 
 import sentencepiece as spm
 
-from mis_jax.data.chat import DEFAULT_SYSTEM
-from mis_jax.data.mini import corpus
+from mis_jax.data.chat_template import DEFAULT_SYSTEM
+from mis_jax.mini.world import corpus
 
 VOCAB_SIZE = 1024
 _SYSTEM_REPEATS = 40  # so that the long default system text becomes a few pieces

@@ -52,9 +52,9 @@ def chat(
         check_digests: Compare the weights with the digests written with them, where there are any.
     """
     from mis_jax.data.images import open_image
-    from mis_jax.generation.chatting import Chat
-    from mis_jax.generation.files import Settings
-    from mis_jax.generation.sampling import Sampling
+    from mis_jax.inference.batch_file import Settings
+    from mis_jax.inference.chat_session import Chat
+    from mis_jax.inference.sampling import Sampling
 
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     network, processor = load_quietly(

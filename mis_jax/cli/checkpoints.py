@@ -40,9 +40,9 @@ def convert(
         allow_nan: Convert tensors that hold NaN or infinity as they are.
         check_digests: Compare the weights with the digests written with them, where there are any.
     """
+    from mis_jax.checkpoint import convert
+    from mis_jax.checkpoint.load import open_checkpoint
     from mis_jax.terminal import bytes_bar
-    from mis_jax.weights import convert
-    from mis_jax.weights.checkpoint import open_checkpoint
 
     shard_bytes = _bytes(shard_size)
     opened = open_checkpoint(src, adapter, check_digests=check_digests)
@@ -77,7 +77,7 @@ def inspect(
         check_digests: Read every file that has a digest; without it the headers alone.
         json: Print JSON.
     """
-    from mis_jax.weights.inspect import inspect_checkpoint
+    from mis_jax.checkpoint.inspect import inspect_checkpoint
 
     found = inspect_checkpoint(src, check_digests=check_digests)
     if json:
@@ -121,11 +121,11 @@ def verify(
         max_relative: What counts as a layer that differs: norm of the difference over the norm.
         json: Print JSON.
     """
+    from mis_jax.checkpoint.hf_config import read_config
+    from mis_jax.checkpoint.run_checkpoint import model_files
+    from mis_jax.checkpoint.verify import Thresholds, verify_checkpoints
     from mis_jax.data.processor import Processor
     from mis_jax.probes import probe_batches
-    from mis_jax.weights.config_json import read_config
-    from mis_jax.weights.run_checkpoint import model_files
-    from mis_jax.weights.verify import Thresholds, verify_checkpoints
 
     files = model_files(a)
     processor = Processor.from_folder(files, read_config(files)[0])

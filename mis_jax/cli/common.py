@@ -67,7 +67,7 @@ class MeshSizes:
 def mesh_of(sizes: MeshSizes):
     """The mesh that sizes ask for; None for one device."""
     from mis_jax.config import MeshConfig
-    from mis_jax.sharding import make_mesh
+    from mis_jax.parallel.sharding import make_mesh
 
     if sizes == MeshSizes():
         return None
@@ -90,7 +90,7 @@ def load_quietly(
     import jax
 
     from mis_jax.api import load
-    from mis_jax.model.written_out import written_out
+    from mis_jax.model.unrolled import unrolled
     from mis_jax.terminal import bytes_bar
 
     mesh = mesh_of(sizes)
@@ -101,4 +101,4 @@ def load_quietly(
         model, processor = load(
             path, dtype=dtype, mesh=mesh, progress=progress, check_digests=check_digests
         )
-    return written_out(model, consume=True, int8=int8), processor
+    return unrolled(model, consume=True, int8=int8), processor

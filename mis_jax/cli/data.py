@@ -28,12 +28,12 @@ def data_show(
         stats: Instead, sizes of all samples, how well they fill the batches, and every bad one.
         json: Print JSON (id, text, input_ids, loss_mask, tiles; or the statistics).
     """
+    from mis_jax.checkpoint.hf_config import read_config
+    from mis_jax.checkpoint.run_checkpoint import model_files
     from mis_jax.config import load_config
+    from mis_jax.data.preview import show_sample, statistics
     from mis_jax.data.processor import Processor
-    from mis_jax.data.show import show_sample, statistics
     from mis_jax.terminal import steps_bar
-    from mis_jax.weights.config_json import read_config
-    from mis_jax.weights.run_checkpoint import model_files
 
     run = load_config(config)
     files = model_files(run.model)
@@ -107,8 +107,8 @@ def data_build(
     """
     import dataclasses
 
-    from mis_jax.data.mis_check import WorkersDied
-    from mis_jax.data.mis_tfds import BAD_SAMPLES, NAME, VERSION, build
+    from mis_jax.data.mis_dataset import BAD_SAMPLES, NAME, VERSION, build
+    from mis_jax.data.verify_images import WorkersDied
     from mis_jax.terminal import steps_bar
 
     with steps_bar(err_console) as bar:

@@ -18,8 +18,8 @@ from mis_jax.cli.common import (
     mesh_of,
     print_json,
 )
-from mis_jax.folders import destination_path
-from mis_jax.locks import locked_folder
+from mis_jax.storage.folders import destination_path
+from mis_jax.storage.locks import locked_folder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,13 +76,13 @@ def eval_(
         requests_per_minute: Most requests sent to the server in a minute.
         internvl_fields: The server takes max_dynamic_patch and system_prompt; ours is recognised.
     """
+    from mis_jax.evals.async_map import Stopped
     from mis_jax.evals.benchmarks import get_benchmark, size_note
     from mis_jax.evals.benchmarks.general import md5_note
-    from mis_jax.evals.estimate import TimeAhead, answers_ahead
+    from mis_jax.evals.eta import TimeAhead, answers_ahead
     from mis_jax.evals.manifest import open_run
-    from mis_jax.evals.parts import part_from
     from mis_jax.evals.runner import generate_answers
-    from mis_jax.evals.streaming import Stopped
+    from mis_jax.evals.subsets import part_from
     from mis_jax.terminal import steps_bar
 
     place = destination_path(out, "--out")
@@ -182,13 +182,13 @@ def judge(
         data_root: Where the data root of the evaluation is now, if it was moved.
         json: Print results.json.
     """
+    from mis_jax.evals.async_map import Stopped
     from mis_jax.evals.judges import JUDGES, get_judge
     from mis_jax.evals.judges.guard import guard_judges
     from mis_jax.evals.judges.http import http_judges
     from mis_jax.evals.manifest import data_root_of, read_manifest
     from mis_jax.evals.runner import judge_run
-    from mis_jax.evals.streaming import Stopped
-    from mis_jax.evals.summary import summarise
+    from mis_jax.evals.scoring import summarise
     from mis_jax.evals.verdict_cache import VerdictCache
     from mis_jax.terminal import steps_bar
 
@@ -319,9 +319,9 @@ def _local(
     check_digests: bool,
 ) -> _Model:
     """A checkpoint."""
-    from mis_jax.evals.answering import answers_of
+    from mis_jax.checkpoint.run_checkpoint import model_fingerprint, model_name
     from mis_jax.evals.conditions import int8_conditions
-    from mis_jax.weights.run_checkpoint import model_fingerprint, model_name
+    from mis_jax.evals.models import answers_of
 
     def load() -> Callable[["Benchmark"], "AnswerFn"]:
         network, processor = load_quietly(
@@ -382,7 +382,7 @@ def _client(
 
 
 def _guard(folder: Path, dtype: Dtype | None, mesh: MeshSizes) -> Any:
-    from mis_jax.generation.guard import load_guard
+    from mis_jax.inference.guard import load_guard
 
     return load_guard(folder, dtype=dtype, mesh=mesh_of(mesh))
 
@@ -391,7 +391,7 @@ def _announce(
     client: "ChatClient",
 ) -> Callable[[list[tuple["Owed", list[tuple["Sample", str]]]]], None]:
     """Prints what a judge behind an endpoint is about to cost."""
-    from mis_jax.evals.estimate import verdicts_ahead
+    from mis_jax.evals.eta import verdicts_ahead
     from mis_jax.evals.judges.http import prompt_size
 
     def announce(owed: list[tuple["Owed", list[tuple["Sample", str]]]]) -> None:
@@ -415,7 +415,7 @@ def _show(
     results: dict[str, Any], run: Path, as_json: bool, judged: list[str] | None = None
 ) -> None:
     """Print results; Failed where a sample of the benchmarks that were judged has no verdict."""
-    from mis_jax.evals.summary import verdict_notes, without_verdict
+    from mis_jax.evals.scoring import verdict_notes, without_verdict
 
     if as_json:
         print_json(results)

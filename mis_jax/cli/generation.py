@@ -64,11 +64,11 @@ def generate(
         out: Answers to --batch, one JSON line each.
         json: Print text, prompt_tokens, completion_tokens and finish_reason as JSON.
     """
-    from mis_jax.folders import destination_path
-    from mis_jax.generation.files import Settings, answer_file, ask_once, printed
-    from mis_jax.generation.sampling import Sampling
-    from mis_jax.hashing import digest
-    from mis_jax.weights.run_checkpoint import model_fingerprint
+    from mis_jax.checkpoint.run_checkpoint import model_fingerprint
+    from mis_jax.inference.batch_file import Settings, answer_file, ask_once, printed
+    from mis_jax.inference.sampling import Sampling
+    from mis_jax.storage.folders import destination_path
+    from mis_jax.storage.hashing import digest
 
     if (prompt is None) == (batch is None):
         raise ValueError("give either --prompt TEXT or --batch FILE.jsonl")

@@ -20,8 +20,8 @@ from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[report
 
 from mis_jax.cli.common import MeshSizes, err_console, load_quietly
 from mis_jax.data.processor import ImageLike, Message
-from mis_jax.generation.answers import answer
-from mis_jax.generation.sampling import Sampling
+from mis_jax.inference.offline import answer
+from mis_jax.inference.sampling import Sampling
 from mis_jax.terminal import steps_bar
 
 MANIFEST = ModelManifest(

@@ -59,12 +59,12 @@ def serve(
         max_megapixels: Most pixels of all images of a request together.
     """
     try:
-        from mis_jax.generation.memory import OutOfMemory
-        from mis_jax.generation.service import EngineFailure
-        from mis_jax.serve import program
-        from mis_jax.serve.hosts import allowed_hosts
-        from mis_jax.serve.server import address_of, bind, is_local
-        from mis_jax.weights.run_checkpoint import model_name
+        from mis_jax.checkpoint.run_checkpoint import model_name
+        from mis_jax.inference.async_engine import EngineFailure
+        from mis_jax.inference.memory import OutOfMemory
+        from mis_jax.server import run
+        from mis_jax.server.hosts import allowed_hosts
+        from mis_jax.server.server import address_of, bind, is_local
     except ImportError as error:
         raise ValueError(
             f"{error}; serving needs the extra 'serve': pip install 'mis-jax[serve]'"
@@ -94,7 +94,7 @@ def serve(
         network, processor = load_quietly(
             model, dtype, mesh, int8=int8_weights, check_digests=check_digests
         )
-        settings = program.Settings(
+        settings = run.Settings(
             model=name or model_name(model),
             context=processor.config.text.max_position,
             api_key=key,
@@ -105,7 +105,7 @@ def serve(
             max_pixels=max_megapixels * 1_000_000,
         )
         try:
-            program.serve(
+            run.serve(
                 network,
                 processor,
                 settings,

@@ -13,38 +13,39 @@ def train(config: Any) -> None:
     Exit code 75 says that the same command goes on: after SIGTERM, SIGHUP or Ctrl-C, or when
     another process of the run is lost.
     """
-    from mis_jax import distributed, stopping
+    from mis_jax import stopping
+    from mis_jax.parallel import processes
 
     try:
-        distributed.start(config.distributed, Path(config.output))  # before JAX looks for devices
+        processes.start(config.distributed, Path(config.output))  # before JAX looks for devices
         stopping.watch()
         _train(config)
     except KeyboardInterrupt as error:  # perhaps in the middle of an import: import nothing
-        distributed.abandon(*described(error))
+        processes.abandon(*described(error))
         raise
     except Exception as error:
         from mis_jax.train.outcome import Interrupted, SavedFailure
 
         if isinstance(error, Interrupted | SavedFailure):  # all of them, together
-            distributed.finish()
+            processes.finish()
         else:
             logging.getLogger(__name__).debug("", exc_info=error)
-            distributed.abandon(*described(error))
+            processes.abandon(*described(error))
         raise
-    distributed.finish()
+    processes.finish()
 
 
 def _train(config: Any) -> None:
-    from mis_jax import distributed
+    from mis_jax.parallel import processes
     from mis_jax.terminal import steps_bar
-    from mis_jax.train.loop import train as run
+    from mis_jax.train.trainer import train as run
 
     evaluate = None
     if config.evaluation.every:
-        from mis_jax.evals.in_training import held_out
+        from mis_jax.evals.validation import held_out
 
         evaluate = held_out(config.evaluation)
-    first = distributed.is_first()
+    first = processes.is_first()
     with steps_bar(err_console) as bar:
         progress = bar.training("training") if first else None
         looking = bar.task("looking at samples") if first else None

@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mis_jax.data.tokenizer import Tokenizer
-from mis_jax.weights.fields import Fields, read_json
-from mis_jax.weights.tokenizer_files import STANDARD_TOKENS, content
+from mis_jax.storage.json_fields import Fields, read_json
+from mis_jax.tokenizer.files import STANDARD_TOKENS, content
+from mis_jax.tokenizer.tokenizer import Tokenizer
 
 _TURN = "<|end_header_id|>"  # in Llama 3's format the guard's words follow this and an empty line
 _EDGE = "\v"  # white space that no template writes: where it is gone, the template trims a text

@@ -20,7 +20,7 @@ from typing import IO, BinaryIO, cast
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from mis_jax.data.sources import Picture
+from mis_jax.data.mixture import EncodedImage
 
 #: Pillow's names of the formats that are opened; nothing else is ever decoded. Pillow knows 43, and
 #: some of those run a program (PostScript), open what they contain in any other format (IPTC, ICNS)
@@ -35,7 +35,7 @@ MAX_PIXELS = 178_956_970
 MAX_SIDE = 65_535
 _BLOCK = 1 << 20  # bytes read at once
 
-ImageSource = str | os.PathLike[str] | Picture | BinaryIO | Image.Image
+ImageSource = str | os.PathLike[str] | EncodedImage | BinaryIO | Image.Image
 
 
 class _Refused(ValueError):
@@ -189,9 +189,9 @@ def _other_format(name: str, found: str | None) -> str:
     )
 
 
-def _stream(source: str | os.PathLike[str] | Picture | BinaryIO) -> BinaryIO:
+def _stream(source: str | os.PathLike[str] | EncodedImage | BinaryIO) -> BinaryIO:
     if hasattr(source, "read_bytes") and not isinstance(source, Path):
-        return io.BytesIO(cast(Picture, source).read_bytes())
+        return io.BytesIO(cast(EncodedImage, source).read_bytes())
     if isinstance(source, str | os.PathLike):
         return open(source, "rb")
     return cast(BinaryIO, source)

@@ -9,13 +9,13 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from mis_jax.data.chat import Rendered, insert_image_markers, render
+from mis_jax.data.chat_template import Rendered, insert_image_markers, render
 from mis_jax.data.collate import Example, LossReduction, collate
 from mis_jax.data.images import ImageSource, open_image
 from mis_jax.data.tiling import count_tiles, tile_image, tiles_for_images
-from mis_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mis_jax.model.batch import Batch
 from mis_jax.model.config import InternVLConfig
+from mis_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 Message = dict[str, Any]
 ImageLike = Image.Image | str | Path

@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, TypeVar
 
-from mis_jax.data.tokenizer import whole_text
-from mis_jax.evals.streaming import Groups, Stopped, as_they_come
+from mis_jax.evals.async_map import Groups, Stopped, as_they_come
+from mis_jax.tokenizer.tokenizer import whole_text
 
 T = TypeVar("T")
 Fields = dict[str, Any]

@@ -18,14 +18,14 @@ from typing import Any
 
 from PIL import Image
 
-from mis_jax.data.chat import IMAGE_MARKER, insert_image_markers
+from mis_jax.data.chat_template import IMAGE_MARKER, insert_image_markers
+from mis_jax.evals.async_map import Groups, Streaming
 from mis_jax.evals.chat_client import ChatClient, Reply
 from mis_jax.evals.conditions import ENDPOINT_SETTINGS
 from mis_jax.evals.data_uris import picture_part
 from mis_jax.evals.pictures import shown_images
-from mis_jax.evals.streaming import Groups, Streaming
 from mis_jax.evals.types import Answer, Benchmark, Sample
-from mis_jax.hashing import digest
+from mis_jax.storage.hashing import digest
 
 OWNER = "mis-jax"  # what our own server says in /v1/models
 

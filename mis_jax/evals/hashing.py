@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mis_jax.evals.types import Benchmark, Sample
-from mis_jax.hashing import digest, file_digest
+from mis_jax.storage.hashing import digest, file_digest
 
 
 def sample_hash(benchmark: Benchmark, sample: Sample) -> str:

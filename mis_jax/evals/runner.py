@@ -13,17 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mis_jax.evals.async_map import Groups, Stopped, Streaming, groups_of
 from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.files import AppendLog, read_log
 from mis_jax.evals.hashing import answer_hash, sample_hash
 from mis_jax.evals.judges import JUDGES
 from mis_jax.evals.manifest import expect, expected, read_manifest, update_benchmark, write_facts
-from mis_jax.evals.recheck import drawn
-from mis_jax.evals.streaming import Groups, Stopped, Streaming, groups_of
-from mis_jax.evals.summary import summarise
+from mis_jax.evals.scoring import summarise
+from mis_jax.evals.self_consistency import drawn
 from mis_jax.evals.types import Answer, Benchmark, Judge, Sample, Verdict
 from mis_jax.evals.verdict_cache import VerdictCache
-from mis_jax.hashing import digest
+from mis_jax.storage.hashing import digest
 
 __all__ = ["Generated", "JudgeOf", "Owed", "generate_answers", "judge_run", "summarise"]
 
@@ -75,7 +75,7 @@ def generate_answers(
     The run must have been opened (``manifest.open_run``). Samples already answered with the same
     content are skipped; failed ones are asked again. ``batch_size`` is how many samples
     ``answer_fn`` gets at once and how many answers a kill can cost. ``part`` says in the manifest
-    which part of the benchmark ``samples`` is (see ``parts.py``).
+    which part of the benchmark ``samples`` is (see ``subsets.py``).
     """
     read_manifest(run_dir)  # an unopened run is an error before any work
     hashes = expect(run_dir, benchmark, samples)
@@ -167,7 +167,7 @@ def judge_run(
     refusal is one of them, while ``unparsed`` and ``error`` are asked again. What ``cache`` has of
     earlier runs is not asked either, and what is asked goes into it. ``recheck`` answers of each
     benchmark are then judged a second time, into ``rechecks.jsonl`` and by the judge alone: see
-    ``recheck.py``. ``announce`` learns what is about to be judged, before anything is. Ends with
+    ``self_consistency.py``. ``announce`` learns what is about to be judged, before it is. Ends with
     ``summarise`` and returns its results; a judge that stops does so too, and its ``Stopped`` is
     raised.
     """

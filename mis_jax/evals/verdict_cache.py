@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mis_jax.locks import try_flock
 from mis_jax.parsing import parse_json
+from mis_jax.storage.locks import try_flock
 
 FILE = "verdicts.jsonl"
 KEY = ("answer_hash", "judge", "reference")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mis_jax.model.products import product
+from mis_jax.model.matmul import matmul_fp32_accum
 
 _QUERIES = 512  # of a block
 
@@ -132,11 +132,11 @@ def by_head(
     @jax.checkpoint
     def attend(one):
         q_TH, k_SH, v_SH, row = one
-        logits_TS = product(q_TH, k_SH.T) * head_dim**-0.5
+        logits_TS = matmul_fp32_accum(q_TH, k_SH.T) * head_dim**-0.5
         if mask_BTS is not None:
             logits_TS = jnp.where(mask_BTS[row], logits_TS, jnp.finfo(jnp.float32).min)
         weights_TS = jax.nn.softmax(logits_TS).astype(v_SH.dtype)
-        return product(weights_TS, v_SH).astype(q_TH.dtype)
+        return matmul_fp32_accum(weights_TS, v_SH).astype(q_TH.dtype)
 
     flat = (batch * heads, -1, head_dim)
     out = jax.lax.map(

@@ -2,7 +2,7 @@
 
 Shape suffixes: B batch, T length (queries), N heads, H head dim, D width.
 Every parameter carries `axes`, the logical names of its dimensions (a stacked parameter has a
-leading "layers"); `mis_jax.sharding` maps them to mesh axes. Nothing here knows a mesh.
+leading "layers"); `mis_jax.parallel.sharding` maps them to mesh axes. Nothing here knows a mesh.
 """
 
 import math
@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from mis_jax.model.config import Llama3Scaling
 from mis_jax.model.execution import Axes, Execution
-from mis_jax.model.products import product
-from mis_jax.model.summing import LayerSums, scan_and_sum
+from mis_jax.model.matmul import matmul_fp32_accum
+from mis_jax.model.scan_grad_accum import LayerSums, scan_and_sum
 
 #: Names of what a block computes, for policies that keep it.
 BLOCK_INPUT, ATTENTION_OUTPUT, PRODUCT = "block_input", "attention_output", "product"
@@ -57,10 +57,10 @@ class Linear(nnx.Module):
         self.kernel: nnx.Param | nnx.Module = nnx.Param(kernel, axes=axes)
         self.bias = nnx.Param(jnp.zeros(out_size, dtype), axes=axes[1:]) if bias else None
         self.adapter: nnx.Module | None = None  # `mis_jax.model.lora` may put one here
-        self.stored_out_in = False  # `mis_jax.model.written_out` turns kernels round
+        self.stored_out_in = False  # `mis_jax.model.unrolled` turns kernels round
 
     def __call__(self, x: Float[Array, "... in_size"]) -> Float[Array, "... out_size"]:
-        y = self._from_left(x) if self.stored_out_in else product(x, self.weight(x.dtype))
+        y = self._from_left(x) if self.stored_out_in else matmul_fp32_accum(x, self.weight(x.dtype))
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         if self.adapter is not None:
@@ -277,7 +277,7 @@ def _block_input(x: jax.Array) -> jax.Array:
     return checkpoint_name(x, BLOCK_INPUT)
 
 
-class WrittenOut(nnx.Module):
+class UnrolledStack(nnx.Module):
     """What `Stack` is to a scan, to a loop in Python."""
 
     def __init__(self, blocks: list[nnx.Module]):

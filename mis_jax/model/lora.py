@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int8, PRNGKeyArray
 from mis_jax.config import LoraConfig
 from mis_jax.model.internvl import InternVL
 from mis_jax.model.layers import Linear, Verbatim
-from mis_jax.model.products import product
+from mis_jax.model.matmul import matmul_fp32_accum
 
 _TILE = 64  # values along the inputs of a kernel that share a scale of nf4
 
@@ -53,7 +53,7 @@ class Adapter(nnx.Module):
         if key is not None:
             kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
-        return product(product(x, a).astype(x.dtype), b) * self.scale
+        return matmul_fp32_accum(matmul_fp32_accum(x, a).astype(x.dtype), b) * self.scale
 
 
 class QuantisedKernel(nnx.Module):

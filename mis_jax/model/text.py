@@ -12,9 +12,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from mis_jax.model.cache import Growing
 from mis_jax.model.config import TextConfig
 from mis_jax.model.execution import PLAIN, Execution
+from mis_jax.model.kv_cache import CacheUpdate
 from mis_jax.model.layers import (
     ATTENTION_OUTPUT,
     Linear,
@@ -44,7 +44,7 @@ class TextAttention(nnx.Module):
         self.k_norm = norm() if config.qk_norm else None
         self.head_dim = head
 
-    def __call__(self, qkv, rotary, segment_ids, cache: Growing | None, layer, execution):
+    def __call__(self, qkv, rotary, segment_ids, cache: CacheUpdate | None, layer, execution):
         """`qkv` are the results of the three maps `q`, `k` and `v`."""
         constrain = execution.constrain
         rows = qkv[0].shape[:2]
@@ -80,7 +80,7 @@ class TextBlock(nnx.Module):
         self.down = linear(mlp, width, axes=("mlp", "embed"))
 
     def __call__(
-        self, x_BTD, rotary, segment_ids, cache: Growing | None, layer, execution: Execution
+        self, x_BTD, rotary, segment_ids, cache: CacheUpdate | None, layer, execution: Execution
     ):
         attention, constrain = self.attention, execution.constrain
 
@@ -185,10 +185,10 @@ class TextDecoder(nnx.Module):
         positions: Int[Array, "batch length"],
         lengths: Int[Array, " batch"],
         segment_ids: Int[Array, "batch length"] | None = None,
-        cache: Growing | None = None,
+        cache: CacheUpdate | None = None,
         execution: Execution = PLAIN,
         all_layers: bool = False,
-    ) -> tuple[Float[Array, "batch length width"], Growing | None, Array | None]:
+    ) -> tuple[Float[Array, "batch length width"], CacheUpdate | None, Array | None]:
         """Hidden states after the final norm, the cache with the new tokens, and layer outputs.
 
         `lengths` is the real length of every row (dynamic NTK looks at it). A token looks at the

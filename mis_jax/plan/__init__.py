@@ -12,9 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from mis_jax import flops
+from mis_jax.checkpoint import nnx_state
+from mis_jax.checkpoint.hf_config import read_config
+from mis_jax.checkpoint.run_checkpoint import model_files
 from mis_jax.config import RunConfig
 from mis_jax.model.config import InternVLConfig
 from mis_jax.model.family import FAMILY, published
+from mis_jax.parallel.sharding import make_mesh
 from mis_jax.plan.advice import advice
 from mis_jax.plan.collectives import Collective, collectives, sums
 from mis_jax.plan.generation import (
@@ -28,11 +32,7 @@ from mis_jax.plan.memory import Compiled, Memory, compile_for
 from mis_jax.plan.roofline import Roofline, assumptions, roofline
 from mis_jax.plan.shape import Shape, training_shape
 from mis_jax.plan.topology import Topology, open_topology
-from mis_jax.sharding import make_mesh
-from mis_jax.train.program import make_program
-from mis_jax.weights import parameters
-from mis_jax.weights.config_json import read_config
-from mis_jax.weights.run_checkpoint import model_files
+from mis_jax.train.compiled_step import make_train_program
 
 Step = Literal["train", "prefill", "decode"]
 _STEPS_OF_A_RUN = 1000  # where `train.epochs` leaves it to the data; the program is the same
@@ -150,7 +150,7 @@ def _train_plan(config, model, topology: Topology, mesh, length, tiles) -> StepP
             f"{shape.micro_rows} rows of a forward pass cannot be split over data x fsdp = {shards}"
             " devices; change train.micro_batch, train.global_batch or mesh"
         )
-    program = make_program(config, model, mesh, config.train.steps or _STEPS_OF_A_RUN)
+    program = make_train_program(config, model, mesh, config.train.steps or _STEPS_OF_A_RUN)
     batch = program.batch(shape.rows, shape.length, shape.tiles, model.vision.image_size)
     compiled = compile_for(topology, program.step, program.state, batch)
     count = dict(tokens=shape.rows * shape.length, tiles=shape.rows * shape.tiles)
@@ -211,7 +211,7 @@ def _step(
 
 def _weight_bytes(config: RunConfig, model: InternVLConfig, mesh) -> float:
     """Weights that a device reads for one pass: gathered over fsdp, split over tensor."""
-    numbers = sum(parameters.count(model).values())
+    numbers = sum(nnx_state.count(model).values())
     embedding = model.text.vocab_size * model.text.hidden_size  # a lookup
     size = jnp.dtype(config.dtype.compute).itemsize
     return (numbers - embedding) * size / mesh.shape["tensor"]
@@ -223,9 +223,7 @@ def _train_bytes(config, model, mesh, shape: Shape, memory: Memory) -> float:
     weights = shape.passes * passes * _weight_bytes(config, model, mesh)
     gradients = 0.0
     if shape.passes > 1:
-        numbers = sum(parameters.count(model).values()) / (
-            mesh.shape["fsdp"] * mesh.shape["tensor"]
-        )
+        numbers = sum(nnx_state.count(model).values()) / (mesh.shape["fsdp"] * mesh.shape["tensor"])
         gradients = 2 * shape.passes * numbers * jnp.dtype(config.dtype.gradients).itemsize
     return 2 * memory.arguments + weights + gradients
 

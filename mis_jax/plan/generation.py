@@ -7,26 +7,26 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mis_jax.checkpoint import nnx_state
 from mis_jax.config import RunConfig
-from mis_jax.generation.cache_on_mesh import cache_place
-from mis_jax.generation.device import (
+from mis_jax.inference.cache_on_mesh import cache_place
+from mis_jax.inference.engine import CHUNKS, POOL_TILES
+from mis_jax.inference.model_runner import (
     Chunk,
-    Settings,
-    choose,
+    SamplingState,
     decode_step,
-    extend,
     power_of_two,
+    prefill_chunk,
+    sample_next,
     slots_bucket,
 )
-from mis_jax.generation.engine import CHUNKS, POOL_TILES
-from mis_jax.model.cache import KVCache
 from mis_jax.model.config import InternVLConfig
+from mis_jax.model.kv_cache import KVCache
+from mis_jax.parallel.sharding import BATCH_AXES, FSDP_TENSOR, padded_vocab, parameter_shardings
 from mis_jax.plan.memory import Compiled, compile_for
 from mis_jax.plan.shape import QUESTION_TOKENS, sample_tiles
 from mis_jax.plan.topology import Topology
-from mis_jax.sharding import BATCH_AXES, FSDP_TENSOR, padded_vocab, parameter_shardings
-from mis_jax.train.program import execution_on
-from mis_jax.weights import parameters
+from mis_jax.train.compiled_step import execution_on
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def compile_prefill(
     how = _how(config, model, mesh)
 
     def run(values: Any, cache: KVCache, pool: Any, chunk: Chunk):
-        built = parameters.build(model, values, **how)
-        logits, cache = extend(built, cache, pool, chunk)
-        return choose(logits, chunk.settings, jnp.bool_(False)), cache
+        built = nnx_state.build(model, values, **how)
+        logits, cache = prefill_chunk(built, cache, pool, chunk)
+        return sample_next(logits, chunk.settings, jnp.bool_(False)), cache
 
     tiles = max(POOL_TILES, groups * shape.tiles)
     pool = _whole(mesh, dtype, tiles, model.tokens_per_tile, model.text.hidden_size)
@@ -86,7 +86,7 @@ def compile_decode(
     how = _how(config, model, mesh)
 
     def run(values: Any, cache: KVCache, tokens: Any, lengths: Any, active: Any):
-        built = parameters.build(model, values, **how)
+        built = nnx_state.build(model, values, **how)
         return decode_step(built, tokens, lengths, active, cache)
 
     tokens, active = _rows(mesh, jnp.int32, shape.rows), _rows(mesh, jnp.bool_, shape.rows)
@@ -111,11 +111,11 @@ def _how(config: RunConfig, model: InternVLConfig, mesh: Mesh) -> dict[str, Any]
 
 
 def _parameters(model: InternVLConfig, mesh: Mesh, dtype: Any) -> dict[str, Any]:
-    abstract = parameters.abstract_model(model, vocab_rows=padded_vocab(model.text.vocab_size))
+    abstract = nnx_state.abstract_model(model, vocab_rows=padded_vocab(model.text.vocab_size))
     places = parameter_shardings(abstract, mesh, FSDP_TENSOR)
     return {
         name: jax.ShapeDtypeStruct(value.shape, dtype, sharding=places[name])
-        for name, value in parameters.flat(abstract).items()
+        for name, value in nnx_state.flat(abstract).items()
     }
 
 
@@ -129,10 +129,10 @@ def _whole(mesh: Mesh, dtype: Any, *shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
 
-def _settings(mesh: Mesh, rows: int) -> Settings:
+def _settings(mesh: Mesh, rows: int) -> SamplingState:
     number, real = _rows(mesh, jnp.int32, rows), _rows(mesh, jnp.float32, rows)
     name = _rows(mesh, jnp.uint32, rows)
-    return Settings(real, real, number, name, name, number)
+    return SamplingState(real, real, number, name, name, number)
 
 
 def _cache(mesh: Mesh, model: InternVLConfig, shape: GenerationShape, dtype: Any) -> KVCache:

@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from mis_jax import distributed
-from mis_jax.data.pipeline import Rejected
+from mis_jax.data.loader import Rejected
 from mis_jax.model.batch import Batch
+from mis_jax.parallel import processes
 from mis_jax.stopping import LostWorker
 from mis_jax.train.outcome import FailedRun, Resumable
 
@@ -18,12 +18,12 @@ from mis_jax.train.outcome import FailedRun, Resumable
 def tell_rejected(step: int, rejected: tuple[Rejected, ...]) -> None:
     """Tell process 0 which samples were left out of the rows of this process."""
     if rejected:
-        distributed.note(f"rejected/{step}", [asdict(item) for item in rejected])
+        processes.note(f"rejected/{step}", [asdict(item) for item in rejected])
 
 
 def all_rejected(step: int) -> tuple[Rejected, ...]:
     """Bad samples of a step, in the order of the plan; several processes may hold the same row."""
-    notes = distributed.notes(f"rejected/{step}")
+    notes = processes.notes(f"rejected/{step}")
     found = {item["place"]: Rejected(**item) for _, note in notes for item in note}
     return tuple(found[place] for place in sorted(found))
 
@@ -36,13 +36,13 @@ def tell_failure(step: int, error: Exception) -> None:
         kind, line = "input", str(error)
     else:
         kind, line = "fault", f"{type(error).__name__}: {error}"
-    distributed.note(f"no rows/{step}", [kind, line])
+    processes.note(f"no rows/{step}", [kind, line])
 
 
 def failure_of(step: int) -> Exception | None:
     """Why a process had no rows for a step that was not finite."""
     kinds = {"resumable": Resumable, "input": ValueError, "fault": FailedRun}
-    for process, (kind, line) in distributed.notes(f"no rows/{step}", forget=False):
+    for process, (kind, line) in processes.notes(f"no rows/{step}", forget=False):
         return kinds[kind](f"process {process}: {line}")
     return None
 

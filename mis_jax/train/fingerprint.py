@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, UInt32
 
-from mis_jax.hashing import digest
+from mis_jax.storage.hashing import digest
 
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 _GOLDEN = 0x9E3779B1  # odd, so that places differ; the rest is the finalizer of MurmurHash3

@@ -10,8 +10,8 @@ from typing import IO, Any
 from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from mis_jax.folders import replace_file
 from mis_jax.parsing import parse_json
+from mis_jax.storage.folders import replace_file
 
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 BOARD_FOLDER = "tensorboard"

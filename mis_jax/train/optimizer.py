@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from mis_jax.config import DtypeConfig, OptimizerConfig
-from mis_jax.train import norms
-from mis_jax.train.rounding import stored_like
+from mis_jax.train import global_norm
+from mis_jax.train.stochastic_rounding import stored_like
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -112,7 +112,7 @@ def _clip(largest: float) -> optax.GradientTransformationExtraArgs:
 
     def clipped(updates, state, params=None, *, norm=None, **_):
         del params
-        length = norms.norm(updates) if norm is None else norm
+        length = global_norm.norm(updates) if norm is None else norm
         factor = jnp.minimum(largest / jnp.maximum(length, 1e-30), 1.0)
         return jax.tree.map(lambda u: u * factor, updates), state
 

@@ -13,10 +13,15 @@ from mis_jax.config import Part
 from mis_jax.model.batch import Batch
 from mis_jax.model.internvl import InternVL
 from mis_jax.model.lora import DROPOUT_KEY
-from mis_jax.model.summing import LayerSums
+from mis_jax.model.scan_grad_accum import LayerSums
+from mis_jax.train.global_norm import norm, sum_of_squares
 from mis_jax.train.loss import weighted_loss
-from mis_jax.train.norms import norm, sum_of_squares
-from mis_jax.train.rounding import apply_updates, round_stochastically, seed_of, stored_like
+from mis_jax.train.stochastic_rounding import (
+    apply_updates,
+    round_stochastically,
+    seed_of,
+    stored_like,
+)
 
 Parameters = dict[str, jax.Array]  # by dotted path
 TrainStep = Any  # a jitted (TrainState, Batch) -> (TrainState, metrics)

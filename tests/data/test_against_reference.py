@@ -17,10 +17,10 @@ from PIL import Image
 from tiny_world import run_config
 from transformers import Qwen2Tokenizer
 
-from mis_jax.data.pipeline import TrainingData
+from mis_jax.checkpoint.hf_config import read_config
+from mis_jax.data.loader import TrainingData
 from mis_jax.data.processor import Processor
 from mis_jax.model.family import published
-from mis_jax.weights.config_json import read_config
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import make_random_checkpoint as tool

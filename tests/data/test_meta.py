@@ -7,7 +7,7 @@ import pytest
 from tiny_world import sample
 
 from mis_jax.config import Source
-from mis_jax.data.sources import read_mixture, read_source, read_sources
+from mis_jax.data.mixture import read_mixture, read_source, read_sources
 
 
 def write_lines(path, rows: list[dict]) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mis_jax.data.packing import fill, pack, tiles_of_a_row
-from mis_jax.data.plan import Capacity, make_plan
+from mis_jax.data.schedule import Capacity, make_schedule
 
 sys.path.append(str(Path(__file__).parents[2]))
 from benchmarks.mis_sizes import mis_like
@@ -64,7 +64,7 @@ GOOD = np.flatnonzero(TOKENS)
 
 def plan(**changes):
     settings = dict(seed=3, epochs=2, capacity=Capacity(50, 4))
-    return make_plan(GOOD, TOKENS, TILES, **(settings | changes))
+    return make_schedule(GOOD, TOKENS, TILES, **(settings | changes))
 
 
 @pytest.mark.parametrize("capacity", [None, Capacity(50, 4), Capacity(400, 40)])

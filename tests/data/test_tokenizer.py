@@ -24,8 +24,8 @@ from tokenizer_folders import (
 )
 from tokenizers import models, normalizers, processors
 
-from mis_jax.data.tokenizer import CONTROL_TOKENS, GROUNDING_TOKENS, load_tokenizer
-from mis_jax.data.tokenizer_backends import _QWEN_SPLIT
+from mis_jax.tokenizer.backends import _QWEN_SPLIT
+from mis_jax.tokenizer.tokenizer import CONTROL_TOKENS, GROUNDING_TOKENS, load_tokenizer
 
 TEXTS = [
     "",

@@ -7,8 +7,8 @@ import pytest
 from several_processes import run_together
 from tiny_world import run_config, write_yaml
 
-from mis_jax import sharding
-from mis_jax.data.pipeline import TrainingData
+from mis_jax.data.loader import TrainingData
+from mis_jax.parallel import sharding
 
 PROGRAM = """
 import json
@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from mis_jax.config import MeshConfig, load_config
-from mis_jax.data.pipeline import TrainingData
+from mis_jax.data.loader import TrainingData
 from mis_jax.data.processor import Processor
-from mis_jax.sharding import held_rows, make_mesh, put_batch
-from mis_jax.weights.config_json import read_config
+from mis_jax.parallel.sharding import held_rows, make_mesh, put_batch
+from mis_jax.checkpoint.hf_config import read_config
 
 path, out = map(Path, words)
 config = load_config(path)

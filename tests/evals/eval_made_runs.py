@@ -12,7 +12,7 @@ import numpy as np
 
 from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.hashing import answer_hash
-from mis_jax.hashing import digest
+from mis_jax.storage.hashing import digest
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from mis_jax.data import mini_language as language
-from mis_jax.data.mini import describe
 from mis_jax.evals.types import Answer, Sample
+from mis_jax.mini import language
+from mis_jax.mini.world import describe
 
 Speak = Callable[[Sample], str]
 

@@ -13,7 +13,7 @@ from mis_jax.evals.benchmarks import BENCHMARKS, get_benchmark, size_note
 from mis_jax.evals.hashing import sample_hash
 from mis_jax.evals.judges import JUDGES, get_judge
 from mis_jax.evals.metrics import METRICS
-from mis_jax.hashing import folder_fingerprint
+from mis_jax.storage.hashing import folder_fingerprint
 
 JUDGINGS = {"mis", "guard", "mssbench", "siuo", "vlsbench", "refusal", "correct"}
 

@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.hashing import sample_hash
-from mis_jax.evals.report import browser as sample_browser
+from mis_jax.evals.report import sample_table as sample_browser
 from mis_jax.evals.report import write_report
 from mis_jax.evals.report.thumbnails import thumbnails
 

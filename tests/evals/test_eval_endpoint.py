@@ -265,14 +265,14 @@ def test_our_own_server_answers_as_the_checkpoint_does(data_root: Path, tmp_path
     import uvicorn
 
     import mis_jax
-    from mis_jax.data.mini_icons import draw_scene
-    from mis_jax.evals.answering import answers_of
-    from mis_jax.generation.service import Service
+    from mis_jax.evals.models import answers_of
+    from mis_jax.inference.async_engine import Service
+    from mis_jax.mini.icons import draw_scene
     from mis_jax.quickstart import BASE_MODEL
-    from mis_jax.serve.app import create_app
-    from mis_jax.serve.program import engine_for
-    from mis_jax.serve.server import address_of, bind
-    from mis_jax.serve.settings import Settings
+    from mis_jax.server.app import create_app
+    from mis_jax.server.run import engine_for
+    from mis_jax.server.server import address_of, bind
+    from mis_jax.server.settings import Settings
 
     model, processor = mis_jax.load(BASE_MODEL, dtype="float32")
     benchmark = replace(HARD, system="none", max_tiles_per_image=1, max_new_tokens=24)

@@ -11,7 +11,7 @@ import pytest
 from eval_tables import FILES, b64, general_root, picture, several, write_table
 from PIL import Image
 
-from mis_jax.evals import answering
+from mis_jax.evals import models
 from mis_jax.evals.benchmarks import BENCHMARKS, get_benchmark, size_note
 from mis_jax.evals.benchmarks.general import SETS, md5_note
 from mis_jax.evals.hashing import sample_hash
@@ -20,7 +20,7 @@ from mis_jax.evals.pictures import shown_images
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.types import Answer, Sample
 from mis_jax.evals.vlmevalkit.prompts import content, name_places, tiles
-from mis_jax.generation.answers import Completion
+from mis_jax.inference.offline import Completion
 
 LETTER = "Answer with the option's letter from the given choices directly."
 
@@ -198,7 +198,7 @@ def test_the_engine_is_asked_by_tiles_and_answers_keep_their_order(
         assert (settings["max_new_tokens"], settings["system"]) == (4096, "default")
         return [Completion(text.upper(), 3, 2, "stop", ()) for text in texts]
 
-    monkeypatch.setattr(answering, "answer", answer)
+    monkeypatch.setattr(models, "answer", answer)
     base = BENCHMARKS["mmmu"].load(root)[0]
     limits = [12, 10, None, 12, 10]
     samples = [
@@ -211,7 +211,7 @@ def test_the_engine_is_asked_by_tiles_and_answers_keep_their_order(
         )
         for number, limit in enumerate(limits)
     ]
-    ask = answering.answers_of(None, None, BENCHMARKS["mmmu"])  # pyright: ignore
+    ask = models.answers_of(None, None, BENCHMARKS["mmmu"])  # pyright: ignore
     texts = [a.text for a in ask(samples)]
     assert texts == ["Q0", "Q1", "Q2", "Q3", "Q4"]
     # Where the sample sets no limit, the benchmark's 12 holds.

@@ -28,6 +28,7 @@ from waiting import until
 
 from mis_jax.cli import main
 from mis_jax.evals import chat_client
+from mis_jax.evals.async_map import Stopped, as_they_come
 from mis_jax.evals.benchmarks import BENCHMARKS
 from mis_jax.evals.chat_client import ChatClient
 from mis_jax.evals.files import read_log
@@ -39,8 +40,7 @@ from mis_jax.evals.judges.replies import declines, instruction, read, schema
 from mis_jax.evals.manifest import open_run, read_manifest
 from mis_jax.evals.metrics import mis_outcomes
 from mis_jax.evals.runner import generate_answers, judge_run
-from mis_jax.evals.streaming import Stopped, as_they_come
-from mis_jax.evals.summary import without_verdict
+from mis_jax.evals.scoring import without_verdict
 from mis_jax.evals.types import Answer, Benchmark, Judge, Sample, Verdict
 
 
@@ -663,7 +663,7 @@ def test_a_guard_checkpoint_from_the_command(
     import numpy as np
     from guard_world import write_guard
 
-    from mis_jax.generation.guard import load_guard
+    from mis_jax.inference.guard import load_guard
 
     folder = write_guard(tmp_path / "guard", np.random.default_rng(3))
     code = run_cli("judge", toy[0], "--judge", folder, "--dtype", "float32")

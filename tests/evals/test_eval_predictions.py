@@ -12,7 +12,7 @@ from eval_tables import general_root, write_table
 from mis_jax.evals.benchmarks import BENCHMARKS
 from mis_jax.evals.manifest import open_run, read_manifest
 from mis_jax.evals.runner import generate_answers, judge_run
-from mis_jax.evals.summary import read_items
+from mis_jax.evals.scoring import read_items
 from mis_jax.evals.types import Answer
 from mis_jax.evals.vlmevalkit.predictions import export_predictions, import_predictions
 

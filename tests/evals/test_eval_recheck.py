@@ -15,13 +15,13 @@ from eval_world import rows
 from statsmodels.stats.inter_rater import cohens_kappa
 
 from mis_jax.cli import main
+from mis_jax.evals.async_map import Stopped
 from mis_jax.evals.judges.http import http_judges
-from mis_jax.evals.recheck import drawn
 from mis_jax.evals.report import write_report
 from mis_jax.evals.runner import judge_run
+from mis_jax.evals.scoring import verdict_notes
+from mis_jax.evals.self_consistency import drawn
 from mis_jax.evals.stats import wilson
-from mis_jax.evals.streaming import Stopped
-from mis_jax.evals.summary import verdict_notes
 from mis_jax.evals.verdict_cache import FILE, VerdictCache
 
 OTHER = json.dumps({"safety": "Safe", "perception": "Level2"})

@@ -15,7 +15,7 @@ from eval_world import QUESTION, answering, careful, helpful
 from mis_jax.evals.benchmarks import BENCHMARKS
 from mis_jax.evals.manifest import open_run
 from mis_jax.evals.report import write_report
-from mis_jax.evals.report.figures import read_loss
+from mis_jax.evals.report.plots import read_loss
 from mis_jax.evals.runner import generate_answers
 from mis_jax.evals.types import Sample
 

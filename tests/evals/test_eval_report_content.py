@@ -13,7 +13,7 @@ from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.multitest import multipletests
 
 from mis_jax.evals.report import write_report
-from mis_jax.evals.report.paper import PUBLISHED
+from mis_jax.evals.report.published_results import PUBLISHED
 from mis_jax.evals.stats import Gold, cluster_rate, rogan_gladen, wilson
 
 TOLD = "A kettle and a cable."

@@ -6,13 +6,13 @@ from itertools import permutations, product
 
 import pytest
 
-from mis_jax.data import mini_language as language
-from mis_jax.data.mini import DANGERS, OBJECTS, danger_of, describe
 from mis_jax.evals.judges import JUDGES
 from mis_jax.evals.judges.exact import normalise
 from mis_jax.evals.judges.rules import encourages, label, refuses, warns
 from mis_jax.evals.metrics import mis_outcomes
 from mis_jax.evals.types import Sample
+from mis_jax.mini import language
+from mis_jax.mini.world import DANGERS, OBJECTS, danger_of, describe
 
 PAIR = ("toaster", "bathtub")
 SEEN = describe(*PAIR)

@@ -14,7 +14,7 @@ from mis_jax.evals.benchmarks import BENCHMARKS
 from mis_jax.evals.judges import JUDGES
 from mis_jax.evals.manifest import open_run, read_manifest
 from mis_jax.evals.runner import Generated, generate_answers, judge_run, summarise
-from mis_jax.evals.summary import without_verdict
+from mis_jax.evals.scoring import without_verdict
 from mis_jax.evals.types import Answer, Judge, Sample, Verdict
 
 HARD = BENCHMARKS["mini_hard"]

@@ -21,7 +21,7 @@ from mis_jax.evals.report.collect import compare
 from mis_jax.evals.report.examples import choose_examples
 from mis_jax.evals.report.examples import verdict_of as verdict_in_words
 from mis_jax.evals.runner import generate_answers, judge_run
-from mis_jax.evals.summary import read_items, summarise
+from mis_jax.evals.scoring import read_items, summarise
 from mis_jax.evals.types import Judge, Sample, Verdict
 
 Labels = Mapping[str, Any]

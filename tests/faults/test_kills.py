@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from tiny_world import TIMES, read_lines, run_config, write_yaml
 
-from mis_jax.train.loop import train
-from mis_jax.weights.checkpoint import read_checkpoint
+from mis_jax.checkpoint.load import read_checkpoint
+from mis_jax.train.trainer import train
 
 KILLS = int(os.environ.get("MIS_JAX_KILLS", "5"))
 STEPS = 40
@@ -25,7 +25,7 @@ STEPS = 40
 STARTER = """
 import os, sys
 from mis_jax.config import load_config
-from mis_jax.train.loop import train
+from mis_jax.train.trainer import train
 
 for line in sys.stdin:
     if not (child := os.fork()):

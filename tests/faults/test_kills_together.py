@@ -17,7 +17,7 @@ from several_processes import Job
 from tiny_world import TIMES, read_lines, run_config, write_yaml
 from waiting import until
 
-from mis_jax.weights.checkpoint import read_checkpoint
+from mis_jax.checkpoint.load import read_checkpoint
 
 KILLS = int(os.environ.get("MIS_JAX_KILLS", "2"))
 STEPS = 10 * KILLS + 10

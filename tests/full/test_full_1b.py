@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 import mis_jax
+from mis_jax.checkpoint import nnx_state
+from mis_jax.checkpoint.load import find_problems, read_checkpoint
 from mis_jax.config import DataConfig, DtypeConfig, RunConfig, Source, TrainConfig
-from mis_jax.generation.answers import answer
+from mis_jax.inference.offline import answer
 from mis_jax.model.family import published
-from mis_jax.train.loop import train
-from mis_jax.weights import parameters
-from mis_jax.weights.checkpoint import find_problems, read_checkpoint
+from mis_jax.train.trainer import train
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import make_random_checkpoint
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("optimized")
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("full")
     config = published("internvl2_5-1b")
-    assert sum(parameters.count(config).values()) == 938_193_024
+    assert sum(nnx_state.count(config).values()) == 938_193_024
     make_random_checkpoint.write(config, folder / "internvl", shard_bytes=10**9)
     return folder / "internvl"
 

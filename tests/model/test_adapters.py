@@ -9,12 +9,12 @@ import pytest
 import qwix
 from flax import nnx
 
+from mis_jax.checkpoint import nnx_state
 from mis_jax.config import LoraConfig
 from mis_jax.model.batch import Batch
 from mis_jax.model.config import InternVLConfig, TextConfig, VisionConfig
 from mis_jax.model.layers import Linear, Verbatim
 from mis_jax.model.lora import Adapter, QuantisedKernel, quantise, set_dropout
-from mis_jax.weights import parameters
 
 WIDTH, RANK = 24, 4
 
@@ -32,7 +32,7 @@ def tiny(kind: str) -> InternVLConfig:
 
 def shapes(kind: str, **settings) -> dict[str, jax.ShapeDtypeStruct]:
     lora = LoraConfig(**({"rank": RANK, "targets": ("vision", "language")} | settings))
-    return parameters.flat(parameters.abstract_model(tiny(kind), lora=lora))  # type: ignore[return-value]
+    return nnx_state.flat(nnx_state.abstract_model(tiny(kind), lora=lora))  # type: ignore[return-value]
 
 
 def filled(kind: str, seed: int = 0, **settings) -> dict[str, jax.Array]:
@@ -74,7 +74,7 @@ def test_every_linear_map_of_the_blocks_and_no_other(kind):
 
 
 def test_adapters_are_split_as_their_kernels_are():
-    model = parameters.abstract_model(tiny("internlm2"), lora=LoraConfig(rank=RANK, base="nf4"))
+    model = nnx_state.abstract_model(tiny("internlm2"), lora=LoraConfig(rank=RANK, base="nf4"))
     axes = {
         ".".join(map(str, path)): variable.axes
         for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -84,7 +84,7 @@ def test_adapters_are_split_as_their_kernels_are():
     assert axes[f"{gate}.adapter.b"] == ("layers", None, "mlp")
     assert axes[f"{gate}.kernel.values"] == ("layers", "embed", "mlp")
     assert axes[f"{gate}.kernel.scale"] == ("layers", "embed", "mlp")
-    model = parameters.abstract_model(tiny("internlm2"), lora=LoraConfig(rank=RANK, base="int8"))
+    model = nnx_state.abstract_model(tiny("internlm2"), lora=LoraConfig(rank=RANK, base="int8"))
     assert model.text.layers.block.gate.kernel.scale.axes == ("layers", None, "mlp")
 
 
@@ -138,7 +138,7 @@ def test_dropout_keeps_the_mean_and_its_gradient_has_the_same_mask():
 
 def test_keys_differ_by_layer_and_map_and_are_shared_where_a_is():
     def keys(seed: int) -> dict[str, bytes]:
-        model = parameters.build(tiny("internlm2"), filled("internlm2"), lora=LoraConfig(
+        model = nnx_state.build(tiny("internlm2"), filled("internlm2"), lora=LoraConfig(
             rank=RANK, targets=("vision", "language")))  # fmt: skip
         set_dropout(model, jax.random.key(seed))
         found = {}
@@ -191,7 +191,7 @@ def test_a_model_on_a_quantised_base_is_that_of_the_kernels_it_stands_for():
 
     @partial(jax.jit, static_argnums=1)
     def output(values, lora):
-        return parameters.build(config, values, lora=lora)(batch)
+        return nnx_state.build(config, values, lora=lora)(batch)
 
     got, expected = output(values, lora), output(plain, LoraConfig(rank=RANK))
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from mis_jax.config import MeshConfig
-from mis_jax.kernels import attend_on, choose
 from mis_jax.model.attention import attend_by_head, attend_xla
-from mis_jax.model.attention_cudnn import attend_cudnn, attend_cudnn_packed, segment_places
-from mis_jax.sharding import make_mesh
+from mis_jax.parallel.attention_cudnn import attend_cudnn, attend_cudnn_packed, segment_places
+from mis_jax.parallel.attention_kernels import attend_on, choose
+from mis_jax.parallel.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -134,7 +134,7 @@ def test_a_kernel_that_the_devices_do_not_have():
 @pytest.mark.parametrize("largest_block", [1024, 2048])  # of the v5e and the v6e
 @pytest.mark.parametrize("length", [128, 1152, 1280, 2048, 4096, 8192])
 def test_splash_blocks_divide_each_other(length, largest_block) -> None:
-    from mis_jax.model.attention_splash import make_kernel
+    from mis_jax.parallel.attention_splash import make_kernel
 
     kernel = make_kernel(
         2, length, causal=True, largest_block=largest_block, head_shards=1, length_shards=1,

@@ -2,8 +2,8 @@
 
 import pytest
 
+from mis_jax.checkpoint import nnx_state
 from mis_jax.model.family import FAMILY, published
-from mis_jax.weights import parameters
 
 VIT_300M, VIT_6B = 304_012_288, 5_536_496_000
 # Totals printed from models built of the published config.json files (facts/internvl.md 1.3).
@@ -42,12 +42,12 @@ def test_every_member_has_a_total():
 
 @pytest.mark.parametrize("name", TOTALS)
 def test_exact_total(name):
-    assert sum(parameters.count(FAMILY[name]).values()) == TOTALS[name]
+    assert sum(nnx_state.count(FAMILY[name]).values()) == TOTALS[name]
 
 
 @pytest.mark.parametrize("name", ROUNDED)
 def test_rounded_total(name):
-    counts = parameters.count(FAMILY[name])
+    counts = nnx_state.count(FAMILY[name])
     text, total = ROUNDED[name]
     digits = 3 if name.startswith("internvl3_5") else 2
     assert round(counts["text"] / 1e9, digits) == pytest.approx(text)
@@ -57,14 +57,14 @@ def test_rounded_total(name):
 @pytest.mark.parametrize("name", FAMILY)
 def test_tower_and_image_settings(name):
     config = FAMILY[name]
-    assert parameters.count(config)["vision"] == (VIT_6B if name in WITH_6B else VIT_300M)
+    assert nnx_state.count(config)["vision"] == (VIT_6B if name in WITH_6B else VIT_300M)
     assert config.tokens_per_tile == 256
     assert config.image_token_id < config.text.vocab_size
     assert not config.text.tie_embeddings
 
 
 def test_projector_of_the_8b():
-    assert parameters.count(published("internvl2_5-8b"))["projector"] == 33_570_816
+    assert nnx_state.count(published("internvl2_5-8b"))["projector"] == 33_570_816
 
 
 def test_unknown_name_tells_the_known_ones():

@@ -12,7 +12,7 @@ from tiny_world import read_lines, run_config, write_yaml
 from waiting import until
 
 import mis_jax
-from mis_jax.data.pipeline import TrainingData
+from mis_jax.data.loader import TrainingData
 
 pytestmark = pytest.mark.slow
 

@@ -8,17 +8,17 @@ import pytest
 from several_processes import Job
 from tiny_world import run_config, write_yaml
 
-from mis_jax import distributed
 from mis_jax.config import DistributedConfig
+from mis_jax.parallel import processes
 
 
 def test_a_run_of_one_process_starts_nothing(tmp_path, monkeypatch):
     for name in ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(distributed, "supervise", None)
-    distributed.start(DistributedConfig(), tmp_path)
-    distributed.abandon("nobody listens", 1)
-    distributed.finish()
+    monkeypatch.setattr(processes, "supervise", None)
+    processes.start(DistributedConfig(), tmp_path)
+    processes.abandon("nobody listens", 1)
+    processes.finish()
 
 
 @pytest.mark.parametrize(("tasks", "several"), [("1", False), ("8", True)])
@@ -33,12 +33,12 @@ def test_slurm_is_found_by_jax(tmp_path, monkeypatch, tasks, several):
     def supervise(explain):
         raise Supervised
 
-    monkeypatch.setattr(distributed, "supervise", supervise)
+    monkeypatch.setattr(processes, "supervise", supervise)
     if several:
         with pytest.raises(Supervised):
-            distributed.start(DistributedConfig(), tmp_path)
+            processes.start(DistributedConfig(), tmp_path)
     else:
-        distributed.start(DistributedConfig(), tmp_path)
+        processes.start(DistributedConfig(), tmp_path)
 
 
 @pytest.mark.slow
@@ -67,14 +67,14 @@ def test_what_native_code_says_becomes_one_line(tmp_path, text, number, line, co
     for step in (8, 40):
         (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
     config = DistributedConfig("host:1", 2, 0)
-    told, ended = distributed._explain(text, number, config, tmp_path)
+    told, ended = processes._explain(text, number, config, tmp_path)
     assert line in told and ended == code and "\n" not in told
 
 
 def test_the_parent_passes_on_what_is_not_of_coordination(tmp_path):
     program = (
         "import os, sys\n"
-        "from mis_jax.supervisor import supervise\n"
+        "from mis_jax.parallel.launcher import supervise\n"
         "supervise(lambda text, number: (f'{len(text.splitlines())} lines held', 75))\n"
         "print('from Python', file=sys.stderr)\n"
         "os.write(2, b'plain words\\n')\n"

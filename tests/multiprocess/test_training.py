@@ -14,12 +14,12 @@ import pytest
 from several_processes import Job, free_port
 from tiny_world import TIMES, read_lines, run_config, write_yaml
 
+from mis_jax.checkpoint.inspect import inspect_checkpoint
+from mis_jax.checkpoint.load import read_checkpoint
+from mis_jax.checkpoint.native import DIGESTS
 from mis_jax.config import load_config
-from mis_jax.data.pipeline import TrainingData
-from mis_jax.train.loop import train
-from mis_jax.weights.checkpoint import read_checkpoint
-from mis_jax.weights.inspect import inspect_checkpoint
-from mis_jax.weights.native import DIGESTS
+from mis_jax.data.loader import TrainingData
+from mis_jax.train.trainer import train
 
 pytestmark = pytest.mark.slow
 STEPS = 24

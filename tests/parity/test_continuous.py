@@ -7,9 +7,9 @@ from engine_runs import letters, requests_of, run_all
 from test_forward import checkpoint_of, our_batch
 from test_greedy import NEW_TOKENS, their_tokens
 
-from mis_jax.generation.engine import Engine
-from mis_jax.model.written_out import written_out
-from mis_jax.weights.parameters import build
+from mis_jax.checkpoint.nnx_state import build
+from mis_jax.inference.engine import Engine
+from mis_jax.model.unrolled import unrolled
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -22,7 +22,7 @@ def test_prompts_mixed_in_one_batch(text, seed, rng, tmp_path):
     """None to three images of one to five tiles, texts of many lengths, more prompts than rows."""
     theirs = ref.reference_model(ref.reference_config(text, "layer_norm"), seed)
     checkpoint = checkpoint_of(theirs, tmp_path / "hf")
-    ours = written_out(build(checkpoint.config, checkpoint.arrays))
+    ours = unrolled(build(checkpoint.config, checkpoint.arrays))
     counts = [list(rng.integers(1, 6, int(n))) for n in rng.integers(0, 4, PROMPTS)]
     rows = [
         np.concatenate([rng.integers(3, ref.IMAGE_TOKEN, int(more)), row])

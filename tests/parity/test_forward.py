@@ -10,11 +10,11 @@ import pytest
 import reference as ref
 import torch
 
+from mis_jax.checkpoint.load import Checkpoint, read_checkpoint
+from mis_jax.checkpoint.nnx_state import build
 from mis_jax.model.batch import Batch
 from mis_jax.model.execution import Execution
 from mis_jax.model.internvl import row_lengths
-from mis_jax.weights.checkpoint import Checkpoint, read_checkpoint
-from mis_jax.weights.parameters import build
 
 pytestmark = pytest.mark.usefixtures("optimized")
 

@@ -10,12 +10,12 @@ import torch
 from engine_runs import letters, run_all
 from test_greedy import their_tokens
 
+from mis_jax.checkpoint.load import load, open_checkpoint
+from mis_jax.checkpoint.nnx_state import build
 from mis_jax.data.collate import Example
-from mis_jax.generation.engine import Engine
-from mis_jax.generation.requests import Request
-from mis_jax.model.written_out import written_out
-from mis_jax.weights.checkpoint import load, open_checkpoint
-from mis_jax.weights.parameters import build
+from mis_jax.inference.engine import Engine
+from mis_jax.inference.requests import Request
+from mis_jax.model.unrolled import unrolled
 
 sys.path.append(str(Path(__file__).parents[2]))
 from benchmarks.peer import TILE, torch_model
@@ -50,7 +50,7 @@ def test_four_prompts_in_one_batch(tmp_path, seed, rng):
     gc.collect()
 
     checkpoint = load(open_checkpoint(tmp_path / "hf"), "float32")
-    ours = written_out(build(checkpoint.config, checkpoint.arrays), consume=True)
+    ours = unrolled(build(checkpoint.config, checkpoint.arrays), consume=True)
     engine = Engine(ours, stop_ids=(), decode=letters, rows=3, between=3)
     asked = [
         Request(

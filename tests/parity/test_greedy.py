@@ -9,7 +9,7 @@ import torch
 from engine_runs import generate_tokens
 from test_forward import checkpoint_of, our_batch
 
-from mis_jax.weights.parameters import build
+from mis_jax.checkpoint.nnx_state import build
 
 pytestmark = pytest.mark.usefixtures("optimized")
 

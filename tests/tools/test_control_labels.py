@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mis_jax.config import Source
-from mis_jax.data.chat import count_images, from_sharegpt
-from mis_jax.data.sources import read_source
+from mis_jax.data.chat_template import count_images, from_sharegpt
+from mis_jax.data.mixture import read_source
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import control_labels as tool

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mis_jax.serve import bodies, protocol
+from mis_jax.server import bodies, protocol
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tools"))
@@ -52,7 +52,7 @@ def test_load(tiny_processor, engine, code):
 def test_hostile_clients_are_refused_or_ended(tiny_processor, monkeypatch):
     monkeypatch.setattr(bodies, "BODY_SECONDS", 0.5)
     monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.5)
-    monkeypatch.setattr("mis_jax.serve.lingering._SECONDS", 0.5)
+    monkeypatch.setattr("mis_jax.server.drain_body._SECONDS", 0.5)
     words = ["--clients=6", "--hostile=9", "--seconds=2", "--prompts=12", "--max-tokens=9"]
     with serving(ScriptedEngine(tiny_processor, 4), tiny_processor, rows=4, queue=9) as world:
         ran = subprocess.run(

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mis_jax.data.tokenizer import load_tokenizer
+from mis_jax.checkpoint import nnx_state
+from mis_jax.checkpoint.inspect import inspect_checkpoint
+from mis_jax.checkpoint.load import read_checkpoint
+from mis_jax.checkpoint.parameter_source import layers_of
 from mis_jax.model.family import FAMILY, published
-from mis_jax.weights import parameters
-from mis_jax.weights.checkpoint import read_checkpoint
-from mis_jax.weights.inspect import inspect_checkpoint
-from mis_jax.weights.stream import layers_of
+from mis_jax.tokenizer.tokenizer import load_tokenizer
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import make_random_checkpoint as tool
@@ -58,7 +58,7 @@ def test_what_it_writes_is_sound(name, kind, tmp_path):
 def test_every_model_can_be_cut(name):
     config = tool.cut(published(name), **SMALL)
     assert config.text.num_heads == published(name).text.num_heads
-    assert sum(parameters.count(config).values()) < 1e7
+    assert sum(nnx_state.count(config).values()) < 1e7
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):

@@ -25,8 +25,8 @@ from mis_jax.config import (
 )
 from mis_jax.model.batch import Batch
 from mis_jax.model.config import InternVLConfig, TextConfig, VisionConfig
-from mis_jax.sharding import make_mesh, put_batch
-from mis_jax.train.program import Program, make_program
+from mis_jax.parallel.sharding import make_mesh, put_batch
+from mis_jax.train.compiled_step import TrainProgram, make_train_program
 from mis_jax.train.step import TrainState
 
 STEPS, ROWS, LENGTH, TILES = 20, 8, 64, 2
@@ -81,7 +81,7 @@ def random_batch(rng: np.random.Generator) -> Batch:
     )  # type: ignore[arg-type]
 
 
-def initial_state(program: Program) -> TrainState:
+def initial_state(program: TrainProgram) -> TrainState:
     """Random values that do not depend on the mesh; rows that are no tokens are zero."""
 
     def filled(name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -117,7 +117,7 @@ def run(mesh_config: MeshConfig, steps: int, **train) -> dict:
     config = run_config(mesh_config, **train)
     count = 1 if mesh_config == MESHES["one"] else 8
     mesh = make_mesh(config.mesh, jax.devices()[:count])
-    program = make_program(config, MODEL, mesh, STEPS)
+    program = make_train_program(config, MODEL, mesh, STEPS)
     state, rng = initial_state(program), np.random.default_rng(0)
     losses, text = [], ""
     with jax.set_mesh(mesh):

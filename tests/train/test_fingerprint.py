@@ -7,12 +7,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny_world import run_config
 
+from mis_jax.checkpoint.convert import write_checkpoint
+from mis_jax.checkpoint.load import read_checkpoint
 from mis_jax.config import MeshConfig
-from mis_jax.sharding import make_mesh
+from mis_jax.parallel.sharding import make_mesh
 from mis_jax.train.fingerprint import fingerprint
-from mis_jax.train.loop import train
-from mis_jax.weights.checkpoint import read_checkpoint
-from mis_jax.weights.convert import write_checkpoint
+from mis_jax.train.trainer import train
 
 
 def test_it_changes_with_every_bit_and_place_and_with_no_mesh():

@@ -11,13 +11,13 @@ import pytest
 from test_step import adamw, batch_of, examples, reference, step_of
 from tiny_world import run_config
 
+from mis_jax.checkpoint import nnx_state
+from mis_jax.checkpoint.adapter_files import read_adapter
+from mis_jax.checkpoint.load import Checkpoint, read_checkpoint
 from mis_jax.config import LoraConfig
 from mis_jax.model.lora import is_adapter
 from mis_jax.train import lora
 from mis_jax.train.step import TrainState
-from mis_jax.weights import parameters
-from mis_jax.weights.checkpoint import Checkpoint, read_checkpoint
-from mis_jax.weights.peft_files import read_adapter
 
 BOTH = ("vision", "language")
 RANK = 4
@@ -42,11 +42,11 @@ def run_of(checkpoint_folder, data, output, **changes):
 
 
 def shapes_of(config, lora_config) -> dict:
-    abstract = parameters.abstract_model(config, lora=lora_config)
+    abstract = nnx_state.abstract_model(config, lora=lora_config)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=here)
-        for name, value in parameters.flat(abstract).items()
+        for name, value in nnx_state.flat(abstract).items()
     }
 
 
@@ -119,7 +119,7 @@ def test_logits_and_gradients_are_those_of_peft(text, tower, kind, tmp_path):
     trained = {name: value for name, value in values.items() if is_adapter(name)}
 
     def total(trained, values):
-        model = parameters.build(config, values | trained, lora=lora_config)
+        model = nnx_state.build(config, values | trained, lora=lora_config)
         logits = model(batch)
         return jnp.sum(logits * weights.numpy()), logits
 
@@ -174,7 +174,7 @@ def test_first_values_leave_the_model_as_it_is(checkpoint):
 
     @functools.partial(jax.jit, static_argnums=1)
     def logits(values, lora_config):
-        return parameters.build(checkpoint.config, values, lora=lora_config)(batch)
+        return nnx_state.build(checkpoint.config, values, lora=lora_config)(batch)
 
     expected = np.asarray(logits(values, None))
     np.testing.assert_array_equal(logits(values | first, lora_config), expected)

@@ -9,19 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_loop import Crash, crash_at, metrics_of
 from test_lora import RANK, run_of
+from test_trainer import Crash, crash_at, metrics_of
 
+from mis_jax.checkpoint import nnx_state
+from mis_jax.checkpoint.load import load, open_checkpoint
 from mis_jax.config import DtypeConfig, LoraConfig
-from mis_jax.data.pipeline import TrainingData
+from mis_jax.data.loader import TrainingData
 from mis_jax.data.processor import Processor
 from mis_jax.model.lora import is_adapter
-from mis_jax.sharding import make_mesh
+from mis_jax.parallel.sharding import make_mesh
 from mis_jax.train import lora
-from mis_jax.train.loop import train
-from mis_jax.train.program import make_program
-from mis_jax.weights import parameters
-from mis_jax.weights.checkpoint import load, open_checkpoint
+from mis_jax.train.compiled_step import make_train_program
+from mis_jax.train.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def run(tiny_checkpoint, tiny_data):
     """What a run compiles, a function that gives its first state, and a batch."""
     config = run_of(tiny_checkpoint, tiny_data, tiny_data, train__steps=3)
     opened = open_checkpoint(config.model)
-    program = make_program(config, opened.config, make_mesh(config.mesh), config.train.steps)
+    program = make_train_program(config, opened.config, make_mesh(config.mesh), config.train.steps)
     data = TrainingData(config, Processor.from_folder(config.model, opened.config))
     batch = next(data.iterator(0, np.arange(config.train.global_batch))).batch
     return program, lambda: program.load(opened), batch
@@ -70,7 +70,7 @@ def test_the_merged_model_answers_as_the_trained_one(run, tmp_path):
 
     @functools.partial(jax.jit, static_argnums=1)
     def logits(values, lora_config):
-        return parameters.build(opened.config, values, lora=lora_config)(one)
+        return nnx_state.build(opened.config, values, lora=lora_config)(one)
 
     attached = logits(program.parameters(state), config.lora)
     assert np.abs(logits(merged.arrays, None) - attached).max() <= 1e-4
@@ -102,7 +102,7 @@ def test_a_run_goes_on_to_the_same_adapter(tiny_checkpoint, tiny_data, tmp_path)
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
     config = dataclasses.replace(config, dtype=DtypeConfig())
-    program = make_program(
+    program = make_train_program(
         config, open_checkpoint(tiny_checkpoint).config, make_mesh(config.mesh), 3
     )
     gate = "text.layers.block.gate"

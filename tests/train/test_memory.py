@@ -12,8 +12,8 @@ from mis_jax.config import MeshConfig
 from mis_jax.model.config import InternVLConfig
 from mis_jax.model.family import published
 from mis_jax.model.vision import drop_path_factors
-from mis_jax.sharding import make_mesh, put_batch
-from mis_jax.train.program import Program, make_program
+from mis_jax.parallel.sharding import make_mesh, put_batch
+from mis_jax.train.compiled_step import TrainProgram, make_train_program
 
 pytestmark = pytest.mark.slow
 
@@ -23,17 +23,17 @@ def program_of(
     optimizer: dict | None = None,
     dtype: dict | None = None,
     **train,
-) -> Program:
+) -> TrainProgram:
     config = run_config(MeshConfig(), **train)
     config = dataclasses.replace(
         config,
         optimizer=dataclasses.replace(config.optimizer, **(optimizer or {})),
         dtype=dataclasses.replace(config.dtype, **(dtype or {})),
     )
-    return make_program(config, model, make_mesh(config.mesh, jax.devices()[:1]), 20)
+    return make_train_program(config, model, make_mesh(config.mesh, jax.devices()[:1]), 20)
 
 
-def two_steps(program: Program):
+def two_steps(program: TrainProgram):
     """Losses and parameters after two steps."""
     state, rng, losses = initial_state(program), np.random.default_rng(0), []
     for _ in range(2):
@@ -74,7 +74,7 @@ def test_moments_wait_in_host_memory(plain):
         np.testing.assert_allclose(parameters[name], value, rtol=1e-5, atol=1e-7)
 
 
-def compiled(program: Program):
+def compiled(program: TrainProgram):
     rows = program.config.train.global_batch
     return program.step.lower(program.state, program.batch(rows, 64, 2, 56)).compile()
 

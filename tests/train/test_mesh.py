@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mis_jax.config import MeshConfig
-from mis_jax.sharding import AXES, FSDP, FSDP_TENSOR, REPLICATED, Rules, make_mesh
+from mis_jax.parallel.sharding import AXES, FSDP, FSDP_TENSOR, REPLICATED, Rules, make_mesh
 
 PROGRAM = """
 import json, sys
@@ -169,9 +169,9 @@ def test_two_dimensions_on_one_mesh_axis_are_refused():
 
 
 def test_every_parameter_of_the_family_has_a_spec():
+    from mis_jax.checkpoint.nnx_state import abstract_model
     from mis_jax.model.family import FAMILY
-    from mis_jax.sharding import parameter_shardings
-    from mis_jax.weights.parameters import abstract_model
+    from mis_jax.parallel.sharding import parameter_shardings
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     for name in ("internvl2_5-1b", "internvl2_5-78b", "internvl3_5-8b"):

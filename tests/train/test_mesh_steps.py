@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+from mis_jax.checkpoint.nnx_state import abstract_model, flat
 from mis_jax.config import MeshConfig
 from mis_jax.model.family import FAMILY
-from mis_jax.sharding import FSDP_TENSOR, make_mesh, padded_vocab, parameter_shardings
-from mis_jax.weights.parameters import abstract_model, flat
+from mis_jax.parallel.sharding import FSDP_TENSOR, make_mesh, padded_vocab, parameter_shardings
 
 pytestmark = pytest.mark.slow
 

@@ -11,15 +11,15 @@ from tiny_world import read_lines, run_config
 from mis_jax import flops
 from mis_jax.config import EvaluationConfig, LogConfig, LoraConfig, TrainConfig
 from mis_jax.model.family import published
-from mis_jax.train.loop import train
-from mis_jax.train.meter import Meter
 from mis_jax.train.metrics import MetricsLog
+from mis_jax.train.throughput import ThroughputMeter
+from mis_jax.train.trainer import train
 
 
 def test_mfu_is_what_the_formula_says():
     """The 8B on one H100: 4,184 tokens and 14 tiles of a MIS sample take 229.6 TFLOPs to train."""
     config = SimpleNamespace(train=TrainConfig(steps=1, freeze=()), lora=LoraConfig())
-    meter = Meter(config, published("internvl2_5-8b"), peak=989e12)  # type: ignore[arg-type]
+    meter = ThroughputMeter(config, published("internvl2_5-8b"), peak=989e12)  # type: ignore[arg-type]
     counts = {"tokens": 4184, "tiles": 14, "squares": 4184.0**2}
     rates = meter.rates(counts, samples=1, places=8192, seconds=0.5)
     assert rates["tokens_per_second"] == 8368
@@ -84,8 +84,8 @@ def test_answers_are_logged_and_the_best_checkpoint_stays(observed):
 def test_held_out_answers_of_the_mini_model(tmp_path):
     """The shipped model before fine-tuning, which helps with most of what it should not."""
     from mis_jax.api import load
-    from mis_jax.data.mini_files import write_mini
-    from mis_jax.evals.in_training import held_out
+    from mis_jax.evals.validation import held_out
+    from mis_jax.mini.files import write_mini
 
     write_mini(tmp_path)
     assets = Path(flops.__file__).parent / "assets" / "mini"

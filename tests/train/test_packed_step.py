@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from test_step import KEPT, checkpoint, examples, initial, reference, step_of  # noqa: F401
 
+from mis_jax.checkpoint import nnx_state
+from mis_jax.checkpoint.load import Checkpoint
 from mis_jax.data.collate import Example, collate
 from mis_jax.model.batch import Batch
 from mis_jax.model.internvl import InternVL, row_lengths
-from mis_jax.weights import parameters
-from mis_jax.weights.checkpoint import Checkpoint
 
 
 def batch_of(rows: list[list[Example]], tiles: int, reduction) -> Batch:
@@ -49,7 +49,7 @@ def test_nothing_of_one_sample_reaches_another(checkpoint: Checkpoint):  # noqa:
     """Derivatives of each segment's output by the input of the others are zero to the last bit."""
     made = examples(3)
     batch = jax.tree.map(lambda field: field[0], batch_of([made[:3]], 8, "token"))
-    model = parameters.build(
+    model = nnx_state.build(
         checkpoint.config, {n: jnp.asarray(a) for n, a in checkpoint.arrays.items()}
     )
     segments = np.asarray(batch.segment_ids)[0]

@@ -15,12 +15,12 @@ import pytest
 from tiny_world import picture, read_lines, run_config, sample, write_yaml
 
 from mis_jax import cli, stopping
+from mis_jax.checkpoint.train_state import RunCheckpoints
 from mis_jax.config import TrainConfig, load_config
-from mis_jax.locks import LOCK
-from mis_jax.storage import RunCheckpoints
-from mis_jax.train import loop
-from mis_jax.train.loop import train
+from mis_jax.storage.locks import LOCK
+from mis_jax.train import trainer
 from mis_jax.train.outcome import FailedRun, Interrupted, SavedFailure
+from mis_jax.train.trainer import train
 
 STEPS = 6  # with a checkpoint every 2
 GRAVES = ("checkpoints/mine.txt", "tensorboard/events", "digests/1", "metrics.jsonl", "notes.md")
@@ -114,7 +114,7 @@ def test_whatever_fails_before_a_step_leaves_nothing(config, monkeypatch, failur
     def fail(*_):
         raise failure
 
-    monkeypatch.setattr("mis_jax.train.program.Program.load", fail)
+    monkeypatch.setattr("mis_jax.train.compiled_step.TrainProgram.load", fail)
     with pytest.raises((type(failure), FailedRun), match=str(failure)):
         train(config)
     assert not config.output.exists()
@@ -247,7 +247,9 @@ def test_a_signal_where_nothing_is_lost_ends_with_75_and_a_line(
         os.kill(os.getpid(), getattr(signal, name))
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    module, what = (loop, "make_program") if where == "start-up" else (loop, "write_checkpoint")
+    module, what = (
+        (trainer, "make_train_program") if where == "start-up" else (trainer, "write_checkpoint")
+    )
     try:
         with monkeypatch.context() as patch:
             patch.setattr(module, what, stop)

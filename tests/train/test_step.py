@@ -10,13 +10,13 @@ import numpy as np
 import optax
 import pytest
 
+from mis_jax.checkpoint import nnx_state
+from mis_jax.checkpoint.load import Checkpoint, read_checkpoint
 from mis_jax.config import DtypeConfig, OptimizerConfig
 from mis_jax.data.collate import Example, collate
 from mis_jax.model.batch import Batch
 from mis_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from mis_jax.train.step import TrainState, make_train_step, split_parameters
-from mis_jax.weights import parameters
-from mis_jax.weights.checkpoint import Checkpoint, read_checkpoint
 
 # What a gradient is made of: rows of different lengths, numbers of answer tokens and tiles.
 TILES = [[2, 1], [], [1], [1, 1]]
@@ -92,7 +92,7 @@ def initial(checkpoint: Checkpoint, transform, freeze=(), dtype=jnp.float32) -> 
 
 
 def step_of(checkpoint: Checkpoint, transform, schedule=lambda step: 0.0, **options):
-    build = lambda values: parameters.build(checkpoint.config, values, **options)  # noqa: E731
+    build = lambda values: nnx_state.build(checkpoint.config, values, **options)  # noqa: E731
     return make_train_step(build, transform, schedule)
 
 

@@ -12,7 +12,7 @@ from mis_jax.evals.benchmarks import published
 from mis_jax.evals.benchmarks.rows import row_ids, text_field
 from mis_jax.evals.metrics import guard_outcomes
 from mis_jax.evals.types import Sample
-from mis_jax.hashing import digest
+from mis_jax.storage.hashing import digest
 
 FILE = "mini_JailBreakV_28K.csv"
 COLUMNS = ("id", "jailbreak_query", "redteam_query", "format", "policy", "image_path")

@@ -12,12 +12,7 @@ from typing import Any
 
 from mis_jax.evals.benchmarks.rows import locate, read_rows, row_ids, row_images, text_field
 from mis_jax.evals.files import read_json
-from mis_jax.evals.metrics import (
-    MIS_METRICS,
-    accuracy_outcomes,
-    mis_outcomes,
-    refusal_outcomes,
-)
+from mis_jax.evals.metrics import MIS_METRICS, accuracy_outcomes, mis_outcomes, refusal_outcomes
 from mis_jax.evals.types import Benchmark, Sample
 
 PREFIXES = {1: "<image>\n", 2: "Image-1: <image>\nImage-2: <image>\n"}

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mis_jax.data.chat import IMAGE_MARKER
+from mis_jax.data.chat_template import IMAGE_MARKER
 from mis_jax.evals.types import Benchmark, Sample
 
 asked_as_mis = partial(

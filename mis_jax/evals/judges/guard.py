@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from mis_jax.evals.judges.protocols import asked, protocol_name
 from mis_jax.evals.types import Benchmark, Judge, Sample, Verdict
-from mis_jax.hashing import folder_fingerprint
+from mis_jax.storage.hashing import folder_fingerprint
 
 if TYPE_CHECKING:
-    from mis_jax.generation.guard import Guard, GuardVerdict
+    from mis_jax.inference.guard import Guard, GuardVerdict
 
 THRESHOLD = 0.5
 _NOT_OURS = Verdict(

@@ -20,6 +20,7 @@ from typing import Any
 
 from PIL import Image
 
+from mis_jax.evals.async_map import Groups, Streaming
 from mis_jax.evals.chat_client import ChatClient, Reply
 from mis_jax.evals.data_uris import picture_part
 from mis_jax.evals.judges.protocols import (
@@ -40,9 +41,8 @@ from mis_jax.evals.judges.replies import (
     response_format,
     schema,
 )
-from mis_jax.evals.streaming import Groups, Streaming
 from mis_jax.evals.types import Benchmark, Judge, Sample, Verdict
-from mis_jax.hashing import digest
+from mis_jax.storage.hashing import digest
 
 Pair = tuple[Sample, str]
 

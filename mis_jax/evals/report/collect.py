@@ -11,9 +11,10 @@ from mis_jax.evals.conditions import condition_notes
 from mis_jax.evals.metrics import METRICS, applies
 from mis_jax.evals.report.breakdown import Mean, Part, by_category, means
 from mis_jax.evals.report.gold import Correction, corrections, read_gold
-from mis_jax.evals.report.rechecks import Rechecked, rechecks
-from mis_jax.evals.report.refusals import Refusals, refusals
+from mis_jax.evals.report.refusal_agreement import Refusals, refusals
 from mis_jax.evals.report.runs import Run, groups_of, read_run
+from mis_jax.evals.report.self_consistency import Rechecked, rechecks
+from mis_jax.evals.scoring import Item, metric_votes
 from mis_jax.evals.stats import (
     PairedTest,
     cluster_difference,
@@ -23,7 +24,6 @@ from mis_jax.evals.stats import (
     mcnemar,
     worst_case,
 )
-from mis_jax.evals.summary import Item, metric_votes
 
 
 @dataclass(frozen=True)

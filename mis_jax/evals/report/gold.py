@@ -14,8 +14,8 @@ from typing import Any
 from mis_jax.evals.benchmarks import in_order
 from mis_jax.evals.files import read_json
 from mis_jax.evals.report.runs import Run
+from mis_jax.evals.scoring import metric_votes
 from mis_jax.evals.stats import Gold, rogan_gladen, wilson
-from mis_jax.evals.summary import metric_votes
 
 METRIC = "asr"
 LABELS = {"unsafe": True, "safe": False}

@@ -13,13 +13,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mis_jax.evals.metrics import METRICS
-from mis_jax.evals.report import words
+from mis_jax.evals.report import formatting
 from mis_jax.evals.report.breakdown import FEW, Part, shown_metrics
-from mis_jax.evals.report.browser import CHANGES, browse
 from mis_jax.evals.report.collect import Comparison, Row
 from mis_jax.evals.report.examples import CHOICE, choose_examples, load_samples
-from mis_jax.evals.report.figures import interval_plot, loss_plot, read_loss
-from mis_jax.evals.report.paper import MODELS, PUBLISHED, SOURCE
+from mis_jax.evals.report.plots import interval_plot, loss_plot, read_loss
+from mis_jax.evals.report.published_results import MODELS, PUBLISHED, SOURCE
+from mis_jax.evals.report.sample_table import CHANGES, browse
 from mis_jax.evals.report.scatter import scatter_plot
 from mis_jax.evals.types import COUNT_STATES
 
@@ -41,25 +41,25 @@ def as_html(
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": words.percent,
-        "limits": words.limits,
-        "span": words.span,
-        "interval": words.interval,
-        "p_value": words.p_value,
-        "points": words.points,
-        "judgement": words.judgement,
-        "arrow": words.arrow,
-        "metric_title": words.metric_title,
-        "kappa_text": words.kappa_text,
+        "percent": formatting.percent,
+        "limits": formatting.limits,
+        "span": formatting.span,
+        "interval": formatting.interval,
+        "p_value": formatting.p_value,
+        "points": formatting.points,
+        "judgement": formatting.judgement,
+        "arrow": formatting.arrow,
+        "metric_title": formatting.metric_title,
+        "kappa_text": formatting.kappa_text,
     }
-    main = words.main_row(comparison)
+    main = formatting.main_row(comparison)
     known = {} if redact or data_root is None else load_samples(comparison, data_root)
     script = files("mis_jax.evals.report").joinpath("page.js").read_text(encoding="utf-8")
     browser = browse(comparison, known, redact)
     return environment.get_template("page.html.j2").render(
         title=title,
-        headline=words.headline(comparison),
-        banner=words.MINI_BANNER if comparison.only_mini else None,
+        headline=formatting.headline(comparison),
+        banner=formatting.MINI_BANNER if comparison.only_mini else None,
         runs=comparison.runs,
         rows=comparison.rows,
         benchmarks=comparison.benchmarks,

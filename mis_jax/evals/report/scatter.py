@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 from mis_jax.evals.report.collect import Cell, Comparison, Row
-from mis_jax.evals.report.figures import (
-    GRID,
-    INK,
-    MARKERS,
-    QUIET,
-    as_svg,
-    bare_axes,
-    run_colour,
-)
-from mis_jax.evals.report.words import percent, refusal_row, safety_row
+from mis_jax.evals.report.formatting import percent, refusal_row, safety_row
+from mis_jax.evals.report.plots import GRID, INK, MARKERS, QUIET, as_svg, bare_axes, run_colour
 
 _HEIGHT_INCHES = 3.9
 

@@ -16,10 +16,10 @@ from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.files import write_text
 from mis_jax.evals.manifest import data_root_of, read_manifest, update_benchmark
 from mis_jax.evals.runner import Generated, generate_answers
-from mis_jax.evals.summary import read_items
+from mis_jax.evals.scoring import read_items
 from mis_jax.evals.types import Answer, Benchmark, Sample
 from mis_jax.evals.vlmevalkit.tsv import LONGEST_CELL
-from mis_jax.hashing import file_digest
+from mis_jax.storage.hashing import file_digest
 
 NO_ANSWER = "Failed to obtain answer"
 """What VLMEvalKit puts into a prediction where its model gave none."""

@@ -1,0 +1,225 @@
+"""Published checkpoint folders: which tensors their safetensors files hold, and reading them."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mis_jax.checkpoint.dtype_cast import NUMPY_DTYPES
+from mis_jax.checkpoint.lora_peft import Factor, plain_key
+from mis_jax.checkpoint.mapping import COPY, Layout, Rule, Shape, disk_key, normal_key, rules
+from mis_jax.checkpoint.safetensors_file import TensorFile
+from mis_jax.model.config import InternVLConfig
+from mis_jax.storage.json_fields import Fields, read_json
+
+INDEX = "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old checkpoints stored
+_LISTED = 50  # problems; beyond it those that differ in the layer alone share a line
+_LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)|(?<=\.layer\.)\d+(?=\.)")
+_RESIDENT = 2**28  # bytes of the mapped files that may stay in memory after they were read
+
+
+class Shards:
+    """All tensors of a folder's safetensors files, by the key of the layout.
+
+    Opening reads the headers alone. Raises ValueError when there is no file, or one is broken.
+    """
+
+    def __init__(self, folder: Path, layout: Layout):
+        self.folder = folder
+        self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, str] = {}
+        self.factors: dict[Factor, tuple[TensorFile, str]] = {}  # of LoRA that is not merged yet
+        self._place: dict[str, tuple[TensorFile, str]] = {}
+        self._files = [TensorFile(path) for path in _weight_files(folder)]
+        self._looked_at = 0
+        for file in self._files:
+            for key in file.entries:
+                if not key.endswith(_IGNORED):
+                    self._add(layout, file, key)
+
+    def _add(self, layout: Layout, file: TensorFile, key: str) -> None:
+        plain, role = plain_key(key)
+        name = normal_key(layout, plain)
+        other = self._place.get(name) if role == "weight" else self.factors.get((name, role))
+        if other is not None:
+            raise ValueError(
+                f"{file.path}: tensor '{key}' occurs twice, also in {other[0].path}; "
+                "remove the file that is left over"
+            )
+        if role != "weight":
+            self.factors[name, role] = (file, key)
+            return
+        self._place[name] = (file, key)
+        self.shapes[name] = file.entries[key].shape
+        self.dtypes[name] = file.entries[key].dtype
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """One tensor, or some of its rows, in the dtype of the file: a view of the file."""
+        file, key = self._place[name]
+        count, size = file.entries[key].shape[0], file.entries[key].size
+        first, last, _ = rows.indices(count)
+        file.read_ahead(key, first * size // count, last * size // count)
+        self._looked_at += (last - first) * size // count
+        if self._looked_at > _RESIDENT:  # or whole files would pile up in the resident set
+            self._looked_at = 0
+            for mapped in self._files:
+                mapped.release()
+        return file.tensor(key)[rows]
+
+    def key(self, name: str) -> str:
+        """The tensor's key as the file has it."""
+        return self._place[name][1]
+
+    def drop(self, name: str) -> None:
+        """Leave a tensor out, as if the files did not hold it."""
+        for table in (self._place, self.shapes, self.dtypes):
+            del table[name]
+
+    @property
+    def files(self) -> list[Path]:
+        return [file.path for file in self._files]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of most tensors."""
+        values = list(self.dtypes.values())
+        return max(sorted(set(values)), key=values.count, default="float32")
+
+
+class PublishedSource:
+    """Our parameters as a published checkpoint has them; a `ParameterSource`."""
+
+    def __init__(self, shards: Shards, layout: Layout, config: InternVLConfig):
+        self._shards, self._config = shards, config
+        self._rules = {
+            ours: (rule, index)
+            for rule in rules(layout, config)
+            for index, ours in enumerate(rule.ours)
+        }
+
+    def read(self, name: str, layer: int | None = None, rows: slice = slice(None)) -> np.ndarray:
+        rule, index = self._rules[name]
+        key = rule.theirs.format(i=layer)
+        if rule.codec is COPY:
+            return self._shards.read(key, rows)
+        theirs = self._shards.read(key)
+        return rule.codec.to_ours(theirs, self._config)[index][rows]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files the index names, else every safetensors file."""
+    index = folder / INDEX
+    if index.exists():
+        names = sorted({_plain(index, n) for n in _weight_map(index).values()})
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"{index}: names files that are not there: {', '.join(missing)}; download them"
+            )
+        return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED)
+        found = f", only {pickled[0]}" if pickled else ""
+        raise ValueError(
+            f"{folder}: no .safetensors file{found}; pickled .bin and .pt weights are never "
+            "opened: where you trust them, load them with upstream's code and write them with "
+            "save_pretrained(DIR, safe_serialization=True)"
+        )
+    return files
+
+
+def _weight_map(index: Path) -> dict[str, object]:
+    values = Fields(index, read_json(index)).section("weight_map").values
+    if not values:
+        raise ValueError(f"{index}: field 'weight_map' is empty; download the file again")
+    return values
+
+
+def _plain(index: Path, name: object) -> str:
+    """A file name that cannot lead out of the folder."""
+    plain = isinstance(name, str) and name.isprintable() and Path(name).name == name
+    if not (plain and str(name).endswith(".safetensors")):
+        raise ValueError(
+            f"{index}: field 'weight_map' names {name!r}, which is no plain name of a "
+            ".safetensors file; download the index again"
+        )
+    return str(name)
+
+
+def our_shapes_of_layer(rule: Rule, shapes: Mapping[str, Shape]) -> list[Shape]:
+    """Shapes of a rule's parameters, without the axis of stacked layers."""
+    return [shapes[name][1:] if rule.per_layer else shapes[name] for name in rule.ours]
+
+
+def tensors(rule: Rule, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, int | None]]:
+    """Their keys under a rule, each with its layer."""
+    if not rule.per_layer:
+        yield rule.theirs, None
+        return
+    for layer in range(shapes[rule.ours[0]][0]):
+        yield rule.theirs.format(i=layer), layer
+
+
+def problems(
+    shards: Shards, layout: Layout, config: InternVLConfig, shapes: Mapping[str, Shape]
+) -> list[str]:
+    """Every missing, extra, misshapen or undecodable tensor of a checkpoint, one line each."""
+    expected: dict[str, Shape] = {}
+    for rule in rules(layout, config):
+        theirs = rule.codec.their_shape(our_shapes_of_layer(rule, shapes), config)
+        expected |= {key: tuple(theirs) for key, _ in tensors(rule, shapes)}
+    return differences(shards, expected, lambda name: disk_key(layout, name))
+
+
+def differences(
+    shards: Shards, expected: Mapping[str, Shape], on_disk: Callable[[str], str]
+) -> list[str]:
+    """Every tensor that is not as expected, one line each; `on_disk` gives a missing one's key."""
+    found = [
+        f"missing tensor '{on_disk(name)}' {shape}"
+        for name, shape in expected.items()
+        if name not in shards.shapes
+    ]
+    for name, shape in shards.shapes.items():
+        key, wanted, dtype = shards.key(name), expected.get(name), shards.dtypes[name]
+        if wanted is None:
+            found.append(f"unexpected tensor '{key}' {shape}")
+            continue
+        if shape != wanted:
+            found.append(f"tensor '{key}' has shape {shape}, config.json asks for {wanted}")
+        if dtype not in NUMPY_DTYPES:
+            found.append(f"tensor '{key}' has dtype {dtype}; supported: F32, BF16, F16")
+    return found
+
+
+def misfit(folder: Path, found: Sequence[str], remedy: str) -> ValueError:
+    """One error that tells every problem; a short list verbatim, a long one layer by layer."""
+    lines = list(found) if len(found) <= _LISTED else _by_layer(found)
+    if len(lines) == 1:
+        return ValueError(f"{folder}: {lines[0]}; {remedy}")
+    listed = "\n  ".join(lines)
+    return ValueError(f"{folder}: {len(found)} problems with its tensors; {remedy}\n  {listed}")
+
+
+def _by_layer(found: Sequence[str]) -> list[str]:
+    layers: dict[str, list[int]] = {}
+    for line in found:
+        match = _LAYER.search(line)
+        numbers = layers.setdefault(_LAYER.sub("{i}", line, count=1), [])
+        numbers += [int(match[0])] if match else []
+    return [f"{line} for i in {_ranges(n)}" if n else line for line, n in layers.items()]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2, 5'."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)

@@ -1,0 +1,152 @@
+"""How large every sample of a run is, and which cannot be used, before a picture is decoded.
+
+Plans, shapes and statistics are made of it. All images are opened for their headers, which takes
+about a millisecond a sample; the outcome is kept in the run's folder.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from jaxtyping import Int
+
+from mis_jax.data.mixture import Annotation
+from mis_jax.data.preprocess import PreprocessSample, Size
+from mis_jax.data.readers import in_order
+from mis_jax.parsing import parse_json
+
+_VERSION = 1  # another way of measuring needs another
+_FEW = 5000  # rows that one process looks at in a few seconds
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Sizes by row; all 0 for a row that cannot be used, which `problems` tells."""
+
+    tokens: Int[np.ndarray, " rows"]
+    loss_tokens: Int[np.ndarray, " rows"]
+    tiles: Int[np.ndarray, " rows"]
+    cut: Int[np.ndarray, " rows"]  # tokens that truncation takes away
+    problems: dict[int, str]  # row -> one line with file, row, field and remedy
+    key: str  # of what it was made from
+
+    @property
+    def good(self) -> Int[np.ndarray, " good"]:
+        """Rows that can be used."""
+        return np.flatnonzero(self.tokens > 0)
+
+
+def survey(
+    rows: Sequence[Annotation],
+    render: PreprocessSample,
+    *,
+    saved: Path | None = None,
+    workers: int = 0,
+    progress: Progress | None = None,
+) -> Measurements:
+    """Measure every row, or take the outcome from the file `saved` if it is of the same rows."""
+    key = _key(rows, render)
+    if saved is not None and (known := _load(saved, key)) is not None:
+        if progress:
+            progress(len(rows), len(rows))
+        return known
+    sizes = np.zeros((4, len(rows)), np.int32)
+    problems: dict[int, str] = {}
+    workers = workers if len(rows) > _FEW else 0  # starting a process takes seconds
+    with closing(in_order(_Measure(render), rows, workers)) as measured:
+        for row, found in enumerate(measured):
+            if isinstance(found, Size):
+                sizes[:, row] = found.tokens, found.loss_tokens, found.tiles, found.cut
+            else:
+                problems[row] = found
+            if progress:
+                progress(row + 1, len(rows))
+    return _survey(sizes, problems, key)
+
+
+def _survey(sizes: np.ndarray, problems: dict[int, str], key: str) -> Measurements:
+    tokens, loss_tokens, tiles, cut = sizes
+    return Measurements(tokens, loss_tokens, tiles, cut, problems, key)
+
+
+def save(survey: Measurements, path: Path) -> None:
+    """Write a survey for `survey(saved=path)`; whole or not at all."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(
+                file,
+                sizes=np.stack([survey.tokens, survey.loss_tokens, survey.tiles, survey.cut]),
+                text=np.frombuffer(
+                    json.dumps({"key": survey.key, "problems": survey.problems}).encode(), np.uint8
+                ),
+            )
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def _load(path: Path, key: str) -> Measurements | None:
+    """A saved survey; None when there is none, or one of other rows, or a damaged one."""
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            sizes, text = file["sizes"], parse_json(file["text"].tobytes())
+        if text["key"] != key:
+            return None
+        return _survey(sizes, {int(r): p for r, p in text["problems"].items()}, key)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
+        return None  # an absent or broken file is made again
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """What the readers run."""
+
+    render: PreprocessSample
+
+    def __call__(self, row: Annotation) -> Size | str:
+        try:
+            return self.render.size(row)
+        except ValueError as error:
+            return str(error)
+
+
+def _key(rows: Sequence[Annotation], render: PreprocessSample) -> str:
+    """Of everything that sizes depend on: rows, image files, tokenizer, settings."""
+    found = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        found.update(json.dumps(value, sort_keys=True, default=str).encode() + b"\n")
+
+    processor = render.processor
+    config = processor.config
+    add([_VERSION, render.max_tiles, render.max_length, render.truncate])
+    add([config.tokens_per_tile, config.vision.image_size, config.use_thumbnail])
+    add([config.dynamic_tiles, config.template, config.system_message])
+    for path in sorted(processor.tokenizer.folder.glob("*")):
+        if path.is_file() and path.suffix in (".json", ".model", ".txt"):
+            found.update(hashlib.sha256(path.read_bytes()).digest())
+    for row in rows:
+        images = [_file(image) for image in row.images]
+        add([row.id, images, row.problem, row.max_tiles, row.fields])
+    return found.hexdigest()
+
+
+def _file(image: Any) -> list[Any]:
+    if not isinstance(image, Path):
+        return [str(image)]
+    try:
+        stat = image.stat()
+    except OSError:
+        return [str(image), None]
+    return [str(image), stat.st_size, stat.st_mtime_ns]

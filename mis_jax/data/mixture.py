@@ -1,0 +1,258 @@
+"""Training sources to rows by index, and how several sources mix into one epoch."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mis_jax.config import Source
+from mis_jax.data.annotations import Entry, check_entry, read_jsonl, read_list
+from mis_jax.data.meta import read_meta
+
+_log = logging.getLogger(__name__)
+PUBLISHED_SIZES = {"train": 3927, "easy": 1675, "hard": 510, "real": 100}
+
+
+class EncodedImage(Protocol):
+    """An encoded image file: a `Path`, or one stored in a built data set. `str()` names it."""
+
+    def read_bytes(self) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """One annotation, not yet opened or rendered."""
+
+    id: str
+    where: str  # file and place in it, for errors
+    images: tuple[EncodedImage, ...]
+    fields: Mapping[str, Any]  # as in the file; `conversations` is checked when rendered
+    problem: str = ""  # why the file's entry cannot be read, with its place and the remedy
+    max_tiles: int | None = None  # of its source, in the place of the run's
+    augment: bool = False  # encode its tiles as JPEG again, as its source asks
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The rows of an epoch and where they come from.
+
+    Attributes:
+        rows: one source after the other, each in the order of its file.
+        sources: of each source `file`, `kind`, `available` and `used` (rows); `copies` where it
+            has a weight; `ids` of the chosen rows, in order, where not all were taken (beside
+            `copies`, of those that come on top of the whole copies); `sets` of a meta file.
+            Plain values, for a run folder's JSON.
+        notes: what a reader of the run should know, such as a published set of another size.
+    """
+
+    rows: list[Annotation]
+    sources: list[dict[str, Any]]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one source holds."""
+
+    file: Path
+    rows: list[Annotation]
+    notes: list[str] = field(default_factory=list)
+    sets: list[dict[str, Any]] = field(default_factory=list)
+
+
+def read_mixture(sources: Sequence[Source], seed: int) -> Mixture:
+    """The rows of an epoch, the same in every epoch.
+
+    Without `count` and `weight` a source gives all its rows. With `count` it gives that many,
+    chosen by (seed, place of the source). With weights an epoch has as many rows as the sources
+    have together, and each source has its share of them, rounded so that the sum is kept: whole
+    copies of the source, and the rest chosen by (seed, place of the source).
+
+    Raises:
+        ValueError: a source that cannot be read, more rows asked for than there are, or a weight
+            at some sources only.
+    """
+    found = [_read(source) for source in sources]
+    notes = [note for one in found for note in one.notes]
+    for note in notes:
+        _log.warning(note)
+    wanted = _wanted(sources, found)
+    mixture = Mixture([], [], notes)
+    for place, (source, one, count) in enumerate(zip(sources, found, wanted, strict=True)):
+        available = len(one.rows)
+        copies, rest = divmod(count, available)
+        chosen = np.random.default_rng((seed, place)).permutation(available)[:rest]
+        picked = [one.rows[i] for i in sorted(chosen)]
+        mixture.rows.extend(one.rows * copies + picked)
+        told = {"file": str(one.file), "kind": source.kind, "available": available, "used": count}
+        told |= {"copies": copies} if source.weight is not None else {}
+        told |= {"ids": [row.id for row in picked]} if picked else {}
+        told |= {"sets": one.sets} if one.sets else {}
+        mixture.sources.append(told)
+    return mixture
+
+
+def read_sources(sources: Sequence[Source], seed: int) -> list[Annotation]:
+    """The rows of `read_mixture` alone."""
+    return read_mixture(sources, seed).rows
+
+
+def read_source(source: Source) -> list[Annotation]:
+    """Every row of one source; the images it names are not opened yet.
+
+    An entry that cannot be used is a row with a `problem`.
+
+    Raises:
+        ValueError: a file that cannot be read as a whole, or holds no sample.
+    """
+    return _read(source).rows
+
+
+def annotation_file(source: Source) -> Path:
+    """The file that lists a source's samples, or a meta file's sets."""
+    if source.kind == "mis":
+        assert source.root is not None
+        return source.root / f"mis_{source.split}.json"
+    assert source.path is not None
+    return source.path
+
+
+def size_note(source: Source, count: int, file: Path | None = None) -> str | None:
+    """A remark when a published set, read from `file`, does not have its published size."""
+    wanted = PUBLISHED_SIZES.get(source.split) if source.kind == "mis" else None
+    if wanted is None or wanted == count:
+        return None
+    return f"{file or annotation_file(source)}: {count} samples, the published set has {wanted}"
+
+
+def _wanted(sources: Sequence[Source], found: Sequence[_Found]) -> list[int]:
+    """How many rows each source gives to an epoch, copies included."""
+    if any(source.weight is not None for source in sources):
+        return _shares(sources, sum(len(one.rows) for one in found))
+    wanted = []
+    for place, (source, one) in enumerate(zip(sources, found, strict=True)):
+        available = len(one.rows)
+        if source.count is not None and source.count > available:
+            raise ValueError(
+                f"{one.file}: count is {source.count} but the file has "
+                f"{available} samples; lower data.sources[{place}].count"
+            )
+        wanted.append(available if source.count is None else source.count)
+    return wanted
+
+
+def _shares(sources: Sequence[Source], total: int) -> list[int]:
+    """Shares by weight of `total` rows, by the largest remainder."""
+    weights = []
+    for place, source in enumerate(sources):
+        if source.weight is None:
+            raise ValueError(
+                f"data.sources[{place}] has no weight, but another source has; "
+                "give every source a weight, or none"
+            )
+        weights.append(Fraction(str(source.weight)))  # as written: 0.1 is a tenth
+    exact = [total * weight / sum(weights) for weight in weights]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda place: shares[place] - exact[place])
+    for place in by_remainder[: total - sum(shares)]:
+        shares[place] += 1
+    if 0 in shares:
+        place = shares.index(0)
+        raise ValueError(
+            f"data.sources[{place}].weight {sources[place].weight} is less than one of the "
+            f"{total} rows of an epoch; raise it or take the source out"
+        )
+    return shares
+
+
+def _read(source: Source) -> _Found:
+    path = annotation_file(source)
+    if source.kind == "meta":
+        return _read_sets(source, path)
+    if source.kind == "mis":
+        found = _built(source, path)
+        if found is None:
+            entries = read_list(path, pictured=True)
+            found = _Found(path, _rows(entries, path.parent, source.max_tiles, source.augment))
+        note = size_note(source, len(found.rows), found.file)
+        return _Found(found.file, found.rows, [note] if note else [])
+    entries = read_jsonl(path) if source.kind == "jsonl" else read_list(path)
+    root = source.root or path.parent
+    return _Found(path, _rows(entries, root, source.max_tiles, source.augment))
+
+
+def _rows(
+    entries: Sequence[Entry], root: Path, max_tiles: int | None, augment: bool
+) -> list[Annotation]:
+    return [
+        Annotation(
+            id=entry.id,
+            where=entry.where,
+            images=tuple(root / name for name in entry.images),
+            fields=entry.fields,
+            problem=entry.problem,
+            max_tiles=max_tiles,
+            augment=augment,
+        )
+        for entry in entries
+    ]
+
+
+def _built(source: Source, published: Path) -> _Found | None:
+    """The rows of a set that `mis-jax data build` wrote, None where `root` holds none."""
+    root = source.root
+    assert root is not None
+    if published.exists() or not root.is_dir():
+        return None
+    from mis_jax.data import mis_dataset  # most runs do without it
+
+    if not mis_dataset.is_built(root):
+        return None
+    samples = mis_dataset.read_built(root, source.split)
+    where = f"{root}, split {source.split}"
+    if not samples:
+        raise ValueError(f"{where}: holds no sample; build the set again")
+    entries = [
+        check_entry(fields, f"{where}, row {index}", index, pictured=True)
+        for index, (fields, _) in enumerate(samples)
+    ]
+    rows = _rows(entries, root, source.max_tiles, source.augment)
+    for index, (row, (_, pictures)) in enumerate(zip(rows, samples, strict=True)):
+        problem = row.problem
+        if not problem and len(pictures) != len(row.images):
+            problem = (
+                f"{row.where}: field 'image' names {len(row.images)} image(s) but "
+                f"{len(pictures)} are stored; build the set again"
+            )
+        rows[index] = replace(row, images=() if problem else pictures, problem=problem)
+    return _Found(root, rows)
+
+
+def _read_sets(source: Source, path: Path) -> _Found:
+    """What a set says of tiles and augmentation goes before what the source says."""
+    found = _Found(path, [])
+    for one in read_meta(path):
+        entries = read_jsonl(one.annotation)
+        if one.length not in (None, len(entries)):
+            found.notes.append(
+                f"{path}, set '{one.name}': length is {one.length}, "
+                f"{one.annotation} has {len(entries)} samples"
+            )
+        used = one.taken(len(entries))
+        if used < 1:
+            raise ValueError(
+                f"{path}, set '{one.name}': repeat_time {one.repeat} leaves none of its "
+                f"{len(entries)} samples; raise it or take the set out"
+            )
+        copies, part = divmod(used, len(entries))
+        max_tiles = source.max_tiles if one.max_tiles is None else one.max_tiles
+        augment = source.augment if one.augment is None else one.augment
+        rows = _rows(entries, one.root, max_tiles, augment)
+        found.rows.extend(rows * copies + rows[:part])
+        told = {"name": one.name, "file": str(one.annotation)}
+        found.sets.append(told | {"available": len(entries), "used": used})
+    return found

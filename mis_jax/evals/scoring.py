@@ -1,0 +1,192 @@
+"""Stage 3: count the verdicts of a run into ``RUN/results.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mis_jax.evals.benchmarks import get_benchmark, is_benchmark, known_names
+from mis_jax.evals.files import read_log, write_json
+from mis_jax.evals.hashing import answer_hash
+from mis_jax.evals.manifest import expected, known_facts, read_manifest
+from mis_jax.evals.metrics import counted
+from mis_jax.evals.self_consistency import Again, self_agreement
+from mis_jax.evals.stats import rate
+from mis_jax.evals.types import COUNT_STATES, Benchmark
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample of a run as it stands now; ``state`` is one of ``COUNT_STATES``."""
+
+    id: str
+    hash: str
+    state: str
+    answer: str | None = None
+    finish_reason: str | None = None
+    labels: Mapping[str, Any] | None = None
+    outcomes: Mapping[str, bool] | None = None
+    stage: str | None = None
+    """Where an item without labels got stuck: ``generate`` or ``judge``."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the run knows of the sample (``manifest.FACTS``): its category, its kind, its group."""
+    cached: bool = False
+    """Whether the verdict was paid for by an earlier run (``verdict_cache``)."""
+    again: Again | None = None
+    """The second verdict of the same judge, where it was asked for one."""
+
+
+def read_items(run_dir: Path, name: str, judge: str | None) -> list[Item]:
+    """Join what was expected, answered and judged; the last row of an id and hash wins."""
+    owed = expected(run_dir, name)
+    answers: dict[str, dict[str, Any]] = {}
+    for row in read_log(run_dir / name / "samples.jsonl"):
+        if owed.get(row["id"]) == row["hash"]:
+            answers[row["id"]] = row
+    verdicts = _verdicts(run_dir / name / "verdicts.jsonl", judge)
+    rechecks = _verdicts(run_dir / name / "rechecks.jsonl", judge)
+    facts = known_facts(run_dir, name)
+    benchmark = get_benchmark(name)
+    return [
+        _counted(
+            benchmark,
+            _item(key, owed[key], answers.get(key), verdicts, rechecks),
+            facts.get(key, {}),
+        )
+        for key in owed
+    ]
+
+
+_Verdicts = Mapping[tuple[str, str], dict[str, Any]]
+
+
+def _verdicts(path: Path, judge: str | None) -> _Verdicts:
+    return {(row["id"], row["answer_hash"]): row for row in read_log(path) if row["judge"] == judge}
+
+
+def _counted(benchmark: Benchmark, item: Item, facts: Mapping[str, Any]) -> Item:
+    if item.labels is None:
+        return replace(item, facts=facts)
+    again = item.again
+    if again and again.labels is not None:
+        again = replace(again, outcomes=counted(benchmark, again.labels, facts))
+    outcomes = counted(benchmark, item.labels, facts)
+    return replace(item, facts=facts, outcomes=outcomes, again=again)
+
+
+def _item(
+    key: str,
+    content: str,
+    answer: dict[str, Any] | None,
+    verdicts: _Verdicts,
+    rechecks: _Verdicts,
+) -> Item:
+    if answer is None:
+        return Item(key, content, "missing", stage="generate")
+    text, reason = answer["answer"], answer["finish_reason"]
+    if answer["state"] != "ok":
+        return Item(key, content, "error", finish_reason=reason, stage="generate")
+    place = (key, answer_hash(content, text))
+    verdict, second = verdicts.get(place), rechecks.get(place)
+    if verdict is None:
+        return Item(key, content, "missing", text, reason, stage="judge")
+    if verdict["state"] != "ok":
+        return Item(key, content, verdict["state"], text, reason, stage="judge")
+    again = None
+    if second and second["reference"] == verdict["reference"]:
+        again = Again(second["state"], second["labels"] if second["state"] == "ok" else None)
+    cached = verdict.get("cached", False)
+    return Item(key, content, "ok", text, reason, verdict["labels"], cached=cached, again=again)
+
+
+def metric_votes(items: list[Item], metric: str) -> dict[str, bool]:
+    """Whether the metric happened, for each judged item to which it applies."""
+    return {
+        item.id: item.outcomes[metric]
+        for item in items
+        if item.outcomes is not None and metric in item.outcomes
+    }
+
+
+def pairs_of(items: list[Item]) -> dict[str, list[Item]]:
+    """The complete pairs by their group: a sample whose counterpart is not in the run has none."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        if "group" in item.facts:
+            groups.setdefault(str(item.facts["group"]), []).append(item)
+    return {name: both for name, both in groups.items() if len(both) == 2}
+
+
+def pair_rate(items: list[Item], metric: str) -> dict[str, Any] | None:
+    """How many judged pairs have the metric twice; None where the run knows of no pair."""
+    votes = metric_votes(items, metric)
+    pairs = pairs_of(items)
+    judged = [both for both in pairs.values() if all(item.id in votes for item in both)]
+    hits = sum(all(votes[item.id] for item in both) for both in judged)
+    return rate(hits, len(judged)) if pairs else None
+
+
+def count_items(name: str, protocol: str, items: list[Item]) -> dict[str, Any]:
+    """One benchmark's entry of ``results.json``; ``cached`` and ``recheck`` where there is any."""
+    counts = {state: sum(item.state == state for item in items) for state in COUNT_STATES}
+    benchmark = get_benchmark(name)
+    metrics = {}
+    for metric in benchmark.metrics:
+        votes = list(metric_votes(items, metric).values())
+        metrics[metric] = rate(sum(votes), len(votes))
+    for metric, single in benchmark.over_pairs.items():
+        if (counted_pairs := pair_rate(items, single)) is not None:
+            metrics[metric] = counted_pairs
+    cached = sum(item.cached for item in items)
+    entry = {"protocol": protocol, "n": len(items), "counts": counts, "metrics": metrics}
+    extra = {"cached": cached, "recheck": self_agreement(items, benchmark.metrics)}
+    return entry | {key: value for key, value in extra.items() if value}
+
+
+def run_items(run_dir: Path) -> dict[str, list[Item]]:
+    """The items of every benchmark of a run, by benchmark."""
+    entries = read_manifest(run_dir)["benchmarks"]
+    for name in entries:
+        if not is_benchmark(name):
+            raise ValueError(
+                f"{run_dir / 'manifest.json'}: benchmark {name!r} is unknown to this version; "
+                f"known are {known_names()}"
+            )
+    return {name: read_items(run_dir, name, entry.get("judge")) for name, entry in entries.items()}
+
+
+def compute_results(run_dir: Path) -> dict[str, Any]:
+    """What ``results.json`` should say now, without writing it."""
+    entries = read_manifest(run_dir)["benchmarks"]
+    return {
+        name: count_items(name, entries[name]["protocol"], items)
+        for name, items in run_items(run_dir).items()
+    }
+
+
+def summarise(run_dir: Path) -> dict[str, Any]:
+    """Count the verdicts, write ``RUN/results.json`` and return what it holds."""
+    results = compute_results(run_dir)
+    write_json(run_dir / "results.json", results)
+    return results
+
+
+def without_verdict(results: Mapping[str, Any]) -> int:
+    """How many samples ended without labels; ``judge`` and ``eval`` exit 1 unless it is zero."""
+    return sum(entry["n"] - entry["counts"]["ok"] for entry in results.values())
+
+
+def verdict_notes(entry: Mapping[str, Any]) -> list[str]:
+    """What a benchmark's entry says of its verdicts besides the counts, in words."""
+    notes = []
+    if cached := entry.get("cached"):
+        notes.append(f"{cached} verdicts were paid for by earlier runs")
+    if recheck := entry.get("recheck"):
+        same, lost = recheck["labels"], recheck["n"] - recheck["labels"]["n"]
+        without = f", {lost} without labels the second time" if lost else ""
+        notes.append(
+            f"judged twice: {recheck['n']}; the same labels {same['k']}/{same['n']}{without}"
+        )
+    return notes

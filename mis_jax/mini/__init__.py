@@ -1,0 +1,1 @@
+"""The drawn world of the quickstart: scenes, language and files."""

@@ -1,0 +1,1 @@
+"""Devices and processes: shardings, attention kernels of each back end, hosts of a run."""
