@@ -46,8 +46,9 @@ def read_list(path: Path, *, pictured: bool = False) -> list[Entry]:
     Raises:
         ValueError: a file that is missing, unreadable, not JSON, or empty.
     """
+    content = _read(path)  # says itself that a file is missing
     try:
-        content = parse_json(_read(path).decode("utf-8-sig"))  # Windows editors put a mark in front
+        content = parse_json(content.decode("utf-8-sig"))  # Windows editors put a mark in front
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
     except ValueError as error:

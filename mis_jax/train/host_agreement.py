@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.checkpoint.load import OpenCheckpoint
+from mis_jax.checkpoint.native import DIGESTS
 from mis_jax.config import RunConfig
 from mis_jax.data.loader import TrainingData
 from mis_jax.parallel import processes
@@ -71,7 +72,12 @@ def _facts(config: RunConfig, opened: OpenCheckpoint, data: TrainingData) -> dic
     facts["code of mis_jax"] = _short(digest(modules))
     facts["version of Python"] = ".".join(platform.python_version_tuple()[:2])
     facts |= {f"version of {name}": metadata.version(name) for name in _PACKAGES}
-    facts |= {f"file of model: {p.name}": _short(sampled_digest(p)) for p in opened.files}
+    folder = opened.folder
+    listed = folder is not None and (folder / DIGESTS).is_file()  # compared, and chunks with it
+    for path in opened.files:
+        if listed and path.is_relative_to(folder):
+            continue
+        facts[f"file of model: {_inside(path, folder)}"] = _short(sampled_digest(path))
     for path in sorted(data.processor.tokenizer.folder.glob("*.*")):
         if path.suffix in (".json", ".model", ".txt") and path.is_file():
             facts[f"file of model: {path.name}"] = _short(file_digest(path))
@@ -81,6 +87,11 @@ def _facts(config: RunConfig, opened: OpenCheckpoint, data: TrainingData) -> dic
             value = file_digest(path) if path.is_file() else _folder(path)
             facts[f"data.sources[{place}]: {path.name}"] = _short(value)
     return facts | {"order of the samples": data.fingerprint}
+
+
+def _inside(path: Path, folder: Path | None) -> str:
+    """The name of a file that hosts share, wherever each of them has the model."""
+    return str(path.relative_to(folder)) if folder and path.is_relative_to(folder) else path.name
 
 
 def _folder(path: Path) -> str:
