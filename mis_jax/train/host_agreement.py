@@ -72,12 +72,8 @@ def _facts(config: RunConfig, opened: OpenCheckpoint, data: TrainingData) -> dic
     facts["code of mis_jax"] = _short(digest(modules))
     facts["version of Python"] = ".".join(platform.python_version_tuple()[:2])
     facts |= {f"version of {name}": metadata.version(name) for name in _PACKAGES}
-    folder = opened.folder
-    listed = folder is not None and (folder / DIGESTS).is_file()  # compared, and chunks with it
-    for path in opened.files:
-        if listed and path.is_relative_to(folder):
-            continue
-        facts[f"file of model: {_inside(path, folder)}"] = _short(sampled_digest(path))
+    for path in _weight_files(opened):
+        facts[f"file of model: {_inside(path, opened.folder)}"] = _short(sampled_digest(path))
     for path in sorted(data.processor.tokenizer.folder.glob("*.*")):
         if path.suffix in (".json", ".model", ".txt") and path.is_file():
             facts[f"file of model: {path.name}"] = _short(file_digest(path))
@@ -87,6 +83,14 @@ def _facts(config: RunConfig, opened: OpenCheckpoint, data: TrainingData) -> dic
             value = file_digest(path) if path.is_file() else _folder(path)
             facts[f"data.sources[{place}]: {path.name}"] = _short(value)
     return facts | {"order of the samples": data.fingerprint}
+
+
+def _weight_files(opened: OpenCheckpoint) -> list[Path]:
+    """But those that a file of digests speaks for, with which they are compared when read."""
+    folder = opened.folder
+    if folder is None or not (folder / DIGESTS).is_file():
+        return list(opened.files)
+    return [path for path in opened.files if not path.is_relative_to(folder)]
 
 
 def _inside(path: Path, folder: Path | None) -> str:

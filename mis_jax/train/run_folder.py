@@ -34,7 +34,7 @@ _MADE = (
     CONFIG, _MARK, MIXTURE, SURVEY, BAD_SAMPLES, *LOG_FILES, CHECKPOINTS, DIGESTS, BOARD_FOLDER,
     KEPT_BATCHES, PROFILE, SITE_RUN, "wandb",
 )  # fmt: skip
-_LOOK, _PATIENCE = 0.2, 15.0  # seconds in which a network disk shows a new file everywhere
+_LOOK, _PATIENCE = 0.2, 10.0  # seconds in which a network disk shows a new file everywhere
 _OF_NOBODY = (LOCK, "lost+found")
 # Fields that a run may change when it goes on: they leave the samples and the mathematics alone.
 _FREE = (
