@@ -53,7 +53,7 @@ _CPU_COMPILER = {
 
 @dataclass(frozen=True)
 class TrainProgram:
-    """The step of a run, and shapes and places of what it takes."""
+    """The step of a run, and shapes and shardings of what it takes."""
 
     step: TrainStep  # (state, batch) -> (state, metrics); gives its state away
     state: TrainState  # of jax.ShapeDtypeStruct
@@ -63,7 +63,7 @@ class TrainProgram:
     transform: optax.GradientTransformation
 
     def batch(self, rows: int, length: int, tiles_per_row: int, tile_size: int) -> Batch:
-        """Shapes and places of a step's batch of `rows` rows in all."""
+        """Shapes and shardings of a step's batch of `rows` rows in all."""
         micro = self.config.train.micro_batch or rows
         sharding = batch_sharding(self.mesh, accumulated=True)
 
@@ -82,25 +82,25 @@ class TrainProgram:
         )
 
     def load(self, opened: OpenCheckpoint) -> TrainState:
-        """The state before the first step; parameters go straight to their places."""
+        """The state before the first step; parameters go straight to their shardings."""
         shapes = self.state.trainable | self.state.frozen
         rows = padded_vocab(opened.config.text.vocab_size)
         if self.config.lora.rank:
             arrays = lora.load_parameters(opened, self.config, shapes, rows)
         else:
-            places = {name: x.sharding for name, x in shapes.items()}
+            shardings = {name: x.sharding for name, x in shapes.items()}
             dtype = self.config.dtype.params
-            arrays = load(opened, dtype, shardings=places, vocab_rows=rows).arrays
+            arrays = load(opened, dtype, shardings=shardings, vocab_rows=rows).arrays
         trainable, frozen = _split(self.config, arrays)
-        places = jax.tree.map(lambda x: x.sharding, self.state)
-        optimizer = jax.jit(self.transform.init, out_shardings=places.optimizer)(trainable)
+        shardings = jax.tree.map(lambda x: x.sharding, self.state)
+        optimizer = jax.jit(self.transform.init, out_shardings=shardings.optimizer)(trainable)
         zero = lambda dtype, place: jax.device_put(jnp.zeros((), dtype), place)  # noqa: E731
         return TrainState(
-            zero(jnp.int32, places.step),
+            zero(jnp.int32, shardings.step),
             trainable,
             frozen,
             optimizer,
-            zero(jnp.float32, places.usual_norm),
+            zero(jnp.float32, shardings.grad_norm_ema),
         )
 
     def random(self, seed: int) -> TrainState:
@@ -116,8 +116,8 @@ class TrainProgram:
             zero = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
             return TrainState(zero[0], trainable, frozen, self.transform.init(trainable), zero[1])
 
-        places = jax.tree.map(lambda x: x.sharding, self.state)
-        return jax.jit(draw, out_shardings=places)(jax.random.key(seed))
+        shardings = jax.tree.map(lambda x: x.sharding, self.state)
+        return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
 
     def network(self, state: TrainState) -> InternVL:
         """The model as it is now, for answers to held-out questions; it drops nothing."""
@@ -167,7 +167,7 @@ def make_train_program(
         sum_in_layers=_summed_in_layers(config, model),
         spike=config.train.spike,
         seed=config.seed,
-        places=jax.tree.map(lambda x: x.sharding, state),
+        shardings=jax.tree.map(lambda x: x.sharding, state),
         device_moments=moments if config.optimizer.offload else None,
         compiler=_CPU_COMPILER if mesh.devices.flat[0].platform == "cpu" else None,
     )

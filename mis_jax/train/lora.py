@@ -39,15 +39,15 @@ def stored_dtype(config: RunConfig, name: str, dtype: Any) -> jnp.dtype:
 def load_parameters(
     opened: OpenCheckpoint, config: RunConfig, shapes: Mapping[str, Any], vocab_rows: int
 ) -> dict[str, jax.Array]:
-    """Every parameter before the first step, in the places and dtypes of `shapes`.
+    """Every parameter before the first step, in the shardings and dtypes of `shapes`.
 
     Tables have `vocab_rows` rows.
     One kernel at a time is quantised, so that the whole base is never held twice.
     """
-    places: dict[str, Sharding] = {}
+    shardings: dict[str, Sharding] = {}
     for name, shape in shapes.items():
         assert shape.sharding is not None
-        places[name.replace(".kernel.values", _KERNEL)] = shape.sharding
+        shardings[name.replace(".kernel.values", _KERNEL)] = shape.sharding
 
     def kept(name: str, value: jax.Array) -> dict[str, jax.Array]:
         if name in shapes:
@@ -58,7 +58,7 @@ def load_parameters(
         return {f"{name}.values": quantised[0], f"{name}.scale": quantised[1]}
 
     dtype = config.dtype.params
-    arrays = load(opened, dtype, shardings=places, vocab_rows=vocab_rows, then=kept).arrays
+    arrays = load(opened, dtype, shardings=shardings, vocab_rows=vocab_rows, then=kept).arrays
     return arrays | first_adapters(config.seed, shapes)
 
 
@@ -80,8 +80,8 @@ def first_adapters(seed: int, shapes: Mapping[str, Any]) -> dict[str, jax.Array]
     def draw() -> dict[str, jax.Array]:
         return {name: _first(seed, name, shape) for name, shape in adapters.items()}
 
-    places = {name: shape.sharding for name, shape in adapters.items()}
-    return jax.jit(draw, out_shardings=places)()
+    shardings = {name: shape.sharding for name, shape in adapters.items()}
+    return jax.jit(draw, out_shardings=shardings)()
 
 
 def _first(seed: int, name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:

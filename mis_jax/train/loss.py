@@ -73,8 +73,8 @@ _total.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 # Row by row, so that rows stay on their devices.
-_taken = jax.vmap(lambda row, places: row[places])
-_added = jax.vmap(lambda row, places, more: row.at[places].add(more))
+_taken = jax.vmap(lambda row, positions: row[positions])
+_added = jax.vmap(lambda row, positions, more: row.at[positions].add(more))
 
 
 def _chunks(
@@ -116,7 +116,7 @@ def _chunks(
             of_h_BCD = jnp.einsum(
                 "bcv,vd->bcd", slope_BCV, whole_VD, preferred_element_type=jnp.float32
             )
-            # The places that fill up the last chunk have weight 0 and add nothing.
+            # The positions that fill up the last chunk have weight 0 and add nothing.
             of_hidden_BTD = _added(of_hidden_BTD, place_BC, of_h_BCD.astype(h_BCD.dtype))
         if table_wanted:
             of_table_VD += jnp.einsum(

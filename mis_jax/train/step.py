@@ -42,7 +42,7 @@ class TrainState:
     trainable: Parameters
     frozen: Parameters
     optimizer: Any
-    usual_norm: Float[Array, ""]  # running mean of the gradient's norm
+    grad_norm_ema: Float[Array, ""]  # running mean of the gradient's norm
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class StepOptions:
     sum_in_layers: tuple[str, ...] = ()  # beginnings of names whose sums the backward pass keeps
     spike: float | None = None  # times the usual norm beyond which a step is left out
     seed: int = 0  # of drop path and of the adapters' dropout
-    places: TrainState | None = None  # sharding of every leaf; None leaves them to the compiler
+    shardings: TrainState | None = None  # sharding of every leaf; None leaves them to the compiler
     compiler: dict[str, Any] | None = None  # options of XLA
     device_moments: Any = None  # sharding of moments at work that wait in host memory
 
@@ -80,7 +80,7 @@ def make_train_step(
     step does not depend on how its rows are cut. A step whose loss or gradient is not finite, or
     whose gradient is a spike, leaves the state as it was and says so in `finite` and `spike`.
     """
-    places = options.places
+    shardings = options.shardings
     guarded = optax.with_extra_args_support(transform)
 
     def losses(
@@ -99,17 +99,17 @@ def make_train_step(
             vocab=text.config.vocab_size,
             chunk=options.loss_chunk,
             constrain=model.execution.constrain,
-            place_table=None if places is None else _table_place(places),
+            place_table=None if shardings is None else _table_sharding(shardings),
         )
 
     gradients_of = jax.value_and_grad(losses, (0, 1), has_aux=True)
 
     def placed(gradient: Parameters) -> Parameters:
         """Each device keeps the part of the gradient whose parameters it has."""
-        if places is None:
+        if shardings is None:
             return gradient
         return jax.lax.with_sharding_constraint(
-            gradient, {name: places.trainable[name] for name in gradient}
+            gradient, {name: shardings.trainable[name] for name in gradient}
         )
 
     def summed(state: TrainState, batch: Batch):
@@ -167,7 +167,7 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(length)
         spike = jnp.zeros((), bool)
         if options.spike is not None:
-            spike = (state.step >= SPIKE_WARMUP) & (length > options.spike * state.usual_norm)
+            spike = (state.step >= SPIKE_WARMUP) & (length > options.spike * state.grad_norm_ema)
         taken = finite & ~spike
         moments = state.optimizer
         if options.device_moments is not None:
@@ -177,7 +177,7 @@ def make_train_step(
         )
         trainable, squares = _updated(state.trainable, updates, state.step, taken)
         decay = jnp.where(state.step == 0, 0.0, _NORM_DECAY)
-        usual_norm = decay * state.usual_norm + (1 - decay) * length
+        grad_norm_ema = decay * state.grad_norm_ema + (1 - decay) * length
         metrics = {
             "loss": loss,
             "learning_rate": schedule(state.step),
@@ -197,24 +197,24 @@ def make_train_step(
             trainable=trainable,
             frozen=state.frozen,
             optimizer=optimizer,
-            usual_norm=jnp.where(taken, usual_norm, state.usual_norm),
+            grad_norm_ema=jnp.where(taken, grad_norm_ema, state.grad_norm_ema),
         )
         return after, metrics
 
     return jax.jit(
         step,
         donate_argnums=0,
-        out_shardings=None if places is None else (places, None),
+        out_shardings=None if shardings is None else (shardings, None),
         compiler_options=options.compiler,
     )
 
 
-def _table_place(places: TrainState) -> Any:
+def _table_sharding(shardings: TrainState) -> Any:
     """Where the gradient of the head lies; of the embedding, where that serves as head."""
     for name in ("text.head", "text.embedding"):
-        if name in places.trainable:
-            return places.trainable[name]
-        if name in places.frozen:
+        if name in shardings.trainable:
+            return shardings.trainable[name]
+        if name in shardings.frozen:
             return None
     return None
 

@@ -25,12 +25,12 @@ class ThroughputMeter:
         return cls(config, model, None if chip is None else chip.device_peak * len(devices))
 
     def rates(
-        self, counts: Mapping[str, float], samples: int, places: int, seconds: float
+        self, counts: Mapping[str, float], samples: int, positions: int, seconds: float
     ) -> dict[str, float]:
         """What is logged of a step beside its own numbers.
 
-        `counts` has `tokens`, `tiles` and `squares` (of the samples' lengths, summed); `places` is
-        how many tokens its rows could hold. MFU counts the vision tower, causal attention as half,
+        `counts` has `tokens`, `tiles` and `squares` (of the samples' lengths, summed); `positions`
+        is how many tokens its rows could hold. MFU counts the vision tower, causal attention as half,
         and the backward pass of what is trained alone; nothing that is computed again.
         """
         lora = self.config.lora
@@ -46,7 +46,7 @@ class ThroughputMeter:
         rates = {
             "tokens_per_second": counts["tokens"] / seconds,
             "samples_per_second": samples / seconds,
-            "useful_tokens": counts["tokens"] / places,
+            "useful_tokens": counts["tokens"] / positions,
             "tflops_per_second": operations / seconds / 1e12,
         }
         if self.peak is not None:

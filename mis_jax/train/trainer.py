@@ -196,7 +196,8 @@ class _Trainer:
         self.done, self.before = meta["batches"], meta["seconds"]
         self.folder.keeps = True
         _log.info("resumed at step %d", self.done)
-        return TrainState(frozen=state.frozen, **restored)
+        grad_norm_ema = restored.pop("usual_norm")
+        return TrainState(frozen=state.frozen, grad_norm_ema=grad_norm_ema, **restored)
 
     def _steps(self) -> tuple[float, bool]:
         """Take the steps that are left, until the end, a failure or a signal.
@@ -226,8 +227,8 @@ class _Trainer:
                 steps, lambda item: (item, place(item.batch)), lambda: not several and stopped()
             )
 
-            self.settled = self.saved = time.monotonic()
-            began = self.settled - self.before
+            self.finished_at = self.saved_at = time.monotonic()
+            began = self.finished_at - self.before
             while self.done < self.data.steps and not self.failure and not stopped():
                 tick = time.monotonic()
                 try:
@@ -254,7 +255,7 @@ class _Trainer:
                         processes.listen_for_stop()
                     asked = deferring.enter_context(stopping.deferred(several))
                 if taken is not None:
-                    self._settle(taken, log)
+                    self._finish_step(taken, log)
                     if self.failure:
                         taken = None  # as the one before, it left the state as it was
                         break
@@ -264,12 +265,12 @@ class _Trainer:
                 taken = _DispatchedStep(self.done, item, metrics, waited)
                 saves = self._saves(self.done)
                 if saves or self._evaluates(self.done):
-                    self._settle(taken, log)
+                    self._finish_step(taken, log)
                     taken = None
                     if saves and self.done < self.data.steps and not self.failure:
                         self._save(time.monotonic() - began)
             if taken is not None:
-                self._settle(taken, log)
+                self._finish_step(taken, log)
             seconds = time.monotonic() - began
             self._wait()
             if self.done and self.checkpoints.latest != self.done:
@@ -288,9 +289,9 @@ class _Trainer:
             return True
         if processes.several() and step % _CLOCK_STEPS:  # to agree costs a round
             return False
-        return processes.first_says(time.monotonic() - self.saved > 60 * train.save_minutes)
+        return processes.first_says(time.monotonic() - self.saved_at > 60 * train.save_minutes)
 
-    def _settle(self, taken: _DispatchedStep, log: MetricsLog | None) -> None:
+    def _finish_step(self, taken: _DispatchedStep, log: MetricsLog | None) -> None:
         """Fetch the numbers of a step, look at them, evaluate what it made, and log all that."""
         metrics = _plain_numbers(jax.device_get(taken.metrics))
         self.folder.keeps = True
@@ -303,12 +304,12 @@ class _Trainer:
             if self.failure:
                 self.done = taken.step - 1
                 return
-        self._judge(taken, ids, metrics)
+        self._check_finite(taken, ids, metrics)
         metrics |= {"samples": len(ids), "skipped": len(rejected)}
-        seconds = time.monotonic() - self.settled
+        seconds = time.monotonic() - self.finished_at
         metrics |= {"seconds": seconds, "data_seconds": taken.waited}
-        places = self.config.train.global_batch * item.batch.input_ids.shape[-1]
-        metrics |= self.meter.rates(metrics, len(ids), places, seconds)
+        positions = self.config.train.global_batch * item.batch.input_ids.shape[-1]
+        metrics |= self.meter.rates(metrics, len(ids), positions, seconds)
         metrics.pop("squares")
         self.asr = None
         if self.evaluate is not None and self._evaluates(taken.step):
@@ -322,9 +323,9 @@ class _Trainer:
             log.write(taken.step, metrics, ids, [x.reason for x in rejected])
         if self.progress:
             self.progress(taken.step, self.data.steps, metrics)
-        self.settled = time.monotonic()
+        self.finished_at = time.monotonic()
 
-    def _judge(
+    def _check_finite(
         self, taken: _DispatchedStep, ids: tuple[str, ...], metrics: dict[str, float]
     ) -> None:
         """Stop, or count a step that was left out; its batch is kept."""
@@ -351,7 +352,7 @@ class _Trainer:
         meta = {"seconds": seconds, "batches": self.done, "plan": self.data.fingerprint}
         meta["base"] = self.base
         self.checkpoints.save(self.done, _saved_part(self.state), meta, self.asr)
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
 
     def _wait(self) -> None:
         """Until what was saved is complete, on every process."""
@@ -392,7 +393,7 @@ def _saved_part(state: TrainState, *, abstract: bool = False) -> dict[str, Any]:
         "step": state.step,
         "trainable": state.trainable,
         "optimizer": state.optimizer,
-        "usual_norm": state.usual_norm,
+        "usual_norm": state.grad_norm_ema,  # its name in checkpoints since the first version
     }
     if not abstract:
         return tree

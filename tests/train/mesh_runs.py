@@ -96,14 +96,14 @@ def initial_state(program: TrainProgram) -> TrainState:
     state = program.state
     trainable = {n: filled(n, x) for n, x in state.trainable.items()}
     frozen = {n: filled(n, x) for n, x in state.frozen.items()}
-    places = jax.tree.map(lambda x: x.sharding, state)
-    optimizer = jax.jit(program.transform.init, out_shardings=places.optimizer)(trainable)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    optimizer = jax.jit(program.transform.init, out_shardings=shardings.optimizer)(trainable)
     return TrainState(
-        jax.device_put(jnp.int32(0), places.step),
+        jax.device_put(jnp.int32(0), shardings.step),
         trainable,
         frozen,
         optimizer,
-        jax.device_put(jnp.float32(0), places.usual_norm),
+        jax.device_put(jnp.float32(0), shardings.grad_norm_ema),
     )
 
 

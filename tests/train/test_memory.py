@@ -137,15 +137,15 @@ def test_parts_have_their_own_learning_rates():
 def test_a_spike_is_left_out():
     program = program_of(spike=3.0)
     state = dataclasses.replace(
-        initial_state(program), step=jnp.int32(50), usual_norm=jnp.float32(1e-3)
+        initial_state(program), step=jnp.int32(50), grad_norm_ema=jnp.float32(1e-3)
     )
     before = {n: np.asarray(x) for n, x in state.trainable.items()}
     batch = put_batch(random_batch(np.random.default_rng(0)), program.mesh, accumulated=True)
     state, metrics = program.step(state, batch)
     assert bool(metrics["spike"]) and bool(metrics["finite"])
-    assert int(state.step) == 50 and float(state.usual_norm) == np.float32(1e-3)
+    assert int(state.step) == 50 and float(state.grad_norm_ema) == np.float32(1e-3)
     assert all(np.array_equal(before[n], x) for n, x in state.trainable.items())
-    state = dataclasses.replace(state, usual_norm=jnp.float32(1e3))
+    state = dataclasses.replace(state, grad_norm_ema=jnp.float32(1e3))
     state, metrics = program.step(state, batch)
     assert not metrics["spike"] and int(state.step) == 51
 

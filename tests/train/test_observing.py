@@ -21,7 +21,7 @@ def test_mfu_is_what_the_formula_says():
     config = SimpleNamespace(train=TrainConfig(steps=1, freeze=()), lora=LoraConfig())
     meter = ThroughputMeter(config, published("internvl2_5-8b"), peak=989e12)  # type: ignore[arg-type]
     counts = {"tokens": 4184, "tiles": 14, "squares": 4184.0**2}
-    rates = meter.rates(counts, samples=1, places=8192, seconds=0.5)
+    rates = meter.rates(counts, samples=1, positions=8192, seconds=0.5)
     assert rates["tokens_per_second"] == 8368
     assert rates["samples_per_second"] == 2
     assert rates["useful_tokens"] == pytest.approx(4184 / 8192)
