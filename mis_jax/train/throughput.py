@@ -30,8 +30,8 @@ class ThroughputMeter:
         """What is logged of a step beside its own numbers.
 
         `counts` has `tokens`, `tiles` and `squares` (of the samples' lengths, summed); `positions`
-        is how many tokens its rows could hold. MFU counts the vision tower, causal attention as half,
-        and the backward pass of what is trained alone; nothing that is computed again.
+        is how many tokens its rows could hold. MFU counts the vision tower, causal attention as
+        half, and the backward pass of what is trained alone; nothing that is computed again.
         """
         lora = self.config.lora
         work = flops.forward(
