@@ -25,6 +25,8 @@ def fingerprint(arrays: dict[str, jax.Array]) -> str:
 
 
 def _sum(x: jax.Array) -> UInt32[Array, ""]:
+    if x.dtype in (jnp.int4, jnp.uint4):  # kernels under QLoRA; two of them share a byte
+        x = x.astype(jnp.int8)
     bits = lax.bitcast_convert_type(x, _BITS[x.dtype.itemsize]).astype(jnp.uint32)
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):

@@ -31,6 +31,8 @@ def test_it_changes_with_every_bit_and_place_and_with_no_mesh():
         {"a": arrays["a"]},
     ]
     assert len({found, *map(fingerprint, others)}) == 6
+    nf4 = {"q": jnp.arange(16, dtype=jnp.uint4)}
+    assert fingerprint(nf4) != fingerprint({"q": nf4["q"].at[3].set(4)})
     if jax.device_count() >= 2:
         mesh = make_mesh(MeshConfig(fsdp=-1))
         place = NamedSharding(mesh, PartitionSpec("fsdp"))
