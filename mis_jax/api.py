@@ -23,6 +23,7 @@ from mis_jax.parallel.sharding import FSDP_TENSOR, parameter_shardings
 def load(
     path: str | Path,
     *,
+    adapter: str | Path | None = None,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
@@ -30,6 +31,7 @@ def load(
 ) -> tuple[InternVL, Processor]:
     """Model and processor of a checkpoint folder in any of the three formats, or of a run's.
 
+    An `adapter` is the folder of a LoRA adapter in PEFT format to merge into it as it is read.
     `dtype` (float32, bfloat16 or float16) is that of parameters and activations; None keeps the
     file's. With a `mesh` (axes data, fsdp, tensor, context) parameters are split over it: every
     process reads its own slices straight onto its devices, and no host holds a full copy.
@@ -37,7 +39,9 @@ def load(
     Raises ValueError that names the file and the field of whatever does not fit.
     """
     name = None if dtype is None else jnp.dtype(dtype).name
-    opened = open_checkpoint(Path(path), check_digests=check_digests)
+    opened = open_checkpoint(
+        Path(path), None if adapter is None else Path(adapter), check_digests=check_digests
+    )
     abstract = nnx_state.abstract_model(opened.config)
     if mesh is None:
         here = SingleDeviceSharding(jax.devices()[0])

@@ -43,6 +43,7 @@ from mis_jax.storage.json_fields import Fields, read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FILES = CONFIG, WEIGHTS
 #: Ranks in the config.json of a model that upstream's scripts saved with its factors beside it.
 LORA_FIELDS = "use_llm_lora", "use_backbone_lora"
 _MOST_PATTERNS = 20_000  # one for each linear map of 1000 layers of both towers
@@ -72,6 +73,10 @@ def read_adapter(folder: Path, config: InternVLConfig) -> Adapter:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give the folder that holds {CONFIG}")
+    if not (folder / CONFIG).exists():
+        final = folder / "final"  # of a run, whose folder is soon given in its place
+        where = f": {final}" if (final / CONFIG).exists() else ""
+        raise ValueError(f"{folder / CONFIG}: no such file; give the folder of an adapter{where}")
     fields = Fields(folder / CONFIG, read_json(folder / CONFIG))
     of_name = _settings(fields)
     file = _open(folder)

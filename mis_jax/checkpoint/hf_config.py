@@ -49,7 +49,8 @@ def detect_format(folder: Path) -> Format:
         )
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise ValueError(
-            f"{folder}: a LoRA adapter, no model; merge it first: mis-jax convert BASE DST "
+            f"{folder}: a LoRA adapter, no model; generate, chat, serve and eval take it with its "
+            f"base model (BASE --adapter {folder}), or merge it first: mis-jax convert BASE DST "
             f"--format native --adapter {folder}"
         )
     raw = read_json(folder / "config.json")

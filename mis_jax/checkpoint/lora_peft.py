@@ -35,6 +35,7 @@ Factor = tuple[str, Role]  # plain name of a module, and which of its factors
 Settings = Callable[[str], tuple[int, float]]  # rank and scale of a module
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])(?:\.[^.]+)?\.weight")
 _WRAPPER = re.compile(r"^((?:language_model|vision_model)\.)?base_model\.model\.")
+_BLOCK = 512  # rows of a kernel that are multiplied together
 # The whole model may have been wrapped, or one of its parts alone.
 _PARTS = {
     "hf": ("", "language_model.", "vision_tower."),
@@ -106,10 +107,29 @@ class Merged:
 def _sum(base: np.ndarray, pair: LoraPair | None, rows: slice, name: str) -> np.ndarray:
     if pair is None:
         return base
-    total = pair.a[rows].astype(np.float32) @ pair.b.astype(np.float32)
+    total = _product(pair, rows)
     total *= np.float32(pair.scale)
     total += base
     return cast(total, base.dtype.name, name)
+
+
+def _product(pair: LoraPair, rows: slice) -> np.ndarray:
+    """Rows of A @ B in float32: the same bits with whatever other rows they are asked for.
+
+    BLAS rounds by the shapes that it multiplies. So it gets blocks that always begin at the same
+    rows, and a device's shard is what a conversion writes.
+    """
+    a, b = (values.astype(np.float32, order="C") for values in (pair.a, pair.b))
+    start, stop, _ = rows.indices(len(a))
+    result = np.empty((max(0, stop - start), b.shape[1]), np.float32)
+    for first in range(start - start % _BLOCK, stop, _BLOCK):
+        block, last = a[first : first + _BLOCK], min(first + _BLOCK, stop)
+        if start <= first and last - first == len(block):
+            np.matmul(block, b, out=result[first - start : last - start])
+        else:  # at an end of the slice
+            low = max(first, start)
+            result[low - start : last - start] = (block @ b)[low - first : last - first]
+    return result
 
 
 def plain_key(key: str) -> tuple[str, Role]:

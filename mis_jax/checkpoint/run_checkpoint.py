@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mis_jax.checkpoint import nnx_state
+from mis_jax.checkpoint.adapter_files import ADAPTER_FILES
 from mis_jax.checkpoint.lora_peft import Adapter, LoraPair
 from mis_jax.checkpoint.parameter_source import ParameterSource
 from mis_jax.checkpoint.safetensors_reader import misfit
@@ -25,7 +26,7 @@ from mis_jax.config import LoraConfig, RunConfig, load_config
 from mis_jax.model.config import InternVLConfig
 from mis_jax.model.lora import is_adapter
 from mis_jax.storage.folders import is_step, newest_step
-from mis_jax.storage.hashing import changed_files, digest, folder_fingerprint
+from mis_jax.storage.hashing import changed_files, digest, file_digests, folder_fingerprint
 
 _KERNEL = ".kernel"
 _CHECKPOINTS = "checkpoints"  # in a run's folder
@@ -38,14 +39,18 @@ def model_files(folder: Path) -> Path:
     return model_files(run_of(folder).model)
 
 
-def model_name(folder: Path) -> str:
-    """What a model is called by its folder; a checkpoint also bears the name of its run."""
+def model_name(folder: Path, adapter: Path | None = None) -> str:
+    """What a model is called by its folder, and its adapter; a checkpoint also bears its run's."""
+    if adapter is not None:
+        return f"{model_name(folder)}+{adapter.resolve().name}"
     folder = folder.resolve()
     return f"{folder.parents[1].name}-{folder.name}" if is_run_checkpoint(folder) else folder.name
 
 
-def model_fingerprint(folder: Path) -> str:
-    """The hash of everything that makes a model: of a checkpoint of a run, its base included."""
+def model_fingerprint(folder: Path, adapter: Path | None = None) -> str:
+    """The hash of everything that makes a model: its adapter and the base of a run included."""
+    if adapter is not None:  # the two files that are read: trainers keep logs and states there too
+        return digest([model_fingerprint(folder), file_digests(adapter, ADAPTER_FILES)])
     if not is_run_checkpoint(folder):
         return folder_fingerprint(folder)
     return digest([folder_fingerprint(folder), model_fingerprint(run_of(folder).model)])

@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, arg
 
-from mis_jax.cli.common import Dtype, MeshSizes, console, err_console, load_quietly
+from mis_jax.cli.common import AdapterFolder, Dtype, MeshSizes, console, err_console, load_quietly
 
 _HELP = "/image FILE adds a picture to the next question, /clear begins anew, /quit ends"
 
@@ -14,6 +14,7 @@ _HELP = "/image FILE adds a picture to the next question, /clear begins anew, /q
 def chat(
     model: Annotated[Positional[Path], arg(metavar="MODEL")],
     *,
+    adapter: AdapterFolder = None,
     image: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
     system: str = "default",
     max_new_tokens: int = 1024,
@@ -58,7 +59,7 @@ def chat(
 
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     network, processor = load_quietly(
-        model, dtype, mesh, int8=int8_weights, check_digests=check_digests
+        model, dtype, mesh, adapter=adapter, int8=int8_weights, check_digests=check_digests
     )
     settings = Settings(sampling, system, max_new_tokens, max_tiles, int8_cache=int8_cache)
     talk = Chat(network, processor, settings)

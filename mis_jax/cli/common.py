@@ -4,14 +4,23 @@ import errno
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from rich.console import Console
+from tyro.conf import arg
 
 from mis_jax.stopping import RESUMABLE, LostWorker, Stop, came
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # the run's fate, not the user's mistake
 Dtype = Literal["float32", "bfloat16", "float16"]
+AdapterFolder = Annotated[
+    Path | None,
+    arg(
+        metavar="DIR",
+        help="Folder of a LoRA adapter in PEFT format to apply to MODEL, its base model, such as "
+        "OUT/final of a LoRA run; it is merged into the weights as they are read.",
+    ),
+]
 console = Console()
 err_console = Console(stderr=True)
 
@@ -79,13 +88,14 @@ def load_quietly(
     dtype: str | None,
     sizes: MeshSizes,
     *,
+    adapter: Path | None = None,
     int8: bool = False,
     check_digests: bool = True,
 ):
     """Model and processor, for answers: layers written out, on a mesh where sizes ask for one.
 
     float32 on a CPU, where it answers one prompt as fast as bfloat16. `int8` rounds the decoder's
-    kernels.
+    kernels, those of an `adapter` merged into them.
     """
     import jax
 
@@ -99,6 +109,11 @@ def load_quietly(
     with bytes_bar(err_console) as bar:
         progress = bar.task("reading tensors")
         model, processor = load(
-            path, dtype=dtype, mesh=mesh, progress=progress, check_digests=check_digests
+            path,
+            adapter=adapter,
+            dtype=dtype,
+            mesh=mesh,
+            progress=progress,
+            check_digests=check_digests,
         )
     return unrolled(model, consume=True, int8=int8), processor

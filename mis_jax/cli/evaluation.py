@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from mis_jax.cli.common import (
+    AdapterFolder,
     Dtype,
     Failed,
     MeshSizes,
@@ -35,6 +36,7 @@ _ANSWERING = 600.0  # seconds for a whole answer; a verdict is a few words
 def eval_(
     model: Annotated[Positional[str], arg(metavar="MODEL")],
     *,
+    adapter: AdapterFolder = None,
     benchmarks: str,
     data_root: Path,
     out: Path,
@@ -92,6 +94,8 @@ def eval_(
     if model.startswith(_HTTP):
         if int8_weights or int8_cache:
             raise ValueError("--int8-weights and --int8-cache belong to a checkpoint, not a server")
+        if adapter is not None:
+            raise ValueError("--adapter belongs to a checkpoint, not a server")
         client = _client(
             model, model_name, api_key_env, concurrency, requests_per_minute, timeout=_ANSWERING
         )
@@ -100,7 +104,7 @@ def eval_(
         raise ValueError("--model-name belongs to a server; give its http://host/v1 as MODEL")
     else:
         tested = _local(
-            Path(model), batch_size, dtype, mesh, int8_weights, int8_cache, check_digests
+            Path(model), adapter, batch_size, dtype, mesh, int8_weights, int8_cache, check_digests
         )
     with locked_folder(place):
         open_run(
@@ -311,6 +315,7 @@ class _Model:
 
 def _local(
     folder: Path,
+    adapter: Path | None,
     rows: int,
     dtype: Dtype | None,
     mesh: MeshSizes,
@@ -318,21 +323,30 @@ def _local(
     int8_cache: bool,
     check_digests: bool,
 ) -> _Model:
-    """A checkpoint."""
+    """A checkpoint, and the adapter that is merged into it."""
+    from mis_jax.checkpoint.load import open_checkpoint
     from mis_jax.checkpoint.run_checkpoint import model_fingerprint, model_name
     from mis_jax.evals.conditions import int8_conditions
     from mis_jax.evals.models import answers_of
 
     def load() -> Callable[["Benchmark"], "AnswerFn"]:
         network, processor = load_quietly(
-            folder, dtype, mesh, int8=int8_weights, check_digests=check_digests
+            folder,
+            dtype,
+            mesh,
+            adapter=adapter,
+            int8=int8_weights,
+            check_digests=check_digests,
         )
         return lambda benchmark: answers_of(
             network, processor, benchmark, rows=rows, int8_cache=int8_cache
         )
 
+    if adapter is not None:  # the wrong base is soon given: it must not begin a run
+        open_checkpoint(folder, adapter, check_digests=False)
     conditions = int8_conditions(weights=int8_weights, cache=int8_cache)
-    return _Model(model_name(folder), model_fingerprint(folder), conditions, load)
+    name, fingerprint = model_name(folder, adapter), model_fingerprint(folder, adapter)
+    return _Model(name, fingerprint, conditions, load)
 
 
 def _served(client: "ChatClient", takes_settings: bool) -> _Model:

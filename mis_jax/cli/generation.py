@@ -7,6 +7,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from mis_jax.cli.common import (
+    AdapterFolder,
     Dtype,
     Failed,
     MeshSizes,
@@ -20,6 +21,7 @@ from mis_jax.cli.common import (
 def generate(
     model: Annotated[Positional[Path], arg(metavar="MODEL")],
     *,
+    adapter: AdapterFolder = None,
     prompt: str | None = None,
     image: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
     system: str = "default",
@@ -77,7 +79,7 @@ def generate(
     if out is not None:
         destination_path(out, "--out").parent.mkdir(parents=True, exist_ok=True)
     network, processor = load_quietly(
-        model, dtype, mesh, int8=int8_weights, check_digests=check_digests
+        model, dtype, mesh, adapter=adapter, int8=int8_weights, check_digests=check_digests
     )
     settings = Settings(
         Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
@@ -97,7 +99,7 @@ def generate(
                 batch,
                 out,
                 settings,
-                fingerprint=digest([model_fingerprint(model), str(dtype), int8_weights]),
+                fingerprint=digest([model_fingerprint(model, adapter), str(dtype), int8_weights]),
                 progress=bar.answers("answers"),
             )
         if errors:

@@ -6,12 +6,21 @@ from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from mis_jax.cli.common import Dtype, Failed, MeshSizes, console, err_console, load_quietly
+from mis_jax.cli.common import (
+    AdapterFolder,
+    Dtype,
+    Failed,
+    MeshSizes,
+    console,
+    err_console,
+    load_quietly,
+)
 
 
 def serve(
     model: Annotated[Positional[Path], arg(metavar="MODEL")],
     *,
+    adapter: AdapterFolder = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     allow_host: Annotated[tuple[str, ...], UseAppendAction] = (),
@@ -41,7 +50,7 @@ def serve(
         port: Port to listen on; 0 takes a free one.
         allow_host: Name by which clients may ask for it, beside localhost, --host and every
             IP address; repeat the option for several. '*' is every name, the default with 0.0.0.0.
-        name: What clients call the model; the folder's name without it.
+        name: What clients call the model; without it the folder's name, with --adapter both names.
         api_key_env: Environment variable with the key that clients must send.
         max_concurrent: Requests answered at the same time.
         max_queue: Requests that wait beside them; more are refused with 429.
@@ -92,10 +101,10 @@ def serve(
                 style="yellow", markup=False,
             )  # fmt: skip
         network, processor = load_quietly(
-            model, dtype, mesh, int8=int8_weights, check_digests=check_digests
+            model, dtype, mesh, adapter=adapter, int8=int8_weights, check_digests=check_digests
         )
         settings = run.Settings(
-            model=name or model_name(model),
+            model=name or model_name(model, adapter),
             context=processor.config.text.max_position,
             api_key=key,
             hosts=allowed_hosts(bound, host, allow_host),

@@ -156,6 +156,18 @@ def test_modules_of_a_published_size():
 # Merging
 
 
+def test_rows_of_a_merged_kernel_have_the_bits_of_the_whole(rng):
+    """A device's shard is what a conversion writes, and what a device alone has."""
+    base, pair = (
+        rng.standard_normal((1, 900, 300)).astype(np.float32),
+        random_pair(rng, (1, 900, 300)),
+    )
+    source = Merged(ArrayParameterSource({Q: base}), {Q: pair})
+    whole = source.read(Q, 0)
+    for rows in (slice(0, 225), slice(225, 450), slice(7, 8), slice(130, 900), slice(400, 400)):
+        assert np.array_equal(source.read(Q, 0, rows), whole[rows]), rows
+
+
 def test_merged_sums_in_float32_and_rounds_once(rng):
     shape = (3, 8, 5)
     base = rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
