@@ -43,13 +43,13 @@ class Source:
     split: str = "train"
     """Split to train on (`mis` only)."""
     count: int | None = None
-    """Number of samples to draw, chosen by the seed (default: all)."""
+    """Number of samples to draw, chosen by the seed; if unset, all."""
     weight: float | None = None
     """Sampling weight relative to the other sources; set it for every source or for none."""
     augment: bool = False
     """JPEG augmentation: re-encode every tile with a random quality."""
     max_tiles: int | None = None
-    """Maximum number of tiles per sample of this source (default: `data.max_tiles`)."""
+    """Maximum number of tiles per sample of this source; if unset, `data.max_tiles`."""
 
     def __post_init__(self) -> None:
         needed = "root" if self.kind == "mis" else "path"
@@ -88,9 +88,9 @@ class DataConfig:
     """Pack several samples into each sequence of `max_length` tokens; they do not attend to each
     other."""
     pack_tiles: int | None = None
-    """Number of tiles per packed sequence (default: estimated from the sizes of the samples)."""
+    """Number of tiles per packed sequence; if unset, estimated from the sizes of the samples."""
     tile_cache: Path | None = None
-    """Folder in which to cache decoded tiles for later epochs and runs (default: no cache)."""
+    """Folder in which to cache decoded tiles for later epochs and runs; if unset, no cache."""
     workers: int = 0
     """Number of worker processes that load and tile images; 0 uses threads."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
@@ -122,7 +122,7 @@ class TrainConfig:
     """Number of sequences per optimizer step, over all devices."""
     micro_batch: int | None = None
     """Number of sequences per forward pass, over all devices; gradients are accumulated up to
-    `global_batch` (default: `global_batch`)."""
+    `global_batch`; if unset, equal to it."""
     freeze: tuple[Part, ...] = ("vision",)
     """Parts that are not trained: vision, projector, language. The targets of LoRA are always
     frozen."""
@@ -142,7 +142,7 @@ class TrainConfig:
     drop_path: float = 0.0
     """Maximum stochastic depth rate of the vision tower, rising linearly over its layers."""
     save_every: int | None = None
-    """Save a checkpoint every N steps (default: every fifth of the run)."""
+    """Save a checkpoint every N steps; if unset, every fifth of the run."""
     save_minutes: float = 15.0
     """Also save a checkpoint when the last one is this many minutes old; .inf disables it."""
     check_digests: bool = True
@@ -155,7 +155,7 @@ class TrainConfig:
     """Loss or gradient that is NaN or infinite: stop the run or skip the step; either way the batch
     is saved in the output folder."""
     spike: float | None = None
-    """Skip a step whose gradient norm exceeds this many times its running mean (default: off)."""
+    """Skip a step whose gradient norm exceeds this many times its running mean; if unset, off."""
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -193,7 +193,7 @@ class LoraConfig:
     rank: int = 0
     """LoRA rank; 0 disables LoRA and trains the parameters themselves."""
     alpha: float | None = None
-    """LoRA alpha: the update is scaled by alpha / rank (default: twice the rank)."""
+    """LoRA alpha: the update is scaled by alpha / rank; if unset, twice the rank."""
     dropout: float = 0.05
     """Dropout probability of the adapters' inputs, in training."""
     targets: tuple[Literal["vision", "language"], ...] = ("language",)
@@ -235,9 +235,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     """Epsilon added to the denominator of the update."""
     vision_learning_rate: float | None = None
-    """Peak learning rate of the vision tower (default: `learning_rate`)."""
+    """Peak learning rate of the vision tower; if unset, `learning_rate`."""
     projector_learning_rate: float | None = None
-    """Peak learning rate of the projector (default: `learning_rate`)."""
+    """Peak learning rate of the projector; if unset, `learning_rate`."""
     offload: bool = False
     """Keep the optimizer moments in host memory between steps."""
     name: Literal["adamw", "adafactor"] = "adamw"

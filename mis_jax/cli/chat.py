@@ -45,10 +45,10 @@ def chat(
             probabilities add up to top_p.
         top_k: Sample from the k most likely tokens (0 = all).
         seed: Random seed for sampling.
-        max_tiles: Maximum number of image tiles per conversation, divided over its images
-            (default: the checkpoint's setting).
-        dtype: Data type for weights and activations (default: float32 on CPU, otherwise the
-            checkpoint's).
+        max_tiles: Maximum number of image tiles per conversation, divided over its images;
+            if unset, the checkpoint's setting.
+        dtype: Data type for weights and activations; if unset, float32 on CPU, otherwise the
+            checkpoint's.
         int8_weights: Quantize the decoder's weights to int8: half the memory, answers may differ.
         int8_cache: Quantize the KV cache to int8: half the memory, answers may differ.
         mesh: Number of devices along each axis of the device mesh.

@@ -34,7 +34,7 @@ def convert(
         src: Checkpoint folder (any of the three layouts), or OUT/checkpoints/STEP of a run.
         dst: Output folder; it must not exist yet.
         format: Output layout: native (mis_jax), hf (transformers) or internvl (internvl_chat).
-        dtype: Data type of the output weights (default: the source's).
+        dtype: Data type of the output weights; if unset, the source's.
         shard_size: Maximum size of each safetensors file, such as 5GB or 500MB.
         adapter: Folder of a LoRA adapter in PEFT format to merge into the weights.
         allow_nan: Convert tensors that contain NaN or infinity instead of failing.
@@ -113,11 +113,11 @@ def verify(
     Args:
         a: Reference checkpoint.
         b: Checkpoint to compare with the reference.
-        dtype: Cast the weights of both to this data type first (default: as stored).
+        dtype: Cast the weights of both to this data type first; if unset, as stored.
         layers: Show the difference after every layer and name the first that differs.
         min_overlap: Minimum overlap of the five most likely tokens of both models.
         max_kl: Maximum mean KL divergence of the next-token distributions, in nats.
-        max_difference: Maximum absolute difference of two logits (default: not checked).
+        max_difference: Maximum absolute difference of two logits; if unset, not checked.
         max_relative: A layer differs when the norm of the difference exceeds this share of the
             layer's norm.
         json: Print the result as JSON.

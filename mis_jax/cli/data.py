@@ -104,7 +104,7 @@ def data_build(
         out: Output folder; it must not exist yet.
         on_bad_sample: stop fails and lists bad samples in OUT.bad_samples.jsonl; skip leaves them
             out.
-        workers: Number of processes that decode images (default: one per CPU).
+        workers: Number of processes that decode images; if unset, one per CPU.
         json: Print the report as JSON.
     """
     import dataclasses

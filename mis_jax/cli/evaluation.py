@@ -66,8 +66,8 @@ def eval_(
         shard: Evaluate shard i of n, written i/n: every n-th sample starting at the i-th; combine
             shards with `mis-jax merge`.
         batch_size: Maximum number of sequences decoded at once (checkpoints only).
-        dtype: Data type for weights and activations (default: float32 on CPU, otherwise the
-            checkpoint's).
+        dtype: Data type for weights and activations; if unset, float32 on CPU, otherwise the
+            checkpoint's.
         int8_weights: Quantize the decoder's weights to int8: half the memory, answers may differ.
         int8_cache: Quantize the KV cache to int8: half the memory, answers may differ.
         mesh: Number of devices along each axis of the device mesh.
@@ -174,14 +174,14 @@ def judge(
             options, or none to recompute the results from existing verdicts.
         judge_model: Name of the judge model on the server.
         judge_key_env: Environment variable that holds the server's API key.
-        benchmarks: Comma-separated list of benchmark ids to judge (default: all of the run).
+        benchmarks: Comma-separated list of benchmark ids to judge; if unset, all of the run.
         concurrency: Maximum number of concurrent requests to the server.
         requests_per_minute: Maximum number of requests sent to the server per minute.
         max_calls: Maximum total number of requests, including the self-test and retries.
         verdict_cache: Folder of cached verdicts, shared between runs.
         recheck: Judge N answers of each benchmark a second time and report the judge's agreement
             with itself.
-        dtype: Data type of the guard model (default: the checkpoint's).
+        dtype: Data type of the guard model; if unset, the checkpoint's.
         mesh: Number of devices along each axis of the guard model's device mesh.
         data_root: New location of the benchmark data, if it moved since `mis-jax eval`.
         json: Print results.json.

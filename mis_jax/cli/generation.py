@@ -45,7 +45,7 @@ def generate(
 
     Args:
         model: Checkpoint folder (any of the three layouts), or OUT/checkpoints/STEP of a run.
-        prompt: Input prompt; <image> marks the place of each image (default: images first).
+        prompt: Input prompt; <image> marks the place of each image, otherwise images come first.
         image: Path to an input image; repeat the option for several images.
         system: System prompt: default (the checkpoint's), none, or a text.
         max_new_tokens: Maximum number of tokens to generate.
@@ -55,10 +55,10 @@ def generate(
         top_k: Sample from the k most likely tokens (0 = all).
         seed: Random seed for sampling.
         stop: Stop generating at this string, which is not returned; repeat for several.
-        max_tiles: Maximum number of image tiles per conversation, divided over its images
-            (default: the checkpoint's setting).
-        dtype: Data type for weights and activations (default: float32 on CPU, otherwise the
-            checkpoint's).
+        max_tiles: Maximum number of image tiles per conversation, divided over its images;
+            if unset, the checkpoint's setting.
+        dtype: Data type for weights and activations; if unset, float32 on CPU, otherwise the
+            checkpoint's.
         int8_weights: Quantize the decoder's weights to int8: half the memory, answers may differ.
         int8_cache: Quantize the KV cache to int8: half the memory, answers may differ.
         mesh: Number of devices along each axis of the device mesh.

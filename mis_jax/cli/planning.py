@@ -30,8 +30,8 @@ def plan(
             internvl2_5-8b.
         topology: Hardware to compile for: chip and size, such as v5e:4x4, v5p:2x2x4 or h100:8.
         steps: Comma-separated list of steps to compile: train, prefill, decode.
-        length: Number of tokens per sequence (default: data.max_length).
-        tiles: Number of image tiles per sequence (default: the maximum the data settings allow).
+        length: Number of tokens per sequence; if unset, data.max_length.
+        tiles: Number of image tiles per sequence; if unset, the maximum the data settings allow.
         json: Print the result as JSON.
     """
     from mis_jax.config import load_config

@@ -41,12 +41,12 @@ def serve(
         port: Port number to listen on; 0 picks a free port.
         allow_host: Host header to accept in addition to localhost, --host and IP addresses;
             repeat the option for several. '*' accepts any, the default with 0.0.0.0.
-        name: Model name used in the API (default: the name of the folder).
+        name: Model name used in the API; if unset, the name of the folder.
         api_key_env: Environment variable that holds the API key clients must send.
         max_concurrent: Maximum number of requests processed concurrently.
         max_queue: Maximum number of queued requests; further requests are rejected with 429.
-        dtype: Data type for weights and activations (default: float32 on CPU, otherwise the
-            checkpoint's).
+        dtype: Data type for weights and activations; if unset, float32 on CPU, otherwise the
+            checkpoint's.
         int8_weights: Quantize the decoder's weights to int8: half the memory, answers may differ.
         int8_cache: Quantize the KV cache to int8: half the memory, answers may differ.
         mesh: Number of devices along each axis of the device mesh.
@@ -55,7 +55,7 @@ def serve(
             tokens (0 = compile on the first request of each size).
         timeout: Request timeout in seconds, including time in the queue.
         drain: Seconds to wait for running requests to finish after SIGTERM.
-        allow_image_folder: Let requests read local images below this folder (default: none).
+        allow_image_folder: Let requests read local images below this folder; if unset, none.
         max_body_mib: Maximum size of a request body in MiB.
         max_megapixels: Maximum total size of the images of a request, in megapixels.
     """
