@@ -4,7 +4,7 @@ import numpy as np
 
 
 def mis_like(samples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and tiles as MIRage's mixture has them by facts/mis.md 1.2, 1.5 and 2.2.
+    """Tokens and tiles like those of MIRage's mixture (arXiv 2501.18533, section 3, appendix B).
 
     Of 4,427 samples 11.3 % are general ones. The others have two square pictures (a tile of 256
     tokens and two marks each), a question of 75 +- 15 tokens and a label of 130 to 160 words (200

@@ -29,27 +29,27 @@ _MOST_ROWS = 10**8  # of a run; the plan of a run holds them all
 
 @dataclass(frozen=True)
 class Source:
-    """One set of training samples."""
+    """One dataset of the training mixture."""
 
     __pydantic_config__ = _STRICT
     kind: Literal["mis", "sharegpt", "jsonl", "meta"]
-    """mis: a folder with the published `mis_<split>.json`, or one that `data build` wrote;
-    sharegpt: a JSON list of such samples, LLaVA's and LLaMA-Factory's included; jsonl: InternVL's
-    one object a line; meta: InternVL's file that names several jsonl."""
+    """Format. mis: a folder with the published `mis_<split>.json`, or one written by `data build`;
+    sharegpt: a JSON list of conversations (also LLaVA and LLaMA-Factory); jsonl: InternVL's format,
+    one JSON object per line; meta: InternVL's meta file, which names several jsonl files."""
     root: Path | None = None
-    """Folder that image paths are relative to; for `mis` the published or built folder."""
+    """Folder that image paths are relative to; for `mis`, the published or built folder."""
     path: Path | None = None
-    """The annotation file of `sharegpt` and `jsonl`, or the file of `meta`."""
+    """Annotation file (`sharegpt`, `jsonl`) or meta file (`meta`)."""
     split: str = "train"
-    """Split of `mis`."""
+    """Split to train on (`mis` only)."""
     count: int | None = None
-    """Take so many samples, chosen by the seed; all without it."""
+    """Number of samples to draw, chosen by the seed; if unset, all."""
     weight: float | None = None
-    """Share of an epoch, relative to the other sources' weights; every source has one, or none."""
+    """Sampling weight relative to the other sources; set it for every source or for none."""
     augment: bool = False
-    """Encode its tiles as JPEG again, with a random quality."""
+    """JPEG augmentation: re-encode every tile with a random quality."""
     max_tiles: int | None = None
-    """Tiles of its samples, in the place of `data.max_tiles`."""
+    """Maximum number of tiles per sample of this source; if unset, `data.max_tiles`."""
 
     def __post_init__(self) -> None:
         needed = "root" if self.kind == "mis" else "path"
@@ -72,27 +72,30 @@ class Source:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What the model is trained on."""
+    """Training data and how it is batched."""
 
     __pydantic_config__ = _STRICT
     sources: tuple[Source, ...]
-    """Sets of samples, mixed as they come."""
+    """Datasets of the training mixture."""
     max_length: int = 8192
-    """Tokens of a row; a longer sample is a bad sample."""
+    """Maximum sequence length in tokens, image tokens included."""
     too_long: Literal["refuse", "truncate"] = "refuse"
-    """truncate: cut the end off an answer that is too long, never off an image."""
+    """Samples longer than `max_length`. refuse: treat as a bad sample; truncate: cut the end of the
+    answer, never an image."""
     max_tiles: int = 6
-    """Tiles of a sample, divided over its images; thumbnails come on top."""
+    """Maximum number of tiles per sample, divided over its images; thumbnails are extra."""
     packing: bool = False
-    """Several samples a row of `max_length` tokens, each seeing itself alone."""
+    """Pack several samples into each sequence of `max_length` tokens; they do not attend to each
+    other."""
     pack_tiles: int | None = None
-    """Tiles of a packed row; as many as go with its tokens, by the samples' sizes, without it."""
+    """Number of tiles per packed sequence; if unset, estimated from the sizes of the samples."""
     tile_cache: Path | None = None
-    """Folder that keeps decoded tiles, for later epochs and runs."""
+    """Folder in which to cache decoded tiles for later epochs and runs; if unset, no cache."""
     workers: int = 0
-    """Processes that read and tile images; 0 reads in threads."""
+    """Number of worker processes that load and tile images; 0 uses threads."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
-    """A missing file, a truncated image, a wrong count of <image>, an over-long sample."""
+    """Bad samples: a missing file, a damaged image, a wrong number of <image>, too many tokens.
+    stop: list them all and stop; skip: leave them out."""
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -108,47 +111,51 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how much at once, and which parts."""
+    """Duration, batch size, trained parts, memory and checkpoints."""
 
     __pydantic_config__ = _STRICT
     epochs: int | None = None
-    """Passes over the data; give this or `steps`."""
+    """Number of training epochs; set this or `steps`."""
     steps: int | None = None
-    """Optimizer steps; give this or `epochs`."""
+    """Number of optimizer steps; set this or `epochs`."""
     global_batch: int = 128
-    """Rows of an optimizer step."""
+    """Number of sequences per optimizer step, over all devices."""
     micro_batch: int | None = None
-    """Rows of a forward pass; gradients of the micro-batches of a step are accumulated."""
+    """Number of sequences per forward pass, over all devices; gradients are accumulated up to
+    `global_batch`; if unset, equal to it."""
     freeze: tuple[Part, ...] = ("vision",)
-    """Parts that stay bit-identical; with LoRA all three may, which its targets do anyway."""
+    """Parts that are not trained: vision, projector, language. The targets of LoRA are always
+    frozen."""
     loss_reduction: Literal["token", "sample", "square"] = "token"
-    """Weight of an answer token: 1, 1/n or 1/sqrt(n) for an answer of n tokens."""
+    """Loss weight of each token of an answer of n tokens: 1 (token), 1/n (sample) or 1/sqrt(n)
+    (square)."""
     remat: Literal["none", "full", "dots", "attention", "offload"] = "none"
-    """What the backward pass computes again instead of keeping: nothing; a whole layer; all but
-    matrix products; all but attention's output; a whole layer, its input waiting in host memory."""
+    """Activation checkpointing (rematerialization): none; full: recompute whole layers; dots: keep
+    matrix products; attention: keep attention outputs; offload: full, with layer inputs in host
+    memory."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """Kernel of attention: auto is splash on TPU, cudnn on CUDA (bfloat16), xla elsewhere."""
+    """Attention kernel; auto is splash on TPU, cudnn on CUDA (bfloat16), xla elsewhere."""
     unroll: bool = False
-    """Write the layers out instead of scanning them: slower to compile, faster to run."""
+    """Unroll the layers instead of scanning over them: slower to compile, faster to run."""
     loss_chunk: int = 1024
-    """Tokens of a row whose logits are held at once; those without loss never get any."""
+    """Number of tokens per sequence whose logits are computed at once."""
     drop_path: float = 0.0
-    """Largest chance that a branch of a vision layer is dropped, rising linearly over layers."""
+    """Maximum stochastic depth rate of the vision tower, rising linearly over its layers."""
     save_every: int | None = None
-    """Steps between checkpoints; a fifth of the run without it."""
+    """Save a checkpoint every N steps; if unset, every fifth of the run."""
     save_minutes: float = 15.0
-    """Longest time between checkpoints, whatever the steps; .inf saves by steps alone."""
+    """Also save a checkpoint when the last one is this many minutes old; .inf disables it."""
     check_digests: bool = True
-    """Compare a checkpoint with the digests of its files before the run goes on from it."""
+    """Verify the SHA-256 digests of a checkpoint before resuming from it."""
     keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of most recent checkpoints to keep."""
     keep_best: bool = False
-    """Keep the checkpoint of the lowest attack success rate of `evaluation` too."""
+    """Also keep the checkpoint with the lowest attack success rate in `evaluation`."""
     on_not_finite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite ends the run, or its step is left out. Either way the
-    batch is kept in the run's folder."""
+    """Loss or gradient that is NaN or infinite: stop the run or skip the step; either way the batch
+    is saved in the output folder."""
     spike: float | None = None
-    """Leave out a step whose gradient norm exceeds so many times the running mean; none without."""
+    """Skip a step whose gradient norm exceeds this many times its running mean; if unset, off."""
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -180,19 +187,19 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters beside frozen linear maps, as InternVL's scripts set them."""
+    """LoRA adapters, set up as in InternVL's fine-tuning scripts."""
 
     __pydantic_config__ = _STRICT
     rank: int = 0
-    """Rank of the adapters; 0 trains the parameters themselves."""
+    """LoRA rank; 0 disables LoRA and trains the parameters themselves."""
     alpha: float | None = None
-    """Scale of an adapter times its rank; twice the rank without it."""
+    """LoRA alpha: the update is scaled by alpha / rank; if unset, twice the rank."""
     dropout: float = 0.05
-    """Chance that an input of an adapter is dropped in training."""
+    """Dropout probability of the adapters' inputs, in training."""
     targets: tuple[Literal["vision", "language"], ...] = ("language",)
-    """Parts whose linear maps get an adapter."""
+    """Parts whose linear layers get adapters: vision, language or both."""
     base: Literal["none", "int8", "nf4"] = "none"
-    """Number format of the adapted kernels, which are frozen; none is that of `dtype.compute`."""
+    """Quantization of the frozen base weights (QLoRA): none, int8 or nf4."""
 
     def __post_init__(self) -> None:
         _between("lora.rank", self.rank, 0, 2**16)
@@ -208,33 +215,33 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up, as InternVL's scripts run it; every tensor decays."""
+    """AdamW with linear warm-up, as in InternVL's scripts; weight decay applies to every tensor."""
 
     __pydantic_config__ = _STRICT
     learning_rate: float = 5e-6
     """Peak learning rate."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: cosine to 0, or constant."""
+    """Learning rate schedule after the warm-up: cosine decay to 0, or constant."""
     warmup_ratio: float = 0.03
-    """Share of the steps that the learning rate rises linearly from 0."""
+    """Fraction of the steps used for linear warm-up from 0."""
     weight_decay: float = 0.05
-    """Decoupled weight decay."""
+    """Weight decay (decoupled, as in AdamW)."""
     clip: float = 1.0
-    """Largest global norm of the gradient; .inf does not clip."""
+    """Maximum global gradient norm; .inf disables clipping."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Exponential decay rate of the first moment."""
     beta2: float = 0.999
-    """Decay of the second moment."""
+    """Exponential decay rate of the second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Epsilon added to the denominator of the update."""
     vision_learning_rate: float | None = None
-    """Peak of the vision tower; `learning_rate` without it."""
+    """Peak learning rate of the vision tower; if unset, `learning_rate`."""
     projector_learning_rate: float | None = None
-    """Peak of the projector; `learning_rate` without it."""
+    """Peak learning rate of the projector; if unset, `learning_rate`."""
     offload: bool = False
-    """Keep moments in host memory between steps."""
+    """Keep the optimizer moments in host memory between steps."""
     name: Literal["adamw", "adafactor"] = "adamw"
-    """adafactor keeps the second moments of a matrix by row and column, and no first ones."""
+    """Optimizer; adafactor stores factored second moments and no first moments."""
 
     def __post_init__(self) -> None:
         # Written so that a value that is no number is refused too.
@@ -254,19 +261,19 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one axis may be -1 and takes the rest."""
+    """Number of devices along each mesh axis; one axis may be -1 (all remaining devices)."""
 
     __pydantic_config__ = _STRICT
     data: int = 1
-    """Copies of the model, each with its own rows."""
+    """Data-parallel replicas of the model."""
     fsdp: int = -1
-    """Shards of every parameter, each with its own rows."""
+    """Fully sharded data parallelism: shards of every parameter."""
     tensor: int = 1
-    """Shards of heads and feed-forward columns."""
+    """Tensor parallelism: shards of heads and MLP columns."""
     context: int = 1
-    """Shards of the sequence."""
+    """Context parallelism: shards of the sequence."""
     slices: int = 1
-    """Slices joined by the data-centre network, each with copies of its own: `data` times over."""
+    """Number of slices connected by the data-center network; each holds `data` replicas."""
 
     def __post_init__(self) -> None:
         for axis in ("data", "fsdp", "tensor", "context"):
@@ -278,17 +285,17 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """How the processes of a run find each other; empty on TPU pods and Slurm, which tell JAX."""
+    """Multi-process setup; leave empty on TPU pods and Slurm, where JAX detects it."""
 
     __pydantic_config__ = _STRICT
     coordinator: str | None = None
-    """HOST:PORT of process 0."""
+    """Address of process 0, as HOST:PORT."""
     num_processes: int | None = None
-    """Processes in all."""
+    """Total number of processes."""
     process_id: int | None = None
-    """Number of this one, from 0."""
+    """Index of this process, starting from 0."""
     timeout: int = 60
-    """Seconds without a sign of life after which another process counts as lost."""
+    """Seconds without a heartbeat after which another process is considered lost."""
 
     def __post_init__(self) -> None:
         given = [self.coordinator, self.num_processes, self.process_id]
@@ -308,21 +315,21 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Answers to held-out samples during training."""
+    """Evaluation on held-out samples during training."""
 
     __pydantic_config__ = _STRICT
     every: int = 0
-    """Steps between evaluations; 0 is never."""
+    """Evaluate every N steps; 0 disables it."""
     benchmark: str = "mis_hard"
-    """Name of the benchmark."""
+    """Benchmark id."""
     data_root: Path = Path("data")
-    """Folder that holds the benchmarks' files."""
+    """Folder with one subfolder of files per benchmark."""
     samples: int = 32
-    """Samples that are answered, the first of the benchmark."""
+    """Number of samples to evaluate, from the start of the benchmark."""
     judge: str = "rules"
-    """Who decides whether an answer is safe."""
+    """Judge that labels the answers."""
     max_new_tokens: int = 256
-    """Length of an answer."""
+    """Maximum number of tokens to generate per answer."""
 
     def __post_init__(self) -> None:
         _between("evaluation.every", self.every, 0)
@@ -332,15 +339,15 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Where numbers go beside metrics.jsonl and TensorBoard."""
+    """Logging in addition to metrics.jsonl and TensorBoard."""
 
     __pydantic_config__ = _STRICT
     wandb: str | None = None
-    """Project of Weights & Biases; needs the extra `wandb`."""
+    """Weights & Biases project to log to; needs the extra `wandb`."""
     profile_start: int = 0
-    """First step of a profile in the run's folder; 0 is no profile."""
+    """First step to profile; 0 disables profiling. The trace is written to the output folder."""
     profile_steps: int = 3
-    """Steps of the profile."""
+    """Number of steps to profile."""
 
     def __post_init__(self) -> None:
         _between("log.profile_start", self.profile_start, 0)
@@ -349,17 +356,17 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class DtypeConfig:
-    """Number formats."""
+    """Data types."""
 
     __pydantic_config__ = _STRICT
     params: Dtype = "float32"
-    """Of the parameters that are trained."""
+    """Data type of the trained parameters."""
     compute: Dtype = "bfloat16"
-    """Of activations; products accumulate in float32."""
+    """Data type of activations and frozen parameters; matrix products accumulate in float32."""
     moments: Dtype = "float32"
-    """Of AdamW's moments; what is bfloat16 between steps is rounded stochastically."""
+    """Data type of the optimizer moments; bfloat16 state is rounded stochastically."""
     gradients: Dtype = "float32"
-    """Of the sum of gradients over micro-batches."""
+    """Data type of the gradients accumulated over micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -368,13 +375,13 @@ class RunConfig:
 
     __pydantic_config__ = _STRICT
     model: Path
-    """Checkpoint to start from, in any of the three formats; `plan` takes a family's name too."""
+    """Checkpoint to start from (any of the three layouts); `plan` also accepts a model name."""
     output: Path
-    """Folder of the run; an interrupted run goes on from what it finds there."""
+    """Output folder of the run; an interrupted run resumes from it."""
     data: DataConfig
     train: TrainConfig
     seed: int = 0
-    """Order of the samples and choice of `count`."""
+    """Random seed for the order of the samples, the choice of `count`, and dropout."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     dtype: DtypeConfig = field(default_factory=DtypeConfig)

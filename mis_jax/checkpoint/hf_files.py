@@ -41,7 +41,7 @@ _IMAGE_TOKENS = {
 _VIDEO_TOKENS = ("<video>", "<|video_pad|>", "<|plugin|>", "<|interpreter|>", "<quad>")
 
 #: InternVL 2.5's turns as transformers' own InternVL checkpoints write them: no system turn unless
-#: there is one in the messages, and a line break after every image (facts/internvl.md section 5).
+#: there is one in the messages, and a line break after every image.
 _CHAT_TEMPLATE = """\
 {%- for message in messages %}
     {{- '<|im_start|>' + message['role'] + '\\n' }}

@@ -29,28 +29,31 @@ def chat(
     mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
     check_digests: bool = True,
 ) -> None:
-    r"""Talk with a model in the terminal; answers appear as they are made.
+    r"""Chat with a model in the terminal; answers are streamed.
 
     Example: mis-jax chat runs/mirage/final --image a.png
 
-    Within: /image FILE adds a picture to the next question, /clear begins anew, /quit ends;
-    Ctrl-C stops an answer.
+    Commands: /image FILE adds an image to the next question, /clear starts a new conversation,
+    /quit exits; Ctrl-C interrupts an answer.
 
     Args:
-        model: Checkpoint folder in any of the three formats, or OUT/checkpoints/STEP of a run.
-        image: An image file for the first question; repeat the option for several.
-        system: default (the checkpoint's own), none, or a text.
-        max_new_tokens: Longest answer.
-        temperature: 0 is greedy.
-        top_p: Sample from the most probable tokens of this total probability.
-        top_k: Sample from so many of the most probable tokens; 0 is all.
-        seed: Of the sampling.
-        max_tiles: Tiles of a conversation, divided over its images; the checkpoint's without it.
-        dtype: Number format; float32 on a CPU and the file's own elsewhere without it.
-        int8_weights: Keep the decoder's kernels in 8 bits: half the memory, answers may differ.
-        int8_cache: Keep keys and values in 8 bits: half the memory, answers may differ.
-        mesh: Devices that share the model.
-        check_digests: Compare the weights with the digests written with them, where there are any.
+        model: Checkpoint folder (any of the three layouts), or OUT/checkpoints/STEP of a run.
+        image: Path to an image for the first question; repeat the option for several images.
+        system: System prompt: default (the checkpoint's), none, or a text.
+        max_new_tokens: Maximum number of tokens to generate.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        top_p: Nucleus sampling: sample from the smallest set of most likely tokens whose
+            probabilities add up to top_p.
+        top_k: Sample from the k most likely tokens (0 = all).
+        seed: Random seed for sampling.
+        max_tiles: Maximum number of image tiles per conversation, divided over its images;
+            if unset, the checkpoint's setting.
+        dtype: Data type for weights and activations; if unset, float32 on CPU, otherwise the
+            checkpoint's.
+        int8_weights: Quantize the decoder's weights to int8: half the memory, answers may differ.
+        int8_cache: Quantize the KV cache to int8: half the memory, answers may differ.
+        mesh: Number of devices along each axis of the device mesh.
+        check_digests: Verify the weights against their stored SHA-256 digests, if present.
     """
     from mis_jax.data.images import open_image
     from mis_jax.inference.batch_file import Settings

@@ -24,21 +24,21 @@ def convert(
     allow_nan: bool = False,
     check_digests: bool = True,
 ) -> None:
-    """Write a checkpoint in another format. Interrupted, the same command finishes it.
+    """Convert a checkpoint to another layout. Run the same command again to resume.
 
     Example: mis-jax convert InternVL2_5-8B internvl-8b --format native --dtype bfloat16
 
-    Until it is finished the folder is called DST.incomplete.
+    The folder is named DST.incomplete until the conversion is complete.
 
     Args:
-        src: Checkpoint folder in any of the three formats, or OUT/checkpoints/STEP of a run.
-        dst: Folder to write; it must not exist yet.
-        format: native (ours), hf (transformers) or internvl (the original internvl_chat).
-        dtype: Number format of the weights; the file's own without it.
-        shard_size: Largest safetensors file, such as 5GB or 500MB.
-        adapter: Folder of a LoRA adapter in PEFT's format to merge into the weights.
-        allow_nan: Convert tensors that hold NaN or infinity as they are.
-        check_digests: Compare the weights with the digests written with them, where there are any.
+        src: Checkpoint folder (any of the three layouts), or OUT/checkpoints/STEP of a run.
+        dst: Output folder; it must not exist yet.
+        format: Output layout: native (mis_jax), hf (transformers) or internvl (internvl_chat).
+        dtype: Data type of the output weights; if unset, the source's.
+        shard_size: Maximum size of each safetensors file, such as 5GB or 500MB.
+        adapter: Folder of a LoRA adapter in PEFT format to merge into the weights.
+        allow_nan: Convert tensors that contain NaN or infinity instead of failing.
+        check_digests: Verify the weights against their stored SHA-256 digests, if present.
     """
     from mis_jax.checkpoint import convert
     from mis_jax.checkpoint.load import open_checkpoint
@@ -65,17 +65,17 @@ def inspect(
     check_digests: bool = True,
     json: bool = False,
 ) -> None:
-    """What a checkpoint folder holds, and what is wrong with it. Exit code 1 if anything is.
+    """Show what a checkpoint contains and list its problems. Exit code 1 if there are any.
 
     Example: mis-jax inspect InternVL2_5-8B
 
-    Native checkpoints, and those of a run such as OUT/checkpoints/200, are compared with the
+    Native checkpoints, and those of a run such as OUT/checkpoints/200, are verified against the
     digests of their files.
 
     Args:
-        src: Checkpoint folder in any of the three formats, or OUT/checkpoints/STEP of a run.
-        check_digests: Read every file that has a digest; without it the headers alone.
-        json: Print JSON.
+        src: Checkpoint folder (any of the three layouts), or OUT/checkpoints/STEP of a run.
+        check_digests: Verify every file that has a digest; otherwise only headers are read.
+        json: Print the result as JSON.
     """
     from mis_jax.checkpoint.inspect import inspect_checkpoint
 
@@ -104,22 +104,23 @@ def verify(
     max_relative: float = 1e-2,
     json: bool = False,
 ) -> None:
-    """Compare two checkpoints on fixed prompts with pictures. Exit code 1 past the thresholds.
+    """Compare the logits of two checkpoints on fixed prompts. Exit code 1 past a threshold.
 
     Example: mis-jax verify InternVL2_5-8B internvl-8b
 
-    Computes in float32 with one layer of each in memory, so that any size can be compared.
+    Runs in float32 with one layer of each model in memory, so that any size can be compared.
 
     Args:
         a: Reference checkpoint.
-        b: Checkpoint to compare with it.
-        dtype: Round the weights of both to this first; as they are stored without it.
-        layers: Show the difference after every layer, and name the first that differs.
-        min_overlap: Least share of the five likeliest tokens that both must name.
-        max_kl: Largest mean KL divergence of the next-token distributions, in nats.
-        max_difference: Largest difference of two logits; not asked without it.
-        max_relative: What counts as a layer that differs: norm of the difference over the norm.
-        json: Print JSON.
+        b: Checkpoint to compare with the reference.
+        dtype: Cast the weights of both to this data type first; if unset, as stored.
+        layers: Show the difference after every layer and name the first that differs.
+        min_overlap: Minimum overlap of the five most likely tokens of both models.
+        max_kl: Maximum mean KL divergence of the next-token distributions, in nats.
+        max_difference: Maximum absolute difference of two logits; if unset, not checked.
+        max_relative: A layer differs when the norm of the difference exceeds this share of the
+            layer's norm.
+        json: Print the result as JSON.
     """
     from mis_jax.checkpoint.hf_config import read_config
     from mis_jax.checkpoint.run_checkpoint import model_files

@@ -63,14 +63,14 @@ def print_json(content: Any) -> None:
 
 @dataclass(frozen=True)
 class MeshSizes:
-    """Devices that share the model; a run's configuration has the same axes."""
+    """Number of devices along each axis of the device mesh, as in a run's configuration."""
 
     data: int = 1
-    """Copies of the model, each with its own rows."""
+    """Data-parallel replicas of the model."""
     fsdp: int = 1
-    """Shards of every parameter, each with its own rows; -1 takes the devices that are left."""
+    """Fully sharded data parallelism: shards of every parameter (-1 = all remaining devices)."""
     tensor: int = 1
-    """Shards of heads and feed-forward columns; -1 takes the devices that are left."""
+    """Tensor parallelism: shards of heads and MLP columns (-1 = all remaining devices)."""
 
 
 def mesh_of(sizes: MeshSizes):

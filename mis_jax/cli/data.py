@@ -17,16 +17,17 @@ def data_show(
     stats: bool = False,
     json: bool = False,
 ) -> None:
-    """What the model sees of a training sample: prompt, loss mask (green), tiles.
+    """Show a training sample as the model sees it: prompt, loss mask (green), tiles.
 
     Example: mis-jax data show configs/mirage_8b.yaml --index 3 --picture tiles.png
 
     Args:
-        config: YAML file of a run.
-        index: Number of the sample, before shuffling.
-        picture: Write the tiles to this PNG file, an image a line.
-        stats: Instead, sizes of all samples, how well they fill the batches, and every bad one.
-        json: Print JSON (id, text, input_ids, loss_mask, tiles; or the statistics).
+        config: YAML configuration file of a run.
+        index: Index of the sample, before shuffling.
+        picture: Write the tiles to this PNG file, one row per image.
+        stats: Show statistics of the whole dataset instead: sizes, how full the batches are, and
+            every bad sample.
+        json: Print JSON: id, text, input_ids, loss_mask and tiles, or the statistics.
     """
     from mis_jax.checkpoint.hf_config import read_config
     from mis_jax.checkpoint.run_checkpoint import model_files
@@ -92,17 +93,18 @@ def data_build(
     workers: int | None = None,
     json: bool = False,
 ) -> None:
-    """Check the published MIS files and store them as one TensorFlow-Datasets set.
+    """Check the published MIS files and build a TensorFlow Datasets dataset from them.
 
     Example: mis-jax data build --mis-root data/mis --out data/mis-built
 
-    Every image is decoded before anything is stored; the folder appears whole or not at all.
+    Every image is decoded first; the output folder appears complete or not at all.
 
     Args:
         mis_root: Folder with mis_train.json, mis_easy.json and so on, and their images.
-        out: Folder to write; it must not exist yet.
-        on_bad_sample: stop only lists them, in OUT.bad_samples.jsonl; skip leaves them out.
-        workers: Processes that decode images; one for each CPU without it.
+        out: Output folder; it must not exist yet.
+        on_bad_sample: stop fails and lists bad samples in OUT.bad_samples.jsonl; skip leaves them
+            out.
+        workers: Number of processes that decode images; if unset, one per CPU.
         json: Print the report as JSON.
     """
     import dataclasses

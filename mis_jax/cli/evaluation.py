@@ -54,29 +54,32 @@ def eval_(
     requests_per_minute: float | None = None,
     internvl_fields: bool = False,
 ) -> None:
-    """Ask a model the questions of benchmarks. Finished answers are kept when called again.
+    """Generate a model's answers to benchmarks. Run the same command again to resume.
 
     Example: mis-jax eval runs/mirage/final --benchmarks mis_hard --data-root data --out runs/eval
 
     Args:
-        model: Checkpoint folder in any of the three formats, OUT/checkpoints/STEP of a run, or
-            http://host/v1 of a server.
-        benchmarks: Ids, separated by commas.
-        data_root: Folder with the published files, a folder for each benchmark.
-        out: Folder of the evaluation run.
-        limit: Ask only the first so many samples of each benchmark.
-        shard: i/n, to ask every n-th sample from the i-th on; see `mis-jax merge`.
-        batch_size: Questions answered at once by a checkpoint.
-        dtype: Number format; float32 on a CPU and the file's own elsewhere without it.
-        int8_weights: Keep the decoder's kernels in 8 bits: half the memory, answers may differ.
-        int8_cache: Keep keys and values in 8 bits: half the memory, answers may differ.
-        mesh: Devices that share the model.
-        check_digests: Compare the weights with the digests written with them, where there are any.
-        model_name: What the server at http://host/v1 calls the model.
-        api_key_env: Environment variable with the server's key.
-        concurrency: Requests to the server under way at once.
-        requests_per_minute: Most requests sent to the server in a minute.
-        internvl_fields: The server takes max_dynamic_patch and system_prompt; ours is recognised.
+        model: Checkpoint folder (any of the three layouts), OUT/checkpoints/STEP of a run, or the
+            base URL (http://host/v1) of an OpenAI-compatible server.
+        benchmarks: Comma-separated list of benchmark ids.
+        data_root: Folder with one subfolder of published files per benchmark.
+        out: Output folder of the evaluation run.
+        limit: Evaluate only the first N samples of each benchmark.
+        shard: Evaluate shard i of n, written i/n: every n-th sample starting at the i-th; combine
+            shards with `mis-jax merge`.
+        batch_size: Maximum number of sequences decoded at once (checkpoints only).
+        dtype: Data type for weights and activations; if unset, float32 on CPU, otherwise the
+            checkpoint's.
+        int8_weights: Quantize the decoder's weights to int8: half the memory, answers may differ.
+        int8_cache: Quantize the KV cache to int8: half the memory, answers may differ.
+        mesh: Number of devices along each axis of the device mesh.
+        check_digests: Verify the weights against their stored SHA-256 digests, if present.
+        model_name: Name of the model on the server.
+        api_key_env: Environment variable that holds the server's API key.
+        concurrency: Maximum number of concurrent requests to the server.
+        requests_per_minute: Maximum number of requests sent to the server per minute.
+        internvl_fields: Send max_dynamic_patch and system_prompt to the server (`mis-jax serve` is
+            detected automatically).
     """
     from mis_jax.evals.async_map import Stopped
     from mis_jax.evals.benchmarks import get_benchmark, size_note
@@ -164,26 +167,27 @@ def judge(
     data_root: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Judge the answers of an evaluation run. Finished verdicts are kept when called again.
+    """Judge the answers of an evaluation run. Run the same command again to resume.
 
     Example: mis-jax judge runs/eval --judge http://127.0.0.1:8000/v1 --judge-model NAME
 
     Args:
-        run: Folder given to `mis-jax eval --out`.
-        judge: Each benchmark's own (default), http://host/v1 of a language model, the folder of a
-            Llama Guard checkpoint, rules, exact, options, or none to count what there is.
-        judge_model: What the server at http://host/v1 calls the model.
-        judge_key_env: Environment variable with the server's key.
-        benchmarks: Judge only these, ids separated by commas.
-        concurrency: Requests to the server under way at once.
-        requests_per_minute: Most requests sent to the server in a minute.
-        max_calls: Most requests sent to the server in all, self-test and retries included.
-        verdict_cache: Folder of verdicts that no run pays the server for twice.
-        recheck: Ask the server again about so many answers of each benchmark, to report how far
-            the judge agrees with itself.
-        dtype: Number format of a guard checkpoint.
-        mesh: Devices that share a guard checkpoint.
-        data_root: Where the data root of the evaluation is now, if it was moved.
+        run: Folder of the evaluation run (`mis-jax eval --out`).
+        judge: Judge to use: default (each benchmark's own), the base URL (http://host/v1) of an
+            OpenAI-compatible server, the folder of a Llama Guard checkpoint, rules, exact,
+            options, or none to recompute the results from existing verdicts.
+        judge_model: Name of the judge model on the server.
+        judge_key_env: Environment variable that holds the server's API key.
+        benchmarks: Comma-separated list of benchmark ids to judge; if unset, all of the run.
+        concurrency: Maximum number of concurrent requests to the server.
+        requests_per_minute: Maximum number of requests sent to the server per minute.
+        max_calls: Maximum total number of requests, including the self-test and retries.
+        verdict_cache: Folder of cached verdicts, shared between runs.
+        recheck: Judge N answers of each benchmark a second time and report the judge's agreement
+            with itself.
+        dtype: Data type of the guard model; if unset, the checkpoint's.
+        mesh: Number of devices along each axis of the guard model's device mesh.
+        data_root: New location of the benchmark data, if it moved since `mis-jax eval`.
         json: Print results.json.
     """
     from mis_jax.evals.async_map import Stopped
@@ -243,13 +247,13 @@ def merge(
     out: Annotated[Positional[Path], arg(metavar="OUT")],
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN RUN [RUN ...]")],
 ) -> None:
-    """One evaluation run out of its shards, or out of runs over different benchmarks.
+    """Merge the shards of an evaluation, or runs over different benchmarks, into one run.
 
     Example: mis-jax merge runs/eval runs/eval-1 runs/eval-2
 
     Args:
-        out: New folder.
-        runs: Evaluation runs of one model; all shards of a benchmark must be among them.
+        out: Output folder; it must not exist yet.
+        runs: Evaluation runs of one model; every shard of a benchmark must be included.
     """
     from mis_jax.evals.merge import merge_runs
 
@@ -271,18 +275,18 @@ def report(
     gold: Path | None = None,
     inspect_log: bool = False,
 ) -> None:
-    """Tables with intervals, paired tests and a self-contained page over evaluation runs.
+    """Write a report on evaluation runs: tables with confidence intervals and paired tests.
 
     Example: mis-jax report runs/eval-before runs/eval-after --out runs/report
 
     Args:
-        runs: Evaluation runs; the first is the reference with which the others are compared.
-        out: Folder for report.html, .md, .json, .csv and .tex.
-        reveal: Show prompts and answers, which are redacted without it.
-        data_root: With --reveal, the data root whose pictures are shown beside them.
-        gold: Labels by people as JSON, {run: {benchmark: {sample id: "unsafe" or "safe"}}}, by
-            which attack success is corrected for the errors of its judge.
-        inspect_log: Write every run as Inspect's logs too, into OUT/inspect/RUN.
+        runs: Evaluation runs; the first is the baseline for the paired comparisons.
+        out: Output folder for report.html, .md, .json, .csv and .tex.
+        reveal: Show prompts and answers, which are redacted by default.
+        data_root: Folder of the benchmark data, to show the images as well with --reveal.
+        gold: JSON file of human labels, {run: {benchmark: {sample id: "unsafe" or "safe"}}}, used
+            to correct attack success rates for judge errors.
+        inspect_log: Also write every run as Inspect logs, to OUT/inspect/RUN.
     """
     from mis_jax.evals.report import write_report
     from mis_jax.evals.report.inspect_log import write_inspect_logs

@@ -46,24 +46,28 @@ def generate(
     Example: mis-jax generate runs/mirage/final --prompt "What is it?" --image a.png --image b.png
 
     Args:
-        model: Checkpoint folder in any of the three formats, or OUT/checkpoints/STEP of a run.
-        prompt: The question; <image> marks where each image belongs, else they come first.
-        image: An image file; repeat the option for several.
-        system: default (the checkpoint's own), none, or a text.
-        max_new_tokens: Longest answer.
-        temperature: 0 is greedy.
-        top_p: Sample from the most probable tokens of this total probability.
-        top_k: Sample from so many of the most probable tokens; 0 is all.
-        seed: Of the sampling.
-        stop: A text before which an answer ends; repeat the option for several.
-        max_tiles: Tiles of a conversation, divided over its images; the checkpoint's without it.
-        dtype: Number format; float32 on a CPU and the file's own elsewhere without it.
-        int8_weights: Keep the decoder's kernels in 8 bits: half the memory, answers may differ.
-        int8_cache: Keep keys and values in 8 bits: half the memory, answers may differ.
-        mesh: Devices that share the model.
-        check_digests: Compare the weights with the digests written with them, where there are any.
-        batch: JSON lines with id, prompt and images (a list of paths) instead of --prompt.
-        out: Answers to --batch, one JSON line each.
+        model: Checkpoint folder (any of the three layouts), or OUT/checkpoints/STEP of a run.
+        prompt: Input prompt; <image> marks the place of each image, otherwise images come first.
+        image: Path to an input image; repeat the option for several images.
+        system: System prompt: default (the checkpoint's), none, or a text.
+        max_new_tokens: Maximum number of tokens to generate.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        top_p: Nucleus sampling: sample from the smallest set of most likely tokens whose
+            probabilities add up to top_p.
+        top_k: Sample from the k most likely tokens (0 = all).
+        seed: Random seed for sampling.
+        stop: Stop generating at this string, which is not returned; repeat for several.
+        max_tiles: Maximum number of image tiles per conversation, divided over its images;
+            if unset, the checkpoint's setting.
+        dtype: Data type for weights and activations; if unset, float32 on CPU, otherwise the
+            checkpoint's.
+        int8_weights: Quantize the decoder's weights to int8: half the memory, answers may differ.
+        int8_cache: Quantize the KV cache to int8: half the memory, answers may differ.
+        mesh: Number of devices along each axis of the device mesh.
+        check_digests: Verify the weights against their stored SHA-256 digests, if present.
+        batch: Input JSON Lines file with id, prompt and images (a list of paths) per line,
+            instead of --prompt.
+        out: Output JSON Lines file for --batch, one answer per line.
         json: Print text, prompt_tokens, completion_tokens and finish_reason as JSON.
     """
     from mis_jax.checkpoint.run_checkpoint import model_fingerprint

@@ -101,8 +101,10 @@ class LmmsEvalModel(lmms):
 
     Args:
         pretrained: Checkpoint folder.
-        dtype: Number format; float32 on a CPU and the file's own elsewhere without it.
-        max_tiles: Tiles of a conversation, divided over its images; the checkpoint's without it.
+        dtype: Data type for weights and activations; if unset, float32 on CPU, otherwise the
+            checkpoint's.
+        max_tiles: Maximum number of image tiles per conversation, divided over its images;
+            if unset, the checkpoint's setting.
         max_tiles_per_image: Tiles of every image instead.
         system: default (the checkpoint's own), none, or a text; a task's own turn wins over it.
         batch_size: Questions answered at once; lmms-eval's option of this name.

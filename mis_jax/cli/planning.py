@@ -18,19 +18,21 @@ def plan(
     tiles: int | None = None,
     json: bool = False,
 ) -> None:
-    """Compile a run's step for TPUs or GPUs that are not here: memory, traffic, time.
+    """Estimate a run's memory, communication and step time on hardware you don't have.
 
     Example: mis-jax plan configs/hardware/mirage_8b_v5e_16.yaml --topology v5e:4x4
 
-    Exit code 1 when it does not fit.
+    Compiles the run's own steps ahead of time for the given TPU or GPU topology. Exit code 1 when
+    a step does not fit.
 
     Args:
-        config: YAML file of a run; its model may be a published name, such as internvl2_5-8b.
-        topology: Chip and size, such as v5e:4x4, v5p:2x2x4 or h100:8.
-        steps: Any of train, prefill and decode, separated by commas.
-        length: Tokens of a row; data.max_length without it.
-        tiles: Tiles of a row; the most that the data's settings allow without it.
-        json: Print JSON.
+        config: YAML configuration file of a run; its model may be a published name, such as
+            internvl2_5-8b.
+        topology: Hardware to compile for: chip and size, such as v5e:4x4, v5p:2x2x4 or h100:8.
+        steps: Comma-separated list of steps to compile: train, prefill, decode.
+        length: Number of tokens per sequence; if unset, data.max_length.
+        tiles: Number of image tiles per sequence; if unset, the maximum the data settings allow.
+        json: Print the result as JSON.
     """
     from mis_jax.config import load_config
     from mis_jax.plan import Step

@@ -40,32 +40,34 @@ def serve(
     max_body_mib: int = 32,
     max_megapixels: int = 100,
 ) -> None:
-    """Answer over HTTP as OpenAI's chat completions do, with a chat page at /.
+    """Serve a model through an OpenAI-compatible HTTP API, with a chat page at /.
 
     Example: mis-jax serve runs/mirage/final --port 8000 --api-key-env MIS_JAX_KEY
 
     Args:
-        model: Checkpoint folder in any of the three formats, or OUT/checkpoints/STEP of a run.
-        host: Address to listen on; 0.0.0.0 is every one of this machine's.
-        port: Port to listen on; 0 takes a free one.
-        allow_host: Name by which clients may ask for it, beside localhost, --host and every
-            IP address; repeat the option for several. '*' is every name, the default with 0.0.0.0.
-        name: What clients call the model; without it the folder's name, with --adapter both names.
-        api_key_env: Environment variable with the key that clients must send.
-        max_concurrent: Requests answered at the same time.
-        max_queue: Requests that wait beside them; more are refused with 429.
-        dtype: Number format; float32 on a CPU and the file's own elsewhere without it.
-        int8_weights: Keep the decoder's kernels in 8 bits: half the memory, answers may differ.
-        int8_cache: Keep keys and values in 8 bits: half the memory, answers may differ.
-        mesh: Devices that share the model.
-        check_digests: Compare the weights with the digests written with them, where there are any.
-        warm_up: Compile for prompts with answers of up to so many tokens before the first request,
-            instead of when they come.
-        timeout: Seconds that a request may take, waiting included.
-        drain: Seconds in which answers under way are finished after SIGTERM.
-        allow_image_folder: Files below it may be named in requests; no file without it.
-        max_body_mib: Largest body of a request.
-        max_megapixels: Most pixels of all images of a request together.
+        model: Checkpoint folder (any of the three layouts), or OUT/checkpoints/STEP of a run.
+        host: Host name or address to bind to; 0.0.0.0 binds all interfaces.
+        port: Port number to listen on; 0 picks a free port.
+        allow_host: Host header to accept in addition to localhost, --host and IP addresses;
+            repeat the option for several. '*' accepts any, the default with 0.0.0.0.
+        name: Model name used in the API; if unset, the folder's name,
+            with --adapter both names.
+        api_key_env: Environment variable that holds the API key clients must send.
+        max_concurrent: Maximum number of requests processed concurrently.
+        max_queue: Maximum number of queued requests; further requests are rejected with 429.
+        dtype: Data type for weights and activations; if unset, float32 on CPU, otherwise the
+            checkpoint's.
+        int8_weights: Quantize the decoder's weights to int8: half the memory, answers may differ.
+        int8_cache: Quantize the KV cache to int8: half the memory, answers may differ.
+        mesh: Number of devices along each axis of the device mesh.
+        check_digests: Verify the weights against their stored SHA-256 digests, if present.
+        warm_up: Compile before accepting requests, for prompt plus answer of up to this many
+            tokens (0 = compile on the first request of each size).
+        timeout: Request timeout in seconds, including time in the queue.
+        drain: Seconds to wait for running requests to finish after SIGTERM.
+        allow_image_folder: Let requests read local images below this folder; if unset, none.
+        max_body_mib: Maximum size of a request body in MiB.
+        max_megapixels: Maximum total size of the images of a request, in megapixels.
     """
     try:
         from mis_jax.checkpoint.run_checkpoint import model_name

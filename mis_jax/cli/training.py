@@ -8,10 +8,10 @@ from mis_jax.cli.common import Failed, console, described, err_console
 
 
 def train(config: Any) -> None:
-    """Fine-tune. An interrupted run goes on from its output folder when called again.
+    """Fine-tune a model. Run the same command again to resume an interrupted run.
 
-    Exit code 75 says that the same command goes on: after SIGTERM, SIGHUP or Ctrl-C, or when
-    another process of the run is lost.
+    Exit code 75 means that the same command resumes the run: after SIGTERM, SIGHUP or Ctrl-C, or
+    when another process of the run is lost.
     """
     from mis_jax import stopping
     from mis_jax.parallel import processes
@@ -57,14 +57,14 @@ def _train(config: Any) -> None:
 def quickstart(
     *, out: Path = Path("runs/quickstart"), controls: bool = False, seed: int = 0
 ) -> None:
-    """The whole loop on the drawn mini world: a tiny model becomes safe, with the figures.
+    """Run the whole loop on the mini world: evaluate, fine-tune, export, evaluate, report.
 
     Example: mis-jax quickstart --controls
 
     Args:
-        out: Folder for data, models, evaluations and report.
-        controls: Fine-tune with the two control label sets too (uniform refusal, text only).
-        seed: Of the drawings and the training.
+        out: Output folder for data, models, evaluations and the report.
+        controls: Also fine-tune on the two control label sets (uniform refusal, text only).
+        seed: Random seed for the drawn data and for training.
     """
     from mis_jax.quickstart import quickstart as run
     from mis_jax.quickstart import results_table

@@ -3,8 +3,9 @@
 An entry that cannot be used keeps its place and says why (`Entry.problem`), so that a run can
 report every one of them. Only a file that cannot be read at all raises.
 
-Source: the fields are those of InternVL's chat data (facts/internvl.md section 6.4), of LLaVA and
-M4-Instruct, and of LLaMA-Factory (`images`, `messages`).
+Source: the fields are those of InternVL's chat data (`LazySupervisedDataset` in OpenGVLab/InternVL,
+`internvl_chat/internvl/train/internvl_chat_finetune.py`), of LLaVA and M4-Instruct, and of
+LLaMA-Factory (`images`, `messages`).
 """
 
 from collections.abc import Mapping

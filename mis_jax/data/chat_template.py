@@ -8,7 +8,8 @@ The format is `<|im_start|>{role}\n{text}<|im_end|>\n` for each turn. Control to
 id; every stretch of text between two of them is encoded by itself, so nothing typed into a
 message can become one.
 
-Source: facts/internvl.md section 5 (template `internvl2_5` and its preprocessing).
+Source: OpenGVLab/InternVL, template `internvl2_5` in `internvl_chat/internvl/conversation.py` and
+`preprocess_internvl2_5` in `internvl_chat/internvl/train/dataset.py`.
 """
 
 from __future__ import annotations

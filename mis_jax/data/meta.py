@@ -1,6 +1,7 @@
 """InternVL's meta json: a file that names jsonl sets and says how each one is used.
 
-Source: `build_datasets` of InternVL's fine-tuning (facts/internvl.md section 6.4).
+Source: `build_datasets` in OpenGVLab/InternVL,
+`internvl_chat/internvl/train/internvl_chat_finetune.py`.
 """
 
 from dataclasses import dataclass

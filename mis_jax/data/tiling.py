@@ -4,7 +4,7 @@ An image is stretched onto a grid of square tiles whose shape is nearest to its 
 row, and followed by one thumbnail of the whole image when the grid has more than one tile.
 Everything stays uint8 RGB here; scaling and normalisation happen on the device.
 
-Source: the rule of `dynamic_preprocess` in InternVL 2.5 (facts/internvl.md section 4).
+Source: `dynamic_preprocess` in OpenGVLab/InternVL, `internvl_chat/internvl/train/dataset.py`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 A back end knows nothing of added tokens, templates or BOS; it is the part of a tokenizer that
 sentencepiece or the `tokenizers` library does for ordinary text.
 
-Source: facts/internvl.md section 9.
+Source: `tokenization_internlm2.py` in OpenGVLab/InternVL,
+`internvl_chat/internvl/model/internlm2/`; transformers' Qwen2 tokenizer.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Understood are the published layouts: `tokenizer.json`; InternLM2's `tokenizer.model`; Qwen's
 `vocab.json` and `merges.txt`; each with whatever of `tokenizer_config.json`,
-`special_tokens_map.json` and `added_tokens.json` goes with it (facts/internvl.md section 9).
+`special_tokens_map.json` and `added_tokens.json` goes with it.
 """
 
 import dataclasses

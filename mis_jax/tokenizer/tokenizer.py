@@ -10,7 +10,8 @@ Text and control tokens never mix here. `Tokenizer.encode_text` takes ordinary t
 typed `<|im_end|>` is ten plain characters; control tokens enter a prompt only by id, through
 `Tokenizer.token_id` and the `*_id` properties (`data.chat_template.render` puts them in).
 
-Source of the layouts and ids: facts/internvl.md section 9.
+Source of the layouts: `internvl_chat/internvl/model/internlm2/` in OpenGVLab/InternVL for
+InternLM2's, transformers for Qwen's.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@ is there already is completed with what only the files beside it say. The ids of
 tokens are those of the source. One thing differs: a piece that an added token took the id of, such
 as InternLM2's `[UNUSED_TOKEN_145]`, is text like any other.
 
-Source: facts/internvl.md section 9.1; transformers `convert_slow_tokenizer.py` for the pipeline.
+Source: `tokenization_internlm2.py` in OpenGVLab/InternVL,
+`internvl_chat/internvl/model/internlm2/`; transformers' `convert_slow_tokenizer.py` for the
+pipeline.
 """
 
 import json

@@ -74,8 +74,8 @@ def test_transformers_opens_our_export(kind, tower, rng, tmp_path):
     assert np.abs(expected).max() > 0.1  # otherwise the figure above would mean nothing
 
 
-# The original layout from transformers' state dict, as facts/internvl.md 3.4 tells it, not through
-# mis_jax.checkpoint.mapping.
+# The original layout from transformers' state dict, by the table of transformers'
+# `convert_internvl_weights_to_hf.py` read backwards, not through mis_jax.checkpoint.mapping.
 RENAMES = [
     (r"^model\.vision_tower", "vision_model"),
     (r"encoder\.layer\.", "encoder.layers."),

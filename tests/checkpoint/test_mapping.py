@@ -12,7 +12,7 @@ from mis_jax.checkpoint.mapping import rules
 
 
 def in_memory_key(key: str) -> str:
-    """transformers' on-disk key -> that of `model.state_dict()` (facts/internvl.md 3.2)."""
+    """transformers' on-disk key -> that of `model.state_dict()`, in transformers 5."""
     if key == "language_model.lm_head.weight":
         return "lm_head.weight"
     if key.startswith("language_model.model."):

@@ -1,8 +1,9 @@
 """Batches of a run against a reference written from the specification, with none of our code.
 
-Ids and masks by facts/internvl.md 5.1 with sentencepiece (InternLM2's files) or transformers'
-Qwen2 tokenizer; tiles by section 4 with Pillow alone; rows from one jsonl file through the whole
-pipeline, packed and not.
+Ids and masks by `preprocess_internvl2_5` of OpenGVLab/InternVL
+(`internvl_chat/internvl/train/dataset.py`) with sentencepiece (InternLM2's files) or transformers'
+Qwen2 tokenizer; tiles by its `dynamic_preprocess` with Pillow alone; rows from one jsonl file
+through the whole pipeline, packed and not.
 """
 
 import json

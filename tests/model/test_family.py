@@ -6,7 +6,7 @@ from mis_jax.checkpoint import nnx_state
 from mis_jax.model.family import FAMILY, published
 
 VIT_300M, VIT_6B = 304_012_288, 5_536_496_000
-# Totals printed from models built of the published config.json files (facts/internvl.md 1.3).
+# Totals printed from models built of the published config.json files.
 TOTALS = {
     "internvl2_5-1b": 938_193_024,
     "internvl2_5-2b": 2_205_754_368,

@@ -17,7 +17,7 @@ from mis_jax.tokenizer.tokenizer import load_tokenizer
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import make_random_checkpoint as tool
 
-#: facts/internvl.md section 9, and what follows from it.
+#: Of the published tokenizers; InternVL3.5's and InternVL3-9B's are inferred (model/family.py).
 IDS = {
     "internvl2_5-8b": {"<|im_end|>": 92542, "<|im_start|>": 92543, "<IMG_CONTEXT>": 92546},
     "internvl2_5-1b": {"<|im_start|>": 151644, "<|im_end|>": 151645, "<IMG_CONTEXT>": 151667},
