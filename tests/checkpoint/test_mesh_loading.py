@@ -21,11 +21,11 @@ import mis_jax
 from mis_jax import api
 from mis_jax.config import MeshConfig
 from mis_jax.parallel.sharding import make_mesh
-from mis_jax.checkpoint import checkpoint, parameters
+from mis_jax.checkpoint import load, nnx_state
 
 work, meshes = words
 api.Processor.from_folder = lambda *arguments: None  # these folders hold no tokenizer
-packed, values = checkpoint.packed, []
+packed, values = load.packed, []
 
 
 def watched(array, dtype, name):
@@ -33,7 +33,7 @@ def watched(array, dtype, name):
     return packed(array, dtype, name)
 
 
-checkpoint.packed = watched
+load.packed = watched
 found = []
 for kind in ("internvl", "native"):
     for sizes in json.loads(meshes):
@@ -41,7 +41,7 @@ for kind in ("internvl", "native"):
         mesh = make_mesh(MeshConfig(**({"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | sizes)))
         model, _ = mis_jax.load(Path(work) / kind, mesh=mesh)
         held, own = [], 0
-        for name, array in parameters.flat(model).items():
+        for name, array in nnx_state.flat(model).items():
             shards = {str(s.index): s for s in array.addressable_shards}.values()  # no copies
             for shard in shards:
                 spans = [s.indices(n)[:2] for s, n in zip(shard.index, array.shape)]

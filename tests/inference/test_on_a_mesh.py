@@ -19,9 +19,9 @@ from small_model import random_batch, random_model, tiny_config
 
 from mis_jax.config import MeshConfig
 from mis_jax.inference.engine import Engine
-from mis_jax.model.unrolled import written_out
+from mis_jax.model.unrolled import unrolled
 from mis_jax.parallel.sharding import FSDP_TENSOR, make_mesh, parameter_shardings
-from mis_jax.checkpoint import parameters
+from mis_jax.checkpoint import nnx_state
 
 model = random_model(tiny_config(), seed=5)
 batch = random_batch(np.random.default_rng(5), [5, 30, 3, 150, 9, 20], [2, 0, 1, 3, 0, 2])
@@ -34,9 +34,9 @@ def answers(model, **how):
 def on(mesh):
     places = parameter_shardings(model, mesh, FSDP_TENSOR)
     values = {
-        name: jax.device_put(value, places[name]) for name, value in parameters.flat(model).items()
+        name: jax.device_put(value, places[name]) for name, value in nnx_state.flat(model).items()
     }
-    return parameters.build(model.config, values)
+    return nnx_state.build(model.config, values)
 
 
 found = {"one": answers(model, rows=2)}
@@ -44,7 +44,7 @@ for name, sizes in json.loads(sys.argv[1]).items():
     mesh = make_mesh(MeshConfig(**sizes))
     split = on(mesh)
     if name.startswith("written out"):
-        split = written_out(split)
+        split = unrolled(split)
     engine = Engine(split, stop_ids=(), decode=str, rows=4)
     keys = engine._cache.keys[0] if isinstance(engine._cache.keys, tuple) else engine._cache.keys
     found[name] = [answers(split, rows=4), [str(axis) for axis in keys.sharding.spec]]

@@ -24,9 +24,9 @@ import jax
 from tiny_world import read_lines, run_config
 
 from mis_jax.config import MeshConfig
-from mis_jax.train import loop, program
+from mis_jax.train import compiled_step, trainer
 
-make_step, make_mesh = program.make_train_step, loop.make_mesh
+make_step, make_mesh = compiled_step.make_train_step, trainer.make_mesh
 trees, programs = [], []
 
 
@@ -56,12 +56,12 @@ def crash(done, *_):
         raise Crash
 
 
-program.make_train_step = watched
+compiled_step.make_train_step = watched
 found = {}
 meshes = {"1": (1, 1, 1), "fsdp 8": (1, 8, 1), "2 2 2": (2, 2, 2)}
 for name, sizes in meshes.items():
     count = sizes[0] * sizes[1] * sizes[2]
-    loop.make_mesh = lambda config: make_mesh(config, jax.devices()[:count])
+    trainer.make_mesh = lambda config: make_mesh(config, jax.devices()[:count])
     trees.clear(), programs.clear()
     config = run_config(
         Path(checkpoint), Path(data), Path(work) / name, mesh=MeshConfig(*sizes),
@@ -69,11 +69,11 @@ for name, sizes in meshes.items():
     )
     if name == "2 2 2":  # and it goes on from a checkpoint
         try:
-            loop.train(config, crash)
+            trainer.train(config, crash)
         except Crash:
-            loop.train(config)
+            trainer.train(config)
     else:
-        loop.train(config)
+        trainer.train(config)
     before, after, state = trees[-1]
     adam = state.optimizer[1]
     found[name] = {
