@@ -109,7 +109,8 @@ def data_build(
     """
     import dataclasses
 
-    from mis_jax.data.mis_dataset import BAD_SAMPLES, NAME, VERSION, build
+    from mis_jax.data.mis_annotations import VERSION
+    from mis_jax.data.mis_dataset import BAD_SAMPLES, NAME, build
     from mis_jax.data.verify_images import WorkersDied
     from mis_jax.terminal import steps_bar
 

@@ -15,12 +15,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, BinaryIO, Protocol, cast
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
-
-from mis_jax.data.mixture import EncodedImage
 
 #: Pillow's names of the formats that are opened; nothing else is ever decoded. Pillow knows 43, and
 #: some of those run a program (PostScript), open what they contain in any other format (IPTC, ICNS)
@@ -34,6 +32,13 @@ MAX_PIXELS = 178_956_970
 #: pixel's width takes to about 120 MB; a PNG's side may have 2^31 pixels.
 MAX_SIDE = 65_535
 _BLOCK = 1 << 20  # bytes read at once
+
+
+class EncodedImage(Protocol):
+    """An encoded image file: a `Path`, or one stored in a built data set. `str()` names it."""
+
+    def read_bytes(self) -> bytes: ...
+
 
 ImageSource = str | os.PathLike[str] | EncodedImage | BinaryIO | Image.Image
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.data.chat_template import from_sharegpt, insert_image_markers
-from mis_jax.data.mixture import PUBLISHED_SIZES
 from mis_jax.parsing import parse_json
 
+PUBLISHED_SIZES = {"train": 3927, "easy": 1675, "hard": 510, "real": 100}
+VERSION = "1.0.0"  # of the set that is built of them
 BadSample = dict[str, Any]  # split, row (its number in the file), id, reason
 
 

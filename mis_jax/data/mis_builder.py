@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from mis_jax.data.mis_annotations import Sample
-from mis_jax.data.mis_dataset import VERSION
+from mis_jax.data.mis_annotations import VERSION, Sample
 
 SHARD_BYTES = 256 << 20  # of images; a shard has at least one sample
 

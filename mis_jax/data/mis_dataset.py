@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mis_jax.data.mis_annotations import PUBLISHED_SIZES, VERSION, read_published
 from mis_jax.parsing import parse_json
 from mis_jax.storage.folders import destination_path, finished_folder, replace_file
 from mis_jax.storage.locks import LOCK, locked
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from mis_jax.data.mis_annotations import Split
 
 NAME = "mis"
-VERSION = "1.0.0"
 BAD_SAMPLES = "bad_samples.jsonl"
 _INFO = "dataset_info.json"  # tensorflow_datasets writes it
 
@@ -203,8 +203,6 @@ def build(
             builds it.
         mis_jax.data.verify_images.WorkersDied: a process that decodes images crashed.
     """
-    from mis_jax.data.mis_annotations import read_published
-    from mis_jax.data.mixture import PUBLISHED_SIZES
     from mis_jax.data.verify_images import check_images
 
     root, out = Path(root), Path(out)

@@ -5,22 +5,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from mis_jax.config import Source
 from mis_jax.data.annotations import Entry, check_entry, read_jsonl, read_list
+from mis_jax.data.images import EncodedImage
 from mis_jax.data.meta import read_meta
+from mis_jax.data.mis_annotations import PUBLISHED_SIZES
 
 _log = logging.getLogger(__name__)
-PUBLISHED_SIZES = {"train": 3927, "easy": 1675, "hard": 510, "real": 100}
-
-
-class EncodedImage(Protocol):
-    """An encoded image file: a `Path`, or one stored in a built data set. `str()` names it."""
-
-    def read_bytes(self) -> bytes: ...
 
 
 @dataclass(frozen=True)

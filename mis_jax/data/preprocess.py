@@ -6,9 +6,9 @@ import numpy as np
 
 from mis_jax.data.chat_template import IMAGE_MARKER, Rendered, count_images, from_sharegpt, truncate
 from mis_jax.data.collate import Example
-from mis_jax.data.images import image_size
+from mis_jax.data.images import EncodedImage, image_size
 from mis_jax.data.jpeg_augment import encoded_again
-from mis_jax.data.mixture import Annotation, EncodedImage
+from mis_jax.data.mixture import Annotation
 from mis_jax.data.processor import Processor
 from mis_jax.data.tile_cache import TileCache
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +12,9 @@ from mis_jax.evals.files import read_log, write_json
 from mis_jax.evals.hashing import answer_hash
 from mis_jax.evals.manifest import expected, known_facts, read_manifest
 from mis_jax.evals.metrics import counted
-from mis_jax.evals.self_consistency import Again, self_agreement
+from mis_jax.evals.self_consistency import self_agreement
 from mis_jax.evals.stats import rate
-from mis_jax.evals.types import COUNT_STATES, Benchmark
-
-
-@dataclass(frozen=True)
-class Item:
-    """One sample of a run as it stands now; ``state`` is one of ``COUNT_STATES``."""
-
-    id: str
-    hash: str
-    state: str
-    answer: str | None = None
-    finish_reason: str | None = None
-    labels: Mapping[str, Any] | None = None
-    outcomes: Mapping[str, bool] | None = None
-    stage: str | None = None
-    """Where an item without labels got stuck: ``generate`` or ``judge``."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """What the run knows of the sample (``manifest.FACTS``): its category, its kind, its group."""
-    cached: bool = False
-    """Whether the verdict was paid for by an earlier run (``verdict_cache``)."""
-    again: Again | None = None
-    """The second verdict of the same judge, where it was asked for one."""
+from mis_jax.evals.types import COUNT_STATES, Again, Benchmark, Item
 
 
 def read_items(run_dir: Path, name: str, judge: str | None) -> list[Item]:

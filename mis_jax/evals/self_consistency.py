@@ -7,22 +7,11 @@ and nothing of whether the judge is right: for that see ``report/gold.py``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
 
 from mis_jax.evals.stats import kappa, rate
-
-if TYPE_CHECKING:
-    from mis_jax.evals.scoring import Item
-
-
-@dataclass(frozen=True)
-class Again:
-    """What the judge said when it was asked again; without labels where ``state`` is not ok."""
-
-    state: str
-    labels: Mapping[str, Any] | None = None
-    outcomes: Mapping[str, bool] | None = None
+from mis_jax.evals.types import Item
 
 
 def drawn(answer_hashes: Mapping[str, str], count: int) -> list[str]:

@@ -123,3 +123,33 @@ class Benchmark:
     def tiles_for(self, sample: Sample) -> int | None:
         """How many tiles each picture of a sample may have; None leaves it to the checkpoint."""
         return sample.max_tiles_per_image or self.max_tiles_per_image
+
+
+@dataclass(frozen=True)
+class Again:
+    """What the judge said when it was asked again; without labels where ``state`` is not ok."""
+
+    state: str
+    labels: Mapping[str, Any] | None = None
+    outcomes: Mapping[str, bool] | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample of a run as it stands now; ``state`` is one of ``COUNT_STATES``."""
+
+    id: str
+    hash: str
+    state: str
+    answer: str | None = None
+    finish_reason: str | None = None
+    labels: Mapping[str, Any] | None = None
+    outcomes: Mapping[str, bool] | None = None
+    stage: str | None = None
+    """Where an item without labels got stuck: ``generate`` or ``judge``."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the run knows of the sample (``manifest.FACTS``): its category, its kind, its group."""
+    cached: bool = False
+    """Whether the verdict was paid for by an earlier run (``verdict_cache``)."""
+    again: Again | None = None
+    """The second verdict of the same judge, where it was asked for one."""

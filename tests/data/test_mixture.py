@@ -14,8 +14,8 @@ from tiny_world import sample
 
 import mis_jax.data
 from mis_jax.config import Source
+from mis_jax.data.mis_annotations import PUBLISHED_SIZES
 from mis_jax.data.mixture import (
-    PUBLISHED_SIZES,
     Annotation,
     annotation_file,
     read_mixture,

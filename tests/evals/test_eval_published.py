@@ -15,7 +15,8 @@ import pytest
 
 from mis_jax.evals.benchmarks import BENCHMARKS
 from mis_jax.evals.metrics import MIS_METRICS, counted
-from mis_jax.evals.scoring import Item, count_items
+from mis_jax.evals.scoring import count_items
+from mis_jax.evals.types import Item
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "published_numbers.md"
 

@@ -9,8 +9,9 @@ from typing import Any
 from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.metrics import METRICS
 from mis_jax.evals.report.runs import Run, groups_of
-from mis_jax.evals.scoring import Item, metric_votes
+from mis_jax.evals.scoring import metric_votes
 from mis_jax.evals.stats import cluster_mean, macro, rate
+from mis_jax.evals.types import Item
 
 FEW = 30
 """Below this many judged samples a category's rate is greyed: its interval spans tens of points."""

@@ -14,7 +14,7 @@ from mis_jax.evals.report.gold import Correction, corrections, read_gold
 from mis_jax.evals.report.refusal_agreement import Refusals, refusals
 from mis_jax.evals.report.runs import Run, groups_of, read_run
 from mis_jax.evals.report.self_consistency import Rechecked, rechecks
-from mis_jax.evals.scoring import Item, metric_votes
+from mis_jax.evals.scoring import metric_votes
 from mis_jax.evals.stats import (
     PairedTest,
     cluster_difference,
@@ -24,6 +24,7 @@ from mis_jax.evals.stats import (
     mcnemar,
     worst_case,
 )
+from mis_jax.evals.types import Item
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from mis_jax.evals.hashing import sample_hash
 from mis_jax.evals.metrics import METRICS
 from mis_jax.evals.report.collect import Comparison
 from mis_jax.evals.report.runs import Run
-from mis_jax.evals.scoring import Item
-from mis_jax.evals.types import Sample
+from mis_jax.evals.types import Item, Sample
 
 PICTURE_SIZE = 320
 CHOICE = (

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.evals.manifest import read_manifest
-from mis_jax.evals.scoring import Item, count_items, run_items
+from mis_jax.evals.scoring import count_items, run_items
+from mis_jax.evals.types import Item
 
 
 @dataclass(frozen=True)

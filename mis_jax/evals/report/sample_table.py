@@ -9,8 +9,7 @@ from mis_jax.evals.hashing import answer_hash
 from mis_jax.evals.report.collect import Comparison
 from mis_jax.evals.report.examples import alternative, verdict_of
 from mis_jax.evals.report.thumbnails import thumbnails
-from mis_jax.evals.scoring import Item
-from mis_jax.evals.types import Sample
+from mis_jax.evals.types import Item, Sample
 
 MOST_SAMPLES = 2000
 PICTURE_BUDGET = 2_200_000
