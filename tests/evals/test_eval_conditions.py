@@ -46,7 +46,7 @@ def checkpoint(tmp_path, monkeypatch) -> tuple[Path, list]:
     folder.mkdir()
     (folder / "weights").write_bytes(b"w")
 
-    def load(path, dtype, mesh, *, int8=False, check_digests=True):
+    def load(path, dtype, mesh, *, adapter=None, int8=False, check_digests=True):
         seen.append({"int8_weights": int8})
         return None, None
 
