@@ -82,7 +82,8 @@ def native_digests(folder: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     found = read_json(path)
-    if not all(isinstance(value, str) for value in found.values()):
+    inside = all(not Path(name).is_absolute() and ".." not in Path(name).parts for name in found)
+    if not inside or not all(isinstance(value, str) for value in found.values()):
         raise ValueError(f"{path}: not a list of digests; restore it from a copy or remove it")
     return found
 

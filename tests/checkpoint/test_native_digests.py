@@ -104,6 +104,15 @@ def test_digests_that_are_none_are_refused(native):
             open_checkpoint(native)
 
 
+@pytest.mark.parametrize("name", ["../../elsewhere", "/etc/hostname"])
+def test_digests_name_no_file_outside_the_folder(native, name):
+    """A downloaded list must not make a reader read the rest of the disk."""
+    path = native / DIGESTS
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: "0" * 64}))
+    with pytest.raises(ValueError, match=r"digests\.json: not a list of digests"):
+        open_checkpoint(native)
+
+
 def test_an_export_does_not_carry_the_digests_of_its_source(native, tmp_path):
     for kind in ("native", "internvl"):
         convert(open_checkpoint(native), tmp_path / kind, kind)
