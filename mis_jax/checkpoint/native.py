@@ -25,7 +25,13 @@ import tensorstore
 from mis_jax.checkpoint.dtype_cast import NUMPY_DTYPES, all_finite, packed
 from mis_jax.checkpoint.parameter_source import PIECE, Job, ParameterSource, is_stacked, layers_of
 from mis_jax.storage.folders import JOURNAL, NOTICE, Region, write_file
-from mis_jax.storage.hashing import bytes_digest, changed_files, file_digests, files_below
+from mis_jax.storage.hashing import (
+    bytes_digest,
+    changed_files,
+    file_digests,
+    files_below,
+    is_inside,
+)
 from mis_jax.storage.json_fields import read_json
 
 _log = logging.getLogger(__name__)
@@ -82,8 +88,7 @@ def native_digests(folder: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     found = read_json(path)
-    inside = all(not Path(name).is_absolute() and ".." not in Path(name).parts for name in found)
-    if not inside or not all(isinstance(value, str) for value in found.values()):
+    if not all(is_inside(name) and isinstance(value, str) for name, value in found.items()):
         raise ValueError(f"{path}: not a list of digests; restore it from a copy or remove it")
     return found
 

@@ -47,13 +47,18 @@ def file_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 def changed_files(folder: Path, saved: Mapping[str, str]) -> list[str]:
     """Every file that is missing or is not what its digest was taken of, one line each."""
-    there = [name for name in sorted(saved) if (folder / name).is_file()]
+    there = [name for name in sorted(saved) if is_inside(name) and (folder / name).is_file()]
     found = file_digests(folder, there)
     return [
         f"{folder / name}: {'is not what was saved' if name in found else 'missing'}"
         for name in sorted(saved)
         if found.get(name) != saved[name]
     ]
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name out of a list that may have been downloaded stays below its folder."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def files_below(folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ from mis_jax.checkpoint.native import DIGESTS
 from mis_jax.cli.main import main
 from mis_jax.quickstart import BASE_MODEL
 from mis_jax.storage.folders import NOTICE
-from mis_jax.storage.hashing import file_digest, files_below
+from mis_jax.storage.hashing import changed_files, file_digest, files_below
 
 REFUSED = r"is not what was saved; restore it from a copy or convert"
 
@@ -104,13 +104,15 @@ def test_digests_that_are_none_are_refused(native):
             open_checkpoint(native)
 
 
-@pytest.mark.parametrize("name", ["../../elsewhere", "/etc/hostname"])
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc/passwd"])
 def test_digests_name_no_file_outside_the_folder(native, name):
     """A downloaded list must not make a reader read the rest of the disk."""
+    (native.parent / "elsewhere").write_text("not a part of it")
     path = native / DIGESTS
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: "0" * 64}))
     with pytest.raises(ValueError, match=r"digests\.json: not a list of digests"):
         open_checkpoint(native)
+    assert changed_files(native, {name: file_digest(native / name)}) != []  # of a run's, too
 
 
 def test_an_export_does_not_carry_the_digests_of_its_source(native, tmp_path):
