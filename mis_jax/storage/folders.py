@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.parsing import parse_json
+from mis_jax.storage.files import replace_file
+from mis_jax.storage.jsonl import append_shared, dump_line, read_log
 from mis_jax.storage.locks import LOCK, boot_id, locked
 from mis_jax.storage.paths import destination_path, is_mount
 
@@ -76,24 +78,17 @@ class Journal:
         self._path = path
         self._lock = threading.Lock()
         self.done: dict[str, Any] = {}
-        whole = 0
         if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    self.done |= parse_json(line)
-                except (ValueError, TypeError):  # damaged: what follows is done again
-                    break
-                whole += len(line)
-            os.truncate(path, whole)
+            entries = read_log(path, damaged="end")  # what follows damage is done again
+            replace_file(path, b"".join(map(dump_line, entries)))
+            for entry in entries:
+                self.done |= entry
 
     def record(self, name: str, value: Any) -> None:
         """Enter one thing that is done."""
         with self._lock:
             self.done[name] = value
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({name: value}) + "\n")
+            append_shared(self._path, [{name: value}])
 
     def write_again(self) -> None:
         """Enter everything once more, where the file was taken away."""
