@@ -53,5 +53,5 @@ def test_a_second_writer_is_refused_and_a_shared_log_is_not(tmp_path):
 
 
 def test_no_number_is_written_that_json_lacks():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not JSON compliant"):
         dump_line({"loss": float("nan")})
