@@ -8,12 +8,14 @@ Shape suffixes: R rows, K kv heads, S slots, H head dim, T new tokens, N heads, 
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int8
 
+from mis_jax.model import xla_cpu
 from mis_jax.model.attention import grouped_attention
 from mis_jax.model.config import TextConfig
 
@@ -142,8 +144,9 @@ class DecodeUpdate:
 
     def attend(self, layer, query, key, value):
         def write(rows_RKSH, new_RKH):
+            on_cpu = partial(xla_cpu.write_tokens, _write)
             return jax.lax.platform_dependent(
-                rows_RKSH, new_RKH, self.slots, cpu=_write_by_choice, default=_write_at_once
+                rows_RKSH, new_RKH, self.slots, cpu=on_cpu, default=_write
             )
 
         keys_RKSH, values_RKSH = self.cache.layer(layer)
@@ -154,19 +157,11 @@ class DecodeUpdate:
         return replace(self, cache=self.cache.with_layer(layer, keys_RKSH, values_RKSH)), out
 
 
-def _write_at_once(rows_RKSH, new_RKH, slots_R):
+def _write(rows_RKSH, new_RKH, slots_R):
     def write(row_KSH, new_KH, slot):
         return row_KSH.at[:, slot].set(new_KH, mode="drop")
 
     return jax.vmap(write)(rows_RKSH, new_RKH, slots_R)
-
-
-def _write_by_choice(rows_RKSH, new_RKH, slots_R):
-    """On a CPU, XLA would scatter into a float32 copy of a bfloat16 cache; this passes it once."""
-    if rows_RKSH.dtype != jnp.bfloat16:
-        return _write_at_once(rows_RKSH, new_RKH, slots_R)
-    here_RS = jnp.arange(rows_RKSH.shape[2]) == slots_R[:, None]
-    return jnp.where(here_RS[:, None, :, None], new_RKH[:, :, None], rows_RKSH)
 
 
 @jax.tree_util.register_dataclass
