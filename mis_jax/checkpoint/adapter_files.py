@@ -35,8 +35,7 @@ from mis_jax.checkpoint.lora_peft import (
 )
 from mis_jax.checkpoint.mapping import Layout, normal_key, rules
 from mis_jax.checkpoint.peft_patterns import name_pattern
-from mis_jax.checkpoint.safetensors_file import TensorFile
-from mis_jax.checkpoint.safetensors_reader import misfit
+from mis_jax.checkpoint.safetensors_reader import TensorFile, misfit
 from mis_jax.model.config import InternVLConfig
 from mis_jax.storage.files import write_text
 from mis_jax.storage.folders import finished_folder

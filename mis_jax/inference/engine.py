@@ -18,11 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mis_jax.inference import model_runner
-from mis_jax.inference.cache_on_mesh import empty_cache, mesh_of
 from mis_jax.inference.detokenizer import Decode, Words
 from mis_jax.inference.image_cache import FeaturePool
 from mis_jax.inference.memory import OutOfMemory, is_alive, is_out_of_memory, largest
-from mis_jax.inference.model_runner import DECODE_STEPS, slots_bucket
+from mis_jax.inference.model_runner import DECODE_STEPS, empty_cache, mesh_of, slots_bucket
 from mis_jax.inference.requests import FinishReason, Request, RequestOutput, Token
 from mis_jax.inference.sequence import ActiveSequence, filled, flags, ints, settings, token, told
 from mis_jax.model.internvl import InternVL

@@ -9,11 +9,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mis_jax.checkpoint import nnx_state
 from mis_jax.config import RunConfig
-from mis_jax.inference.cache_on_mesh import cache_place
 from mis_jax.inference.engine import CHUNKS, POOL_TILES
 from mis_jax.inference.model_runner import (
     Chunk,
     SamplingState,
+    cache_place,
     decode_step,
     power_of_two,
     prefill_chunk,
