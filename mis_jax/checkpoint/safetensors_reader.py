@@ -14,8 +14,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mis_jax.checkpoint.dtype_cast import NUMPY_DTYPES
-from mis_jax.checkpoint.lora_peft import Factor, plain_key
 from mis_jax.checkpoint.mapping import COPY, Layout, Rule, Shape, disk_key, normal_key, rules
+from mis_jax.checkpoint.peft.mapping import Factor, plain_key
 from mis_jax.model.config import InternVLConfig
 from mis_jax.parsing import parse_json
 from mis_jax.storage.files import map_file, open_binary

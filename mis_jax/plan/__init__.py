@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mis_jax import flops
 from mis_jax.checkpoint import nnx_state
-from mis_jax.checkpoint.hf_config import read_config
+from mis_jax.checkpoint.hf.config import read_config
 from mis_jax.checkpoint.run_checkpoint import model_files
 from mis_jax.config import RunConfig
 from mis_jax.model.config import InternVLConfig

@@ -1,4 +1,4 @@
-"""A run's numbers: its rates, and one writer of metrics.jsonl, samples.jsonl, TensorBoard and wandb."""
+"""A run's numbers: its rates, and one writer of its logs, of TensorBoard and of W&B."""
 
 import math
 import time
