@@ -50,15 +50,15 @@ def gather_rows(default: Callable[[Array, Array], Array], table_VD: Array, ids_B
 
 def write_tokens(
     default: Callable[[Array, Array, Array], Array],
-    rows_RKSH: Array,
-    new_RKH: Array,
-    slots_R: Array,
+    slots_BKSH: Array,
+    new_BKH: Array,
+    positions_B: Array,
 ) -> Array:
-    """One token into every row of a cache; XLA would scatter into a float32 copy of bfloat16."""
-    if rows_RKSH.dtype != jnp.bfloat16:
-        return default(rows_RKSH, new_RKH, slots_R)
-    here_RS = jnp.arange(rows_RKSH.shape[2]) == slots_R[:, None]
-    return jnp.where(here_RS[:, None, :, None], new_RKH[:, :, None], rows_RKSH)
+    """One token into every slot of a cache; XLA would scatter into a float32 copy of bfloat16."""
+    if slots_BKSH.dtype != jnp.bfloat16:
+        return default(slots_BKSH, new_BKH, positions_B)
+    here_BS = jnp.arange(slots_BKSH.shape[2]) == positions_B[:, None]
+    return jnp.where(here_BS[:, None, :, None], new_BKH[:, :, None], slots_BKSH)
 
 
 def attend_by_head(
