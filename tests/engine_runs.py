@@ -66,7 +66,7 @@ def generate_tokens(
     groups: int = 1,
     between: int = 0,
 ) -> Generated:
-    """Every row of the batch continued, in as many slots of the engine unless `max_num_seqs` says."""
+    """Every sequence of the batch continued, in as many slots unless `max_num_seqs` says."""
     engine = Engine(
         model,
         stop_ids=stop_ids,

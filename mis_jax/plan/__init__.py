@@ -184,10 +184,10 @@ def _generation_plan(
     compiled = make(topology, config, model, mesh, shape)
     if name == "prefill":
         # The last chunk of a prompt: every token looks at all before it, and as the whole square
-        # at every slot there is.
+        # at all of the cache.
         groups, before = shape.groups, shape.prompt - shape.chunk
         seen = float(groups * (shape.prompt**2 - before**2))
-        square = float(groups * shape.chunk * shape.slots)
+        square = float(groups * shape.chunk * shape.cache_length)
         count: Any = dict(tokens=groups * shape.chunk, tiles=0, head_tokens=groups)
         work = flops.forward(model, squares=seen, **count)
         whole = flops.forward(model, squares=square, causal=False, **count)

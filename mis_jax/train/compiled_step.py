@@ -61,16 +61,16 @@ class TrainProgram:
     model: InternVLConfig
     transform: optax.GradientTransformation
 
-    def batch(self, rows: int, length: int, tiles_per_row: int, tile_size: int) -> Batch:
-        """Shapes and shardings of a step's batch of `rows` rows in all."""
-        micro = self.config.train.micro_batch or rows
+    def batch(self, sequences: int, length: int, tiles_per_sequence: int, tile_size: int) -> Batch:
+        """Shapes and shardings of a step's batch of so many `sequences` in all."""
+        micro = self.config.train.micro_batch or sequences
         sharding = batch_sharding(self.mesh, accumulated=True)
 
         def shape(*sides: int, dtype: Any) -> Any:
-            return jax.ShapeDtypeStruct((rows // micro, *sides), dtype, sharding=sharding)
+            return jax.ShapeDtypeStruct((sequences // micro, *sides), dtype, sharding=sharding)
 
         ids = shape(micro, length, dtype=jnp.int32)
-        tiles = micro * tiles_per_row
+        tiles = micro * tiles_per_sequence
         return Batch(
             input_ids=ids,
             positions=ids,

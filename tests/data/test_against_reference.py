@@ -183,4 +183,4 @@ def test_batches_are_those_of_the_specification(world, packing, length, tmp_path
     iterator.close()
     assert sorted(seen) == sorted(CASES)
     assert (fullest > 1) is packing
-    assert [data.rows[i].id for i in np.flatnonzero(data.survey.cut)] == ["truncated"]
+    assert [data.annotations[i].id for i in np.flatnonzero(data.survey.cut)] == ["truncated"]

@@ -157,7 +157,7 @@ def test_packed_rows_hold_whole_samples(config, steps_of, tiny_processor):
     settings = changed(config, **PACKED, train__loss_reduction="square")
     data = TrainingData(settings, tiny_processor)
     render = data.render
-    rows = {row.id: render(row) for row in data.rows}
+    rows = {row.id: render(row) for row in data.annotations}
     for step in steps_of(settings, 4):
         found = iter(step.ids)
         fields = {
@@ -411,7 +411,7 @@ def test_what_a_run_is_made_of_is_written_down(config, tiny_processor, tmp_path)
     assert found["samples"] == 5
     (source,) = found["sources"]
     assert (source["available"], source["used"]) == (11, 5)
-    assert source["ids"] == [row.id for row in made.rows]
+    assert source["ids"] == [row.id for row in made.annotations]
     assert (tmp_path / SURVEY).exists()
 
 

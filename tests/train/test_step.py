@@ -53,7 +53,7 @@ def batch_of(rows: list[Example], micro_batches: int = 1, reduction="token") -> 
     flat = collate(
         [[row] for row in rows],
         length=48,
-        tiles_per_row=4,
+        tiles_per_sequence=4,
         image_size=reference().IMAGE_SIZE,
         pad_id=0,
         reduction=reduction,
