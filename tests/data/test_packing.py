@@ -100,7 +100,7 @@ def test_a_plan_of_rows_is_the_beginning_of_a_longer_one(capacity):
     for rows in (1, 8, 20):
         made = plan(epochs=None, sequences=rows, capacity=capacity)
         assert made.sequences == rows
-        assert [made.sequence(i) for i in range(rows)] == [whole.row(i) for i in range(rows)]
+        assert [made.sequence(i) for i in range(rows)] == [whole.sequence(i) for i in range(rows)]
 
 
 def test_fingerprints_tell_plans_apart():
