@@ -21,10 +21,9 @@ from benchmarks.harness import Cell, line, show, summed_up
 from mis_jax.api import load
 from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.files import write_json
-from mis_jax.evals.hashing import answer_hash
-from mis_jax.evals.manifest import open_run, update_benchmark
 from mis_jax.evals.models import answers_of
 from mis_jax.evals.report import write_report
+from mis_jax.evals.run_dir import answer_hash, open_run, update_benchmark
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.scoring import summarise
 from mis_jax.mini.files import write_mini

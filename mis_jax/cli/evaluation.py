@@ -85,9 +85,8 @@ def eval_(
     from mis_jax.evals.benchmarks import get_benchmark, size_note
     from mis_jax.evals.benchmarks.general import md5_note
     from mis_jax.evals.eta import TimeAhead, answers_ahead
-    from mis_jax.evals.manifest import open_run
-    from mis_jax.evals.runner import generate_answers
-    from mis_jax.evals.subsets import part_from
+    from mis_jax.evals.run_dir import open_run
+    from mis_jax.evals.runner import generate_answers, part_from
     from mis_jax.terminal import steps_bar
 
     place = destination_path(out, "--out")
@@ -194,7 +193,7 @@ def judge(
     from mis_jax.evals.judges import JUDGES, get_judge
     from mis_jax.evals.judges.guard import guard_judges
     from mis_jax.evals.judges.http import http_judges
-    from mis_jax.evals.manifest import data_root_of, read_manifest
+    from mis_jax.evals.run_dir import data_root_of, read_manifest
     from mis_jax.evals.runner import judge_run
     from mis_jax.evals.scoring import summarise
     from mis_jax.evals.verdict_cache import VerdictCache
@@ -330,8 +329,8 @@ def _local(
     """A checkpoint, and the adapter that is merged into it."""
     from mis_jax.checkpoint.load import open_checkpoint
     from mis_jax.checkpoint.run_checkpoint import model_fingerprint, model_name
-    from mis_jax.evals.conditions import int8_conditions
     from mis_jax.evals.models import answers_of
+    from mis_jax.evals.run_dir import int8_conditions
 
     def load() -> Callable[["Benchmark"], "AnswerFn"]:
         network, processor = load_quietly(

@@ -4,7 +4,7 @@ The three stages are separate on purpose, so that each can be repeated without t
 
 1. ``runner.generate_answers`` asks the model and appends ``RUN/<benchmark>/samples.jsonl``;
 2. ``runner.judge_run`` labels the answers and appends ``RUN/<benchmark>/verdicts.jsonl``;
-3. ``summary.summarise`` counts the labels into ``RUN/results.json``.
+3. ``scoring.summarise`` counts the labels into ``RUN/results.json``.
 
 ``report.write_report`` then compares the results of one or more runs.
 """

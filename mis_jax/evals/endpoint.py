@@ -21,9 +21,8 @@ from PIL import Image
 from mis_jax.data.chat_template import IMAGE_MARKER, insert_image_markers
 from mis_jax.evals.async_map import Groups, Streaming
 from mis_jax.evals.chat_client import ChatClient, Reply
-from mis_jax.evals.conditions import ENDPOINT_SETTINGS
-from mis_jax.evals.data_uris import picture_part
-from mis_jax.evals.pictures import shown_images
+from mis_jax.evals.images import image_part, shown_images
+from mis_jax.evals.run_dir import ENDPOINT_SETTINGS
 from mis_jax.evals.types import Answer, Benchmark, Sample
 from mis_jax.storage.hashing import digest
 
@@ -127,7 +126,7 @@ def _content(
         return first
     parts: list[dict[str, Any]] = [{"type": "text", "text": first}]
     for text in others:
-        parts.append(picture_part(next(images)))
+        parts.append(image_part(next(images)))
         parts.append({"type": "text", "text": text.removeprefix("\n") if breaks_lines else text})
     return [part for part in parts if part.get("text") != ""]
 

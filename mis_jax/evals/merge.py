@@ -7,9 +7,15 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from mis_jax.evals.conditions import conditions_of, same_conditions
 from mis_jax.evals.files import AppendLog, read_log, write_json
-from mis_jax.evals.manifest import expected, known_facts, manifest_path, read_manifest
+from mis_jax.evals.run_dir import (
+    conditions_of,
+    expected,
+    known_facts,
+    manifest_path,
+    read_manifest,
+    same_conditions,
+)
 from mis_jax.evals.scoring import summarise
 from mis_jax.storage.folders import destination_path
 from mis_jax.storage.locks import LOCK

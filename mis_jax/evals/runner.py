@@ -8,6 +8,7 @@ drops what was derived from it without anything being deleted.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +17,17 @@ from typing import Any
 from mis_jax.evals.async_map import Groups, Stopped, Streaming, groups_of
 from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.files import AppendLog, read_log
-from mis_jax.evals.hashing import answer_hash, sample_hash
 from mis_jax.evals.judges import JUDGES
-from mis_jax.evals.manifest import expect, expected, read_manifest, update_benchmark, write_facts
+from mis_jax.evals.run_dir import (
+    answer_hash,
+    expect,
+    expected,
+    read_manifest,
+    sample_hash,
+    update_benchmark,
+    write_facts,
+)
 from mis_jax.evals.scoring import summarise
-from mis_jax.evals.self_consistency import drawn
 from mis_jax.evals.types import Answer, Benchmark, Judge, Sample, Verdict
 from mis_jax.evals.verdict_cache import VerdictCache
 from mis_jax.storage.hashing import digest
@@ -72,10 +79,10 @@ def generate_answers(
 ) -> Generated:
     """Stage 1: append an answer for each sample to ``RUN/<benchmark>/samples.jsonl``.
 
-    The run must have been opened (``manifest.open_run``). Samples already answered with the same
+    The run must have been opened (`run_dir.open_run`). Samples already answered with the same
     content are skipped; failed ones are asked again. ``batch_size`` is how many samples
     ``answer_fn`` gets at once and how many answers a kill can cost. ``part`` says in the manifest
-    which part of the benchmark ``samples`` is (see ``subsets.py``).
+    which part of the benchmark ``samples`` is (see `Part`).
     """
     read_manifest(run_dir)  # an unopened run is an error before any work
     hashes = expect(run_dir, benchmark, samples)
@@ -141,7 +148,7 @@ class Owed:
 
     def drawn(self, among: Iterable[str], count: int) -> list[str]:
         """``count`` of these answers, the same ones every time."""
-        return drawn({key: self.keys[key][1] for key in among}, count)
+        return draw_answers({key: self.keys[key][1] for key in among}, count)
 
     def pairs(self, keys: Sequence[str]) -> list[tuple[Sample, str]]:
         """What the judge gets."""
@@ -167,7 +174,7 @@ def judge_run(
     refusal is one of them, while ``unparsed`` and ``error`` are asked again. What ``cache`` has of
     earlier runs is not asked either, and what is asked goes into it. ``recheck`` answers of each
     benchmark are then judged a second time, into ``rechecks.jsonl`` and by the judge alone: see
-    ``self_consistency.py``. ``announce`` learns what is about to be judged, before it is. Ends with
+    `scoring.self_agreement`. ``announce`` learns what is about to be judged, before it is. Ends with
     ``summarise`` and returns its results; a judge that stops does so too, and its ``Stopped`` is
     raised.
     """
@@ -340,3 +347,46 @@ def _check_same_data(
             f"{benchmark.name}, sample {key}, of {run_dir} {problem} {data_root}; judge with the "
             "--data-root that was evaluated, or run `mis-jax eval` again with this one"
         )
+
+
+def draw_answers(answer_hashes: Mapping[str, str], count: int) -> list[str]:
+    """The ids of ``count`` answers, drawn by their hashes.
+
+    The draw says nothing of what the answers are like, is the same every time, and a larger one
+    holds the smaller: so it can be resumed and enlarged.
+    """
+    return sorted(answer_hashes, key=lambda key: (answer_hashes[key], key))[:count]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The first ``limit`` samples, and of those every ``shards``-th, from number ``shard`` on.
+
+    Neighbours in a file are alike, so every shard has some of everything.
+    """
+
+    limit: int | None = None
+    shard: int = 1
+    shards: int = 1
+
+    def of(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples of this part."""
+        return list(samples)[: self.limit][self.shard - 1 :: self.shards]
+
+    def described(self, size: int) -> dict[str, Any] | None:
+        """What a manifest says of it; ``size`` is the whole set's. None for the whole."""
+        if self == Part():
+            return None
+        return {"limit": self.limit, "shard": self.shard, "shards": self.shards, "of": size}
+
+
+def part_from(limit: int | None, shard: str | None) -> Part:
+    """The part that ``--limit`` and ``--shard i/n`` mean."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit is {limit}; give at least 1")
+    if shard is None:
+        return Part(limit)
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"--shard is {shard!r}; write i/n with i from 1 to n, such as 1/4")
+    return Part(limit, int(match[1]), int(match[2]))

@@ -24,7 +24,7 @@ class Sample:
 
     ``max_tiles_per_image`` takes the place of the benchmark's where a protocol's limit depends on
     how many pictures a question has. ``first_image_scale`` enlarges the first picture that many
-    times before it is cut into tiles (see ``pictures.shown_images``).
+    times before it is cut into tiles (see ``images.shown_images``).
     """
 
     id: str
@@ -73,7 +73,7 @@ class Judge:
 
     ``id`` names everything that could change a verdict (method, version, model), since verdicts
     of another id are never reused. ``judge`` gets (sample, answer text) pairs in batches and
-    returns one verdict for each, in order; a ``streaming.Streaming`` gets all of them at once, and
+    returns one verdict for each, in order; a `async_map.Streaming` gets all of them at once, and
     its verdicts are kept one by one.
     """
 
@@ -148,7 +148,7 @@ class Item:
     stage: str | None = None
     """Where an item without labels got stuck: ``generate`` or ``judge``."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What the run knows of the sample (``manifest.FACTS``): its category, its kind, its group."""
+    """What the run knows of the sample (`run_dir.FACTS`): its category, its kind, its group."""
     cached: bool = False
     """Whether the verdict was paid for by an earlier run (``verdict_cache``)."""
     again: Again | None = None

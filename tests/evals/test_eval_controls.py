@@ -14,7 +14,6 @@ from PIL import Image
 
 from mis_jax.evals.benchmarks import BENCHMARKS, get_benchmark, in_order, size_note
 from mis_jax.evals.controls import CONTROLS, control_of, without_pictures
-from mis_jax.evals.hashing import sample_hash
 from mis_jax.evals.judges import get_judge
 from mis_jax.evals.judges.keywords import (
     NAME,
@@ -23,9 +22,9 @@ from mis_jax.evals.judges.keywords import (
     is_keyword_refusal,
     judged_refusal,
 )
-from mis_jax.evals.manifest import open_run, read_manifest
 from mis_jax.evals.metrics import METRICS
 from mis_jax.evals.report import write_report
+from mis_jax.evals.run_dir import open_run, read_manifest, sample_hash
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.types import Sample
 

@@ -14,9 +14,8 @@ from PIL import Image
 from mis_jax.evals import models
 from mis_jax.evals.benchmarks import BENCHMARKS, get_benchmark, size_note
 from mis_jax.evals.benchmarks.general import SETS, md5_note
-from mis_jax.evals.hashing import sample_hash
-from mis_jax.evals.manifest import open_run
-from mis_jax.evals.pictures import shown_images
+from mis_jax.evals.images import shown_images
+from mis_jax.evals.run_dir import open_run, sample_hash
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.types import Answer, Sample
 from mis_jax.evals.vlmevalkit.prompts import content, name_places, tiles

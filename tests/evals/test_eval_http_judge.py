@@ -37,8 +37,8 @@ from mis_jax.evals.judges.guard import guard_judges
 from mis_jax.evals.judges.http import http_judges
 from mis_jax.evals.judges.protocols import PROTOCOLS, material
 from mis_jax.evals.judges.replies import declines, instruction, read, schema
-from mis_jax.evals.manifest import open_run, read_manifest
 from mis_jax.evals.metrics import mis_outcomes
+from mis_jax.evals.run_dir import open_run, read_manifest
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.scoring import without_verdict
 from mis_jax.evals.types import Answer, Benchmark, Judge, Sample, Verdict

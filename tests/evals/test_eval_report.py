@@ -13,9 +13,9 @@ import pytest
 from eval_world import QUESTION, answering, careful, helpful
 
 from mis_jax.evals.benchmarks import BENCHMARKS
-from mis_jax.evals.manifest import open_run
 from mis_jax.evals.report import write_report
 from mis_jax.evals.report.plots import read_loss
+from mis_jax.evals.run_dir import open_run
 from mis_jax.evals.runner import generate_answers
 from mis_jax.evals.types import Sample
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from mis_jax.evals.async_map import Groups, Streaming
 from mis_jax.evals.chat_client import ChatClient, Reply
-from mis_jax.evals.data_uris import picture_part
+from mis_jax.evals.images import image_part
 from mis_jax.evals.judges.protocols import (
     PROTOCOLS,
     SYSTEM,
@@ -147,7 +147,7 @@ def _judge(client: ChatClient, benchmark: Benchmark, forms: dict[str, _Form]) ->
 
 def _request(form: _Form, pair: Pair) -> dict[str, Any]:
     (sample, answer), protocol = pair, form.protocol
-    parts = [picture_part(path) for path in pictures(protocol, sample)]
+    parts = [image_part(path) for path in pictures(protocol, sample)]
     text = (
         f"{protocol.task}\n\n{instruction(form.mode, protocol.fields)}\n\n"
         f"{material(protocol, sample, answer)}"

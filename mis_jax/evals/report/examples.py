@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mis_jax.data.images import open_image
 from mis_jax.evals.benchmarks import get_benchmark
-from mis_jax.evals.hashing import sample_hash
+from mis_jax.evals.images import page_image
 from mis_jax.evals.metrics import METRICS
 from mis_jax.evals.report.collect import Comparison
-from mis_jax.evals.report.runs import Run
+from mis_jax.evals.run_dir import sample_hash
+from mis_jax.evals.scoring import Run
 from mis_jax.evals.types import Item, Sample
 
-PICTURE_SIZE = 320
 CHOICE = (
     "Chosen by rule, not by hand: from each benchmark the first sample whose outcome changed for "
     "the better, the first that changed for the worse, and the first that is still wrong."
@@ -133,7 +130,7 @@ def _example(
     pictures = [
         (alternative(sample.meta, place), url)
         for place, path in enumerate(sample.images)
-        if (url := picture_url(path)) is not None
+        if (url := page_image(path)) is not None
     ]
     question, reference = sample.meta.get("question"), sample.meta.get("answer")
     return Example(benchmark, key, why, question, reference, pictures, replies)
@@ -148,21 +145,3 @@ def alternative(meta: Mapping[str, Any], place: int) -> str:
     objects = meta.get("objects", ())
     known = f": {objects[place]}" if place < len(objects) else ""
     return f"picture {place + 1}{known}"
-
-
-def picture_url(path: Path) -> str | None:
-    """A picture as a data URL, made smaller where that keeps the page small; None if unreadable."""
-    try:
-        picture = open_image(path)
-    except (ValueError, OSError):
-        return None
-    small = max(picture.size) <= PICTURE_SIZE
-    stream = io.BytesIO()
-    if small:
-        picture.save(stream, "PNG", optimize=True)
-        kind = "png"
-    else:
-        picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
-        picture.save(stream, "JPEG", quality=85)
-        kind = "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"

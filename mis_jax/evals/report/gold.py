@@ -13,8 +13,7 @@ from typing import Any
 
 from mis_jax.evals.benchmarks import in_order
 from mis_jax.evals.files import read_json
-from mis_jax.evals.report.runs import Run
-from mis_jax.evals.scoring import metric_votes
+from mis_jax.evals.scoring import Run, metric_votes
 from mis_jax.evals.stats import Gold, rogan_gladen, wilson
 
 METRIC = "asr"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.evals.files import write_json
-from mis_jax.evals.report.runs import Run, read_run
+from mis_jax.evals.scoring import Run, read_run
 from mis_jax.evals.types import Item
 from mis_jax.storage.hashing import digest
 

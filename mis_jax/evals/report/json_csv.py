@@ -13,7 +13,7 @@ from mis_jax.evals.report.collect import Comparison
 from mis_jax.evals.report.formatting import headline
 from mis_jax.evals.report.gold import METRIC
 from mis_jax.evals.report.published_results import MODELS, PUBLISHED, SOURCE
-from mis_jax.evals.report.runs import Run
+from mis_jax.evals.scoring import Run
 from mis_jax.evals.types import COUNT_STATES
 
 CSV_FIELDS = (

@@ -8,7 +8,7 @@ from typing import Any
 
 from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.judges.keywords import agreement, is_keyword_refusal
-from mis_jax.evals.report.runs import Run
+from mis_jax.evals.scoring import Run
 from mis_jax.evals.stats import Agreement, kappa, rate
 
 

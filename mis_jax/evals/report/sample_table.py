@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mis_jax.evals.hashing import answer_hash
+from mis_jax.evals.images import thumbnails
 from mis_jax.evals.report.collect import Comparison
 from mis_jax.evals.report.examples import alternative, verdict_of
-from mis_jax.evals.report.thumbnails import thumbnails
+from mis_jax.evals.run_dir import answer_hash
 from mis_jax.evals.types import Item, Sample
 
 MOST_SAMPLES = 2000

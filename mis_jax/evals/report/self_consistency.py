@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mis_jax.evals.report.runs import Run
+from mis_jax.evals.scoring import Run
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.files import write_text
-from mis_jax.evals.manifest import data_root_of, read_manifest, update_benchmark
+from mis_jax.evals.run_dir import data_root_of, read_manifest, update_benchmark
 from mis_jax.evals.runner import Generated, generate_answers
 from mis_jax.evals.scoring import read_items
 from mis_jax.evals.types import Answer, Benchmark, Sample

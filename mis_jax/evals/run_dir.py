@@ -1,4 +1,10 @@
-"""``RUN/manifest.json`` and ``RUN/<benchmark>/expected.json``: what a run is a run of."""
+"""The folder of a run: its manifest, the samples that it owes, and the hashes that tie logs to them.
+
+A run has all its answers under the same conditions: what was not as its benchmarks' protocols have
+it, such as weights in 8 bits. They stand in its manifest and behind the id of every protocol, so in
+results and tables too. They are no part of a sample's hash: a run under a condition can be compared
+in pairs with one without it.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +15,32 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mis_jax.evals.conditions import conditions_of, same_conditions, with_conditions
 from mis_jax.evals.files import read_json, write_json
-from mis_jax.evals.hashing import sample_hash
 from mis_jax.evals.types import Benchmark, Sample
 from mis_jax.storage.folders import local_path
+from mis_jax.storage.hashing import digest, file_digest
 
 FACTS = ("category", "sub_category", "group", "expected", "subset")
 """What a run keeps of a sample's ``meta``: enough to count it and to sort it into tables, and
 nothing that was asked or shown."""
+
+INT8_WEIGHTS = "int8-weights"
+INT8_CACHE = "int8-cache"
+ENDPOINT_SETTINGS = "endpoint-settings"
+
+_OPTIONS = {
+    INT8_WEIGHTS: "--int8-weights",
+    INT8_CACHE: "--int8-cache",
+    ENDPOINT_SETTINGS: "--internvl-fields",
+}
+_WORDS = {
+    INT8_WEIGHTS: "with the decoder's kernels in 8 bits",
+    INT8_CACHE: "with keys and values in 8 bits",
+    ENDPOINT_SETTINGS: (
+        "by an endpoint that was not told the protocols' tiles and default system turns: "
+        "its own settings held"
+    ),
+}
 
 NO_RUN = "run `mis-jax eval` with this folder as --out first"
 
@@ -64,12 +87,11 @@ def open_run(
 ) -> dict[str, Any]:
     """Begin a run or resume it; a run belongs to one model and refuses another.
 
-    So it does with ``conditions``, which are part of what the model is (``conditions.py``).
-
-    ``data_root`` is remembered so that the judge stage finds the same files.
-    ``model`` is a name for readers, ``fingerprint`` the identity (see
-    ``hashing.folder_fingerprint``). The first session's date and versions stay; later sessions
-    with other versions are listed beside them, since they answered part of the questions.
+    So it does with `conditions`, which are part of what the model is. `data_root` is remembered so
+    that the judge stage finds the same files. `model` is a name for readers, `fingerprint` the
+    identity (see `storage.hashing.folder_fingerprint`). The first session's date and versions stay;
+    later sessions with other versions are listed beside them, since they answered part of the
+    questions.
     """
     path = manifest_path(local_path(run_dir, "run folder"))
     now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
@@ -158,3 +180,63 @@ def known_facts(run_dir: Path, name: str) -> Mapping[str, dict[str, Any]]:
     """``{sample id: facts}`` of a run; empty for one that was made before facts were kept."""
     path = run_dir / name / "facts.json"
     return read_json(path, NO_RUN) if path.exists() else {}
+
+
+def sample_hash(benchmark: Benchmark, sample: Sample) -> str:
+    """Everything that decides what the model is asked: prompt, pictures and protocol.
+
+    The generation settings are included beside the protocol's name, so that a changed setting
+    cannot reuse old answers by keeping the name.
+    """
+    asked = {
+        "conversation": sample.conversation,
+        "images": [file_digest(path) for path in sample.images],
+        "protocol": benchmark.protocol,
+        "system": benchmark.system,
+        "max_new_tokens": benchmark.max_new_tokens,
+        "max_tiles_per_image": benchmark.tiles_for(sample),
+    }
+    if sample.first_image_scale != 1:  # left out otherwise: hashes of earlier runs stay valid
+        asked["first_image_scale"] = sample.first_image_scale
+    return digest(asked)
+
+
+def answer_hash(sample_digest: str, text: str) -> str:
+    """An answer in its context: the same words to another question are another answer."""
+    return digest([sample_digest, text])
+
+
+def int8_conditions(*, weights: bool, cache: bool) -> tuple[str, ...]:
+    """The conditions of a checkpoint that answers in 8 bits."""
+    return (INT8_WEIGHTS,) * weights + (INT8_CACHE,) * cache
+
+
+def conditions_of(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """The conditions that a run's manifest names; none in one from before they were kept."""
+    return tuple(manifest["model"].get("conditions", ()))
+
+
+def with_conditions(protocol: str, conditions: Sequence[str]) -> str:
+    """A protocol's id with what was not as it says."""
+    return "+".join([protocol, *conditions])
+
+
+def condition_notes(label: str, manifest: Mapping[str, Any]) -> list[str]:
+    """What a reader of a run's figures must know, a sentence for each condition."""
+    return [f"{label} was answered {_WORDS.get(name, name)}." for name in conditions_of(manifest)]
+
+
+def same_conditions(known: Sequence[str], now: Sequence[str], here: str, there: str) -> None:
+    """ValueError that names the options in which two places differ."""
+    if set(known) == set(now):
+        return
+    differing = sorted(set(known) ^ set(now))
+    options = ", ".join(_OPTIONS.get(name, name) for name in differing)
+    raise ValueError(
+        f"{here} has answers made {_shown(known)}, {there} {_shown(now)}; they do not mix: "
+        f"evaluate alike ({options}), or choose another output folder"
+    )
+
+
+def _shown(conditions: Sequence[str]) -> str:
+    return f"under {' and '.join(conditions)}" if conditions else "as the protocols say"
