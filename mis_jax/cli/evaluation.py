@@ -191,8 +191,8 @@ def judge(
     """
     from mis_jax.evals.async_map import Stopped
     from mis_jax.evals.judges import JUDGES, get_judge
-    from mis_jax.evals.judges.guard import guard_judges
-    from mis_jax.evals.judges.http import http_judges
+    from mis_jax.evals.judges.llama_guard import guard_judges
+    from mis_jax.evals.judges.llm import http_judges
     from mis_jax.evals.run_dir import data_root_of, read_manifest
     from mis_jax.evals.runner import judge_run
     from mis_jax.evals.scoring import summarise
@@ -409,7 +409,7 @@ def _announce(
 ) -> Callable[[list[tuple["Owed", list[tuple["Sample", str]]]]], None]:
     """Prints what a judge behind an endpoint is about to cost."""
     from mis_jax.evals.eta import verdicts_ahead
-    from mis_jax.evals.judges.http import prompt_size
+    from mis_jax.evals.judges.llm import prompt_size
 
     def announce(owed: list[tuple["Owed", list[tuple["Sample", str]]]]) -> None:
         for one, pairs in owed:

@@ -1,4 +1,4 @@
-"""The folder of a run: its manifest, the samples that it owes, and the hashes that tie logs to them.
+"""The folder of a run: its manifest, the samples that it owes, the hashes that tie logs to them.
 
 A run has all its answers under the same conditions: what was not as its benchmarks' protocols have
 it, such as weights in 8 bits. They stand in its manifest and behind the id of every protocol, so in

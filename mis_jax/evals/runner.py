@@ -174,7 +174,7 @@ def judge_run(
     refusal is one of them, while ``unparsed`` and ``error`` are asked again. What ``cache`` has of
     earlier runs is not asked either, and what is asked goes into it. ``recheck`` answers of each
     benchmark are then judged a second time, into ``rechecks.jsonl`` and by the judge alone: see
-    `scoring.self_agreement`. ``announce`` learns what is about to be judged, before it is. Ends with
+    `scoring.self_agreement`. ``announce`` learns what is about to be judged before it is. Ends with
     ``summarise`` and returns its results; a judge that stops does so too, and its ``Stopped`` is
     raised.
     """

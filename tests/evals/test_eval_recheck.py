@@ -16,7 +16,7 @@ from statsmodels.stats.inter_rater import cohens_kappa
 
 from mis_jax.cli import main
 from mis_jax.evals.async_map import Stopped
-from mis_jax.evals.judges.http import http_judges
+from mis_jax.evals.judges.llm import http_judges
 from mis_jax.evals.report import write_report
 from mis_jax.evals.runner import draw_answers, judge_run
 from mis_jax.evals.scoring import verdict_notes

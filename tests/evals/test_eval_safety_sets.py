@@ -16,7 +16,7 @@ from eval_world import answering
 from mis_jax.evals.benchmarks import BENCHMARKS, get_benchmark, size_note
 from mis_jax.evals.files import read_json
 from mis_jax.evals.metrics import MIS_METRICS, counted
-from mis_jax.evals.report.collect import compare
+from mis_jax.evals.report.compare import compare
 from mis_jax.evals.report.examples import choose_examples
 from mis_jax.evals.report.examples import verdict_of as verdict_in_words
 from mis_jax.evals.run_dir import open_run

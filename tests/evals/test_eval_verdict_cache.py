@@ -13,7 +13,7 @@ from eval_judged import BAD, GOOD, always, answered, client_of, write_mis
 from eval_world import rows
 
 from mis_jax.cli import main
-from mis_jax.evals.judges.http import http_judges
+from mis_jax.evals.judges.llm import http_judges
 from mis_jax.evals.runner import judge_run
 from mis_jax.evals.verdict_cache import FILE, VerdictCache
 

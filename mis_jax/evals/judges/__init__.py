@@ -1,12 +1,11 @@
 """The built-in judges by the name that ``--judge`` takes.
 
-A language model behind an endpoint is in ``http.py``, a local guard checkpoint in ``guard.py``.
+A language model behind an endpoint is in `llm.py`, a local guard checkpoint in `llama_guard.py`.
 """
 
 from __future__ import annotations
 
-from mis_jax.evals.judges.exact import EXACT
-from mis_jax.evals.judges.options import OPTIONS
+from mis_jax.evals.judges.reference_answers import EXACT, OPTIONS
 from mis_jax.evals.judges.rules import RULES
 from mis_jax.evals.types import Judge
 

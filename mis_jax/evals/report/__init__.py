@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mis_jax.evals.files import write_json, write_text
-from mis_jax.evals.report.collect import compare
+from mis_jax.evals.report.compare import compare
+from mis_jax.evals.report.html import as_html
 from mis_jax.evals.report.json_csv import as_csv, as_json
 from mis_jax.evals.report.markdown_latex import as_markdown, as_tex
-from mis_jax.evals.report.page import as_html
 
 
 def write_report(

@@ -10,7 +10,7 @@ from typing import Any
 from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.images import page_image
 from mis_jax.evals.metrics import METRICS
-from mis_jax.evals.report.collect import Comparison
+from mis_jax.evals.report.compare import Comparison
 from mis_jax.evals.run_dir import sample_hash
 from mis_jax.evals.scoring import Run
 from mis_jax.evals.types import Item, Sample

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mis_jax.evals.report.breakdown import FEW, Mean, shown_metrics
-from mis_jax.evals.report.collect import Cell, Comparison, Row
+from mis_jax.evals.report.compare import Cell, Comparison, Row
 from mis_jax.evals.report.formatting import (
     MINI_BANNER,
     change_interval,

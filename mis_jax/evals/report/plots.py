@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mis_jax.evals.files import read_log
-from mis_jax.evals.report.collect import Comparison, Row
+from mis_jax.evals.report.compare import Comparison, Row
 from mis_jax.evals.report.formatting import metric_title
 
 # Matplotlib wants real colours. These stand for the page's own, which follow light and dark.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mis_jax.evals.images import thumbnails
-from mis_jax.evals.report.collect import Comparison
+from mis_jax.evals.report.compare import Comparison
 from mis_jax.evals.report.examples import alternative, verdict_of
 from mis_jax.evals.run_dir import answer_hash
 from mis_jax.evals.types import Item, Sample

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mis_jax.evals.report.collect import Cell, Comparison, Row
+from mis_jax.evals.report.compare import Cell, Comparison, Row
 from mis_jax.evals.report.formatting import percent, refusal_row, safety_row
 from mis_jax.evals.report.plots import GRID, INK, MARKERS, QUIET, as_svg, bare_axes, run_colour
 

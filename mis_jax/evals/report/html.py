@@ -15,7 +15,7 @@ from markupsafe import Markup
 from mis_jax.evals.metrics import METRICS
 from mis_jax.evals.report import formatting
 from mis_jax.evals.report.breakdown import FEW, Part, shown_metrics
-from mis_jax.evals.report.collect import Comparison, Row
+from mis_jax.evals.report.compare import Comparison, Row
 from mis_jax.evals.report.examples import CHOICE, choose_examples, load_samples
 from mis_jax.evals.report.plots import interval_plot, loss_plot, read_loss
 from mis_jax.evals.report.published_results import MODELS, PUBLISHED, SOURCE
