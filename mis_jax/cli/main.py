@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         handlers=[RichHandler(console=err_console, show_path=False)],
     )
     logging.getLogger("mis_jax").setLevel(logging.INFO)
-    for noisy in ("absl", "jax", "orbax", "PIL", "matplotlib", "h5py", "fontTools"):
+    for noisy in ("absl", "jax", "orbax", "PIL", "h5py"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if not debug:  # orbax tells the trace of an error there that it raises too
         logging.getLogger("absl").setLevel(logging.CRITICAL)

@@ -26,7 +26,7 @@ SUITE = {
     "report.json": "069af4186b9a1d5f",
     "report.md": "e1969643e5dcd1d0",
     "report.tex": "18bbe3d2a270a2b8",
-    "drawings": "a432fc9ea754391a",
+    "drawings": "de5d89c2ac169f2b",
     "inspect logs": "311de662d52398f5",
 }
 MINI = {
@@ -35,7 +35,7 @@ MINI = {
     "report.json": "727684ff008614a8",
     "report.md": "45526c0565d01fee",
     "report.tex": "37d248b845e417cd",
-    "drawings": "3f43834691c30e48",
+    "drawings": "b61d796d99503e24",
     "inspect logs": "e3b0c44298fc1c14",
 }
 

@@ -23,7 +23,7 @@ def _sample(annotation: Annotation, least: int, meta: dict[str, Any]) -> Sample:
 
 
 def _read_truth(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The truth file beside the annotations, or one folder up where each benchmark has its own folder."""
+    """The truth file beside the annotations, or one folder up from a benchmark's own."""
     beside, above = (folder / "mini_truth.json" for folder in (path.parent, path.parent.parent))
     file = beside if beside.is_file() or not above.is_file() else above
     return file, read_json(file, "write the mini world again; it belongs to its files")
