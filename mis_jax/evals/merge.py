@@ -17,8 +17,8 @@ from mis_jax.evals.run_dir import (
     same_conditions,
 )
 from mis_jax.evals.scoring import summarise
-from mis_jax.storage.folders import destination_path
 from mis_jax.storage.locks import LOCK
+from mis_jax.storage.paths import destination_path
 
 LOGS = ("samples.jsonl", "verdicts.jsonl", "rechecks.jsonl")
 

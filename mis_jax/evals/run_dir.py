@@ -17,8 +17,8 @@ from typing import Any
 
 from mis_jax.evals.files import read_json, write_json
 from mis_jax.evals.types import Benchmark, Sample
-from mis_jax.storage.folders import local_path
 from mis_jax.storage.hashing import digest, file_digest
+from mis_jax.storage.paths import local_path
 
 FACTS = ("category", "sub_category", "group", "expected", "subset")
 """What a run keeps of a sample's ``meta``: enough to count it and to sort it into tables, and

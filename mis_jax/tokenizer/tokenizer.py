@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mis_jax.storage.json_fields import MOST, read_json, token_number
+from mis_jax.storage.json_files import MOST, read_json, token_number
 from mis_jax.tokenizer.backends import Backend, BPEBackend, SentencePieceBackend
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_world import run_config
 
 from mis_jax.checkpoint import nnx_state
 from mis_jax.checkpoint.load import Checkpoint, read_checkpoint
@@ -68,6 +69,9 @@ def checkpoint(tmp_path_factory) -> Checkpoint:
     return read_checkpoint(ref.save(ref.reference_model(config, seed=0), folder))
 
 
+CONFIG = run_config(Path("model"), Path("data"), Path("out"))
+
+
 class Kept:
     """A transform that changes nothing and keeps the gradient as its state."""
 
@@ -93,7 +97,7 @@ def initial(checkpoint: Checkpoint, transform, freeze=(), dtype=jnp.float32) -> 
 
 def step_of(checkpoint: Checkpoint, transform, schedule=lambda step: 0.0, **options):
     build = lambda values: nnx_state.build(checkpoint.config, values, **options)  # noqa: E731
-    return make_train_step(build, transform, schedule)
+    return make_train_step(build, transform, schedule, CONFIG)
 
 
 def adamw(dtype: DtypeConfig | None = None):

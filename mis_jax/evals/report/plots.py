@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from markupsafe import Markup
@@ -183,8 +184,13 @@ def loss_plot(points: Sequence[tuple[int, float]]) -> Markup:
     thin, pale = (0.8, 0.45) if reach else (1.4, 1.0)
     parts.append(_curve([axes.place(*point) for point in points], run_colour(1), thin, pale))
     if reach:
-        windows = [losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses))]
-        means = [sum(window) / len(window) for window in windows]
+        sums = [0.0, *accumulate(losses)]
+        means = [
+            (sums[end] - sums[begin]) / (end - begin)
+            for begin, end in (
+                (max(0, i - reach), min(len(losses), i + reach + 1)) for i in range(len(losses))
+            )
+        ]
         parts.append(_curve(list(map(axes.place, steps, means)), run_colour(1), 2))
     parts += axes.titles("step", "loss", QUIET)
     description = (
