@@ -22,7 +22,7 @@ from PIL import Image
 
 from mis_jax.data.images import image_size
 from mis_jax.evals.types import Benchmark, Sample
-from mis_jax.storage.files import replace_file
+from mis_jax.storage.files import make_folder, replace_file
 
 _ANNOUNCED = re.compile(r"Image-\d+:\s*")
 _MARKER = re.compile(r"(?:Image-\d+:[ \t]*)?<image>\n*")
@@ -99,7 +99,7 @@ def plain_picture(colour: str, size: tuple[int, int]) -> Path:
     cache_root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache_root / "mis-jax" / "plain" / f"{colour}-{size[0]}x{size[1]}.png"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         drawn = io.BytesIO()
         Image.new("RGB", size, colour).save(drawn, "PNG")
         replace_file(path, drawn.getvalue())  # another process never reads half a picture

@@ -10,6 +10,7 @@ from PIL import Image
 
 from mis_jax.data.images import image_format, open_image
 from mis_jax.evals.types import Sample
+from mis_jax.storage.files import read_bytes
 
 THUMBNAIL_SIZES = (160, 112, 80, 56, 40, 28, 20)
 """Longest sides in pixels, tried from the first."""
@@ -45,7 +46,7 @@ def data_url(image: Path | Image.Image) -> str:
     """
     if isinstance(image, Image.Image):
         return _encoded(image, "PNG")
-    content = image.read_bytes()
+    content = read_bytes(image)
     opened = open_image(io.BytesIO(content), name=str(image))
     kind = image_format(io.BytesIO(content), name=str(image))
     return _url(kind, content) if kind in _SENT_AS_IS else _encoded(opened, "PNG")

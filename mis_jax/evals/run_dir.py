@@ -15,9 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mis_jax.evals.files import read_json, write_json
 from mis_jax.evals.types import Benchmark, Sample
 from mis_jax.storage.hashing import digest, file_digest
+from mis_jax.storage.json_files import read_document, replace_json
 from mis_jax.storage.paths import local_path
 
 FACTS = ("category", "sub_category", "group", "expected", "subset")
@@ -68,7 +68,7 @@ def manifest_path(run_dir: Path) -> Path:
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
     """The manifest of an existing run."""
-    manifest = read_json(manifest_path(run_dir), NO_RUN)
+    manifest = read_document(manifest_path(run_dir), NO_RUN)
     if not isinstance(manifest, dict) or not {"model", "benchmarks"} <= manifest.keys():
         raise ValueError(
             f"{manifest_path(run_dir)} lacks 'model' or 'benchmarks': it is not the manifest of "
@@ -103,7 +103,7 @@ def open_run(
             "benchmarks": {},
             "data_root": str(data_root.absolute()) if data_root else None,
         }
-        write_json(path, manifest)
+        replace_json(path, manifest)
         return manifest
     manifest = read_manifest(run_dir)
     same_conditions(conditions_of(manifest), conditions, str(run_dir), "this call would have")
@@ -117,7 +117,7 @@ def open_run(
     sessions = [manifest, *manifest.setdefault("resumed", [])]
     if all(session.get("versions") != now["versions"] for session in sessions):
         manifest["resumed"].append(now)
-        write_json(path, manifest)
+        replace_json(path, manifest)
     return manifest
 
 
@@ -133,7 +133,7 @@ def update_benchmark(run_dir: Path, name: str, **fields: Any) -> None:
     """Set fields of one benchmark's entry in the manifest."""
     manifest = read_manifest(run_dir)
     manifest["benchmarks"].setdefault(name, {}).update(fields)
-    write_json(manifest_path(run_dir), manifest)
+    replace_json(manifest_path(run_dir), manifest)
 
 
 def expect(run_dir: Path, benchmark: Benchmark, samples: Sequence[Sample]) -> dict[str, str]:
@@ -144,7 +144,7 @@ def expect(run_dir: Path, benchmark: Benchmark, samples: Sequence[Sample]) -> di
     hashes = {sample.id: sample_hash(benchmark, sample) for sample in samples}
     if len(hashes) != len(samples):
         raise ValueError(f"{benchmark.name}: sample ids repeat; ids must be unique in a benchmark")
-    write_json(run_dir / benchmark.name / "expected.json", hashes)
+    replace_json(run_dir / benchmark.name / "expected.json", hashes)
     write_facts(run_dir, benchmark.name, samples)
     update_benchmark(
         run_dir,
@@ -162,7 +162,7 @@ def expect(run_dir: Path, benchmark: Benchmark, samples: Sequence[Sample]) -> di
 
 def expected(run_dir: Path, name: str) -> dict[str, str]:
     """``{sample id: content hash}`` of the samples that the run owes."""
-    return read_json(run_dir / name / "expected.json", NO_RUN)
+    return read_document(run_dir / name / "expected.json", NO_RUN)
 
 
 def facts_of(sample: Sample) -> dict[str, Any]:
@@ -173,13 +173,13 @@ def facts_of(sample: Sample) -> dict[str, Any]:
 def write_facts(run_dir: Path, name: str, samples: Iterable[Sample]) -> None:
     """Keep the samples' facts, so that a run can be counted without its data root."""
     facts = {sample.id: facts_of(sample) for sample in samples}
-    write_json(run_dir / name / "facts.json", facts)
+    replace_json(run_dir / name / "facts.json", facts)
 
 
 def known_facts(run_dir: Path, name: str) -> Mapping[str, dict[str, Any]]:
     """``{sample id: facts}`` of a run; empty for one that was made before facts were kept."""
     path = run_dir / name / "facts.json"
-    return read_json(path, NO_RUN) if path.exists() else {}
+    return read_document(path, NO_RUN) if path.exists() else {}
 
 
 def sample_hash(benchmark: Benchmark, sample: Sample) -> str:

@@ -16,7 +16,6 @@ from typing import Any
 
 from mis_jax.evals.async_map import Groups, Stopped, Streaming, groups_of
 from mis_jax.evals.benchmarks import get_benchmark
-from mis_jax.evals.files import AppendLog, read_log
 from mis_jax.evals.judges import JUDGES
 from mis_jax.evals.run_dir import (
     answer_hash,
@@ -31,6 +30,7 @@ from mis_jax.evals.scoring import summarise
 from mis_jax.evals.types import Answer, Benchmark, Judge, Sample, Verdict
 from mis_jax.evals.verdict_cache import VerdictCache
 from mis_jax.storage.hashing import digest
+from mis_jax.storage.jsonl import AppendLog, read_log
 
 __all__ = ["Generated", "JudgeOf", "Owed", "generate_answers", "judge_run", "summarise"]
 
@@ -88,7 +88,7 @@ def generate_answers(
     hashes = expect(run_dir, benchmark, samples)
     update_benchmark(run_dir, benchmark.name, part=dict(part) if part else None)
     with AppendLog(run_dir / benchmark.name / "samples.jsonl") as log:
-        done = {(row["id"], row["hash"]) for row in log.rows if row["state"] == "ok"}
+        done = {(row["id"], row["hash"]) for row in log.entries if row["state"] == "ok"}
         waiting = [sample for sample in samples if (sample.id, hashes[sample.id]) not in done]
         finished = reused = len(samples) - len(waiting)
         failed = 0
@@ -264,8 +264,8 @@ def _exchange(cache: VerdictCache, owed: Owed, run_dir: Path) -> None:
     A run that was judged without the cache, or killed before it was written, adds to it too.
     """
     with AppendLog(run_dir / owed.benchmark.name / "verdicts.jsonl") as log:
-        cache.keep(row for row in log.rows if row["judge"] == owed.judge.id)
-        waiting = owed.waiting(log.rows)
+        cache.add(row for row in log.entries if row["judge"] == owed.judge.id)
+        waiting = owed.waiting(log.entries)
         found = [(key, cache.find(owed.keys[key][1:])) for key in waiting]
         log.append({"id": key} | row for key, row in found if row is not None)
 
@@ -279,14 +279,14 @@ def _judge_benchmark(
 ) -> None:
     name = owed.benchmark.name
     with AppendLog(run_dir / name / "verdicts.jsonl") as log:
-        waiting = owed.waiting(log.rows)
+        waiting = owed.waiting(log.entries)
         # Only now: a judge that cannot start must not take the place of the one that finished.
         update_benchmark(run_dir, name, judge=owed.judge.id)
         show = progress(name) if progress else None
         for rows in _judged(owed, waiting, len(owed.answers), batch_size, show):
             log.append(rows)
             if cache:
-                cache.keep(rows)
+                cache.add(rows)
 
 
 def _judge_again(
@@ -302,7 +302,7 @@ def _judge_again(
     unlabelled = set(owed.waiting([row for row in verdicts if row["state"] == "ok"]))
     chosen = owed.drawn([key for key in owed.answers if key not in unlabelled], count)
     with AppendLog(run_dir / name / "rechecks.jsonl") as log:
-        again = set(owed.waiting(log.rows))
+        again = set(owed.waiting(log.entries))
         waiting = [key for key in chosen if key in again]
         show = progress(f"{name} again") if progress else None
         for rows in _judged(owed, waiting, len(chosen), batch_size, show):

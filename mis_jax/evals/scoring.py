@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.evals.benchmarks import get_benchmark, is_benchmark, known_names
-from mis_jax.evals.files import read_log, write_json
 from mis_jax.evals.metrics import counted
 from mis_jax.evals.run_dir import answer_hash, expected, known_facts, read_manifest
 from mis_jax.evals.stats import kappa, rate
 from mis_jax.evals.types import COUNT_STATES, Again, Benchmark, Item
+from mis_jax.storage.json_files import replace_json
+from mis_jax.storage.jsonl import read_log
 
 
 def read_items(run_dir: Path, name: str, judge: str | None) -> list[Item]:
@@ -146,7 +147,7 @@ def compute_results(run_dir: Path) -> dict[str, Any]:
 def summarise(run_dir: Path) -> dict[str, Any]:
     """Count the verdicts, write ``RUN/results.json`` and return what it holds."""
     results = compute_results(run_dir)
-    write_json(run_dir / "results.json", results)
+    replace_json(run_dir / "results.json", results)
     return results
 
 

@@ -31,7 +31,6 @@ from mis_jax.evals import chat_client
 from mis_jax.evals.async_map import Stopped, as_they_come
 from mis_jax.evals.benchmarks import BENCHMARKS
 from mis_jax.evals.chat_client import ChatClient
-from mis_jax.evals.files import read_log
 from mis_jax.evals.judges import prompts
 from mis_jax.evals.judges.llama_guard import guard_judges
 from mis_jax.evals.judges.llm import declines, http_judges, read, schema
@@ -41,6 +40,7 @@ from mis_jax.evals.run_dir import open_run, read_manifest
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.scoring import without_verdict
 from mis_jax.evals.types import Answer, Benchmark, Judge, Sample, Verdict
+from mis_jax.storage.jsonl import read_log
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.evals.benchmarks.table import Annotation, find_mis_file, read_annotations
-from mis_jax.evals.files import read_json
 from mis_jax.evals.metrics import MIS_METRICS, accuracy_outcomes, mis_outcomes, refusal_outcomes
 from mis_jax.evals.types import Benchmark, Sample
+from mis_jax.storage.json_files import read_document
 
 PREFIXES = {1: "<image>\n", 2: "Image-1: <image>\nImage-2: <image>\n"}
 
@@ -26,7 +26,7 @@ def _read_truth(path: Path) -> tuple[Path, dict[str, Any]]:
     """The truth file beside the annotations, or one folder up from a benchmark's own."""
     beside, above = (folder / "mini_truth.json" for folder in (path.parent, path.parent.parent))
     file = beside if beside.is_file() or not above.is_file() else above
-    return file, read_json(file, "write the mini world again; it belongs to its files")
+    return file, read_document(file, "write the mini world again; it belongs to its files")
 
 
 def load_pairs(name: str, dangerous: bool, data_root: Path) -> list[Sample]:

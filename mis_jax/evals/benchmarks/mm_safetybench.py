@@ -14,9 +14,9 @@ from mis_jax.evals.benchmarks.table import (
     find_file,
     with_images,
 )
-from mis_jax.evals.files import read_json
 from mis_jax.evals.metrics import guard_outcomes
 from mis_jax.evals.types import Benchmark, Sample
+from mis_jax.storage.json_files import read_document
 
 # Names of the published files and folders, the misspelling of the first included.
 SCENARIOS = (
@@ -48,7 +48,7 @@ def load_mm_safetybench(variant: str, data_root: Path) -> list[Sample]:
     for scenario in SCENARIOS:
         file = f"processed_questions/{scenario}.json"
         path = find_file(data_root, "mm_safetybench", (file, f"data/{file}"))
-        entries = read_json(path, AGAIN)
+        entries = read_document(path, AGAIN)
         if not isinstance(entries, dict) or not entries:
             raise ValueError(f"{path} does not map ids to questions; {AGAIN}")
         images = path.parent.parent / "imgs" / scenario / variant

@@ -18,9 +18,9 @@ from mis_jax.evals.benchmarks.table import (
     with_images,
 )
 from mis_jax.evals.controls import CONTROLS
-from mis_jax.evals.files import read_json
 from mis_jax.evals.metrics import situation_outcomes
 from mis_jax.evals.types import Sample
+from mis_jax.storage.json_files import read_document
 
 # The published instruction of the setting "if" (instruction following), word for word.
 INSTRUCTION = (
@@ -37,7 +37,7 @@ SITUATIONS = ("safe", "unsafe")
 def load_mssbench(data_root: Path) -> list[Sample]:
     """Both situations of every chat item."""
     path = find_file(data_root, "mssbench", FILES)
-    content = read_json(path, AGAIN)
+    content = read_document(path, AGAIN)
     items = content.get("chat") if isinstance(content, dict) else None
     if not isinstance(items, list) or not items or not all(isinstance(i, dict) for i in items):
         raise ValueError(f"{path} has no list of items under 'chat'; {AGAIN}")

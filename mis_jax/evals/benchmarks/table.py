@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.data.chat_template import IMAGE_MARKER
-from mis_jax.evals.files import read_json
 from mis_jax.evals.types import Benchmark, Sample
+from mis_jax.storage.files import open_text
+from mis_jax.storage.json_files import read_document
 
 AGAIN = "download the file again"
 _IMAGE_FIELDS = ("image_path1", "image_path2")
@@ -183,7 +184,7 @@ def unique_ids(entries: Sequence[dict[str, Any]], fields: Sequence[str] = ("id",
 
 def _read_json(path: Path) -> list[dict[str, Any]]:
     """A list of entries, or the values of a mapping."""
-    entries = read_json(path, AGAIN)
+    entries = read_document(path, AGAIN)
     if isinstance(entries, dict):
         entries = list(entries.values())
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -194,7 +195,7 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
 def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     try:
         # utf-8-sig: files that went through a spreadsheet begin with a byte order mark.
-        with open(path, newline="", encoding="utf-8-sig") as stream:
+        with open_text(path, encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
             entries = list(reader)
     except (csv.Error, UnicodeDecodeError) as error:

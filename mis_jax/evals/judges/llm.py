@@ -17,7 +17,6 @@ no guess and no search for words in free text.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,22 +95,20 @@ def self_test(client: ChatClient, protocol: Protocol, shown: int) -> _Form:
     """
     meta = dict.fromkeys(protocol.facts, "blue")
     limits, problem = dict(_LIMITS), ""
-    with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder) / "blank.png"
-        Image.new("RGB", (64, 64), "white").save(picture)
-        question = {"role": "user", "content": "What colour is the sky on a clear day?"}
-        sample = Sample("self-test", [question], [picture] * shown, meta)
-        for mode in MODES:
-            form = _Form(protocol, mode, limits)
-            reply = _tried(client, form, (sample, "The sky is blue."))
-            if reply.state == "error" and (reply.status not in _FORM_REFUSED or mode == "text"):
-                raise ValueError(f"{client.explained(reply)} (at the self-test of the judge)")
-            verdict = _verdict(form, reply)
-            if verdict.state == "ok":
-                return form
-            if verdict.state == "refused":
-                break
-            problem = f"{verdict.detail}; it said {reply.text[:120]!r}"
+    blank = Image.new("RGB", (64, 64), "white")
+    question = {"role": "user", "content": "What colour is the sky on a clear day?"}
+    sample = Sample("self-test", [question], [], meta)
+    for mode in MODES:
+        form = _Form(protocol, mode, limits)
+        reply = _tried(client, form, (sample, "The sky is blue."), [blank] * shown)
+        if reply.state == "error" and (reply.status not in _FORM_REFUSED or mode == "text"):
+            raise ValueError(f"{client.explained(reply)} (at the self-test of the judge)")
+        verdict = _verdict(form, reply)
+        if verdict.state == "ok":
+            return form
+        if verdict.state == "refused":
+            break
+        problem = f"{verdict.detail}; it said {reply.text[:120]!r}"
     reason = problem or f"it declines to judge: {(reply.text or reply.detail)[:120]!r}"
     raise ValueError(
         f"{client.base_url}: {client.model!r} fails the self-test as a judge for protocol "
@@ -119,11 +116,11 @@ def self_test(client: ChatClient, protocol: Protocol, shown: int) -> _Form:
     )
 
 
-def _tried(client: ChatClient, form: _Form, pair: Pair) -> Reply:
+def _tried(client: ChatClient, form: _Form, pair: Pair, images: Sequence[Image.Image]) -> Reply:
     """The reply in a form, after dropping what the model does not take from its ``limits``."""
     limits = form.limits
     while True:
-        reply = client.one(_request(form, pair))
+        reply = client.one(_request(form, pair, images))
         refused = reply.parameter if reply.status == 400 else None
         if refused == "max_tokens" and refused in limits:
             limits["max_completion_tokens"] = limits.pop("max_tokens")
@@ -137,17 +134,21 @@ def _judge(client: ChatClient, benchmark: Benchmark, forms: dict[str, _Form]) ->
     def form_of(pair: Pair) -> _Form:
         return forms[protocol_of(benchmark, pair[0]).name]
 
+    def request(pair: Pair) -> dict[str, Any]:
+        form = form_of(pair)
+        return _request(form, pair, images_of(form.protocol, pair[0]))
+
     def stream(pairs: Sequence[Pair]) -> Groups[Verdict]:
-        for group in client.many(pairs, lambda pair: _request(form_of(pair), pair)):
+        for group in client.many(pairs, request):
             yield [(place, _verdict(form_of(pairs[place]), reply)) for place, reply in group]
 
     names = "+".join(form.name for form in forms.values())
     return Judge(f"http:{client.model}:{names}", Streaming(stream))
 
 
-def _request(form: _Form, pair: Pair) -> dict[str, Any]:
+def _request(form: _Form, pair: Pair, images: Sequence[Path | Image.Image]) -> dict[str, Any]:
     (sample, answer), protocol = pair, form.protocol
-    parts = [image_part(path) for path in images_of(protocol, sample)]
+    parts = [image_part(image) for image in images]
     text = (
         f"{protocol.task}\n\n{instruction(form.mode, protocol.fields)}\n\n"
         f"{material(protocol, sample, answer)}"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mis_jax.evals.files import write_json, write_text
 from mis_jax.evals.report.compare import compare
 from mis_jax.evals.report.html import as_html
 from mis_jax.evals.report.json_csv import as_csv, as_json
 from mis_jax.evals.report.markdown_latex import as_markdown, as_tex
+from mis_jax.storage.files import replace_text
+from mis_jax.storage.json_files import replace_json
 
 
 def write_report(
@@ -46,7 +47,7 @@ def write_report(
             redact=redact,
         ),
     }
-    write_json(out / "report.json", as_json(comparison, title))
+    replace_json(out / "report.json", as_json(comparison, title))
     for name, text in texts.items():
-        write_text(out / name, text)
+        replace_text(out / name, text)
     return [out / name for name in ("report.json", *texts)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from mis_jax.evals.report.plots import interval_plot, loss_plot, read_loss, scat
 from mis_jax.evals.report.published_results import MODELS, PUBLISHED, SOURCE
 from mis_jax.evals.report.sample_table import CHANGES, browse
 from mis_jax.evals.types import COUNT_STATES
+from mis_jax.storage.files import package_text
 
 
 def as_html(
@@ -53,7 +53,7 @@ def as_html(
     }
     main = formatting.main_row(comparison)
     known = {} if redact or data_root is None else load_samples(comparison, data_root)
-    script = files("mis_jax.evals.report").joinpath("page.js").read_text(encoding="utf-8")
+    script = package_text("mis_jax.evals.report", "page.js")
     browser = browse(comparison, known, redact)
     return environment.get_template("page.html.j2").render(
         title=title,

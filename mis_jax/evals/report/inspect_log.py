@@ -10,10 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mis_jax.evals.files import write_json
 from mis_jax.evals.scoring import Run, read_run
 from mis_jax.evals.types import Item
 from mis_jax.storage.hashing import digest
+from mis_jax.storage.json_files import replace_json
 
 FORMAT_VERSION = 2
 WITHHELD = "withheld"
@@ -30,7 +30,7 @@ def write_inspect_logs(run_dir: Path, out: Path, *, redact: bool = True) -> list
     paths = []
     for benchmark in run.results:
         path = out / f"{benchmark}.json"
-        write_json(path, inspect_log(run, benchmark, redact=redact))
+        replace_json(path, inspect_log(run, benchmark, redact=redact))
         paths.append(path)
     return paths
 

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.evals.benchmarks import get_benchmark, in_order
-from mis_jax.evals.files import read_json
 from mis_jax.evals.scoring import Run, metric_votes
 from mis_jax.evals.stats import Agreement, Gold, kappa, rate, rogan_gladen, wilson
+from mis_jax.storage.json_files import read_document
 
 PHRASE_METRIC = "keyword_refusal"
 
@@ -98,7 +98,7 @@ class Correction:
 
 def read_gold(path: Path, runs: Sequence[Run]) -> GoldLabels:
     """The labels in a file; everything it names must be there."""
-    content = read_json(path, "give --gold the file of labels made by people")
+    content = read_document(path, "give --gold the file of labels made by people")
     known = {run.label: run for run in runs}
     for label, benchmarks in _entries(path, content, "the file"):
         if label not in known:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from mis_jax.evals.files import read_log
 from mis_jax.evals.report.compare import Cell, Comparison, Row
 from mis_jax.evals.report.formatting import metric_title, percent, refusal_row, safety_row
+from mis_jax.storage.jsonl import read_log
 
 # Narrow on purpose: the drawing is scaled to a phone's width, and its text must stay readable.
 WIDTH = 331.2

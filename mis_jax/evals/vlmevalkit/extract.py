@@ -9,11 +9,14 @@ an old picture, and several processes may extract at once.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 
-from mis_jax.storage.files import replace_file
+from mis_jax.storage.files import (
+    is_writable,
+    make_folder,
+    own_temporary_folder,
+    replace_file,
+)
 
 _KINDS = {
     b"\xff\xd8\xff": ".jpg",
@@ -55,22 +58,15 @@ class PictureFolder:
 
 
 def _writable(wanted: Path) -> Path:
+    if is_writable(wanted):
+        return wanted
     try:
-        wanted.mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=wanted):
-            return wanted
-    except OSError:
-        pass
-    name = hashlib.sha256(str(wanted.absolute()).encode()).hexdigest()[:16]
-    private = Path(tempfile.gettempdir()) / f"mis_jax-pictures-{os.getuid()}"
-    private.mkdir(mode=0o700, exist_ok=True)
-    found = private.lstat()
-    # Anybody may make this name in a shared folder first and put other pictures into it.
-    if found.st_uid != os.getuid() or found.st_mode & 0o077:
+        own = own_temporary_folder("mis_jax-pictures")
+    except ValueError as error:
         raise ValueError(
-            f"{wanted} cannot be written to and {private} is open to others; "
-            "make the first writable, or remove the second"
-        )
-    folder = private / name
-    folder.mkdir(mode=0o700, exist_ok=True)
+            f"{wanted} cannot be written to and {error}; make the first writable, or remove the "
+            "second"
+        ) from None
+    folder = own / hashlib.sha256(str(wanted.absolute()).encode()).hexdigest()[:16]
+    make_folder(folder, mode=0o700)
     return folder
