@@ -16,8 +16,8 @@ from eval_world import answering
 from mis_jax.evals.benchmarks import BENCHMARKS, get_benchmark, size_note
 from mis_jax.evals.metrics import MIS_METRICS, counted
 from mis_jax.evals.report.compare import compare
-from mis_jax.evals.report.examples import choose_examples
-from mis_jax.evals.report.examples import verdict_of as verdict_in_words
+from mis_jax.evals.report.samples import choose_examples
+from mis_jax.evals.report.samples import verdict_of as verdict_in_words
 from mis_jax.evals.run_dir import open_run
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.scoring import read_items, summarise

@@ -16,7 +16,7 @@ import pytest
 from eval_tables import b64, picture, several, write_table
 from PIL import Image
 
-from mis_jax.evals.vlmevalkit.extract import picture_kind
+from mis_jax.evals.vlmevalkit.questions import picture_kind
 from mis_jax.evals.vlmevalkit.tsv import file_md5, read_tsv
 
 

@@ -15,10 +15,9 @@ from mis_jax.evals.metrics import METRICS
 from mis_jax.evals.report import formatting
 from mis_jax.evals.report.breakdown import FEW, Part, shown_metrics
 from mis_jax.evals.report.compare import Comparison, Row
-from mis_jax.evals.report.examples import CHOICE, choose_examples, load_samples
 from mis_jax.evals.report.plots import interval_plot, loss_plot, read_loss, scatter_plot
 from mis_jax.evals.report.published_results import MODELS, PUBLISHED, SOURCE
-from mis_jax.evals.report.sample_table import CHANGES, browse
+from mis_jax.evals.report.samples import CHANGES, CHOICE, browse, choose_examples, load_samples
 from mis_jax.evals.types import COUNT_STATES
 from mis_jax.storage.files import package_text
 

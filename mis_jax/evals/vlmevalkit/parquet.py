@@ -13,9 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mis_jax.evals.vlmevalkit.extract import PictureFolder
 from mis_jax.evals.vlmevalkit.questions import (
     LETTERS,
+    PictureFolder,
     Question,
     check_answer,
     check_unique,

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mis_jax.data.images import open_image
-from mis_jax.evals.vlmevalkit.extract import PictureFolder
 from mis_jax.evals.vlmevalkit.questions import (
     LETTERS,
+    PictureFolder,
     Question,
     check_answer,
     check_unique,
