@@ -24,7 +24,7 @@ from mis_jax.storage.paths import destination_path
 
 if TYPE_CHECKING:
     from mis_jax.evals.chat_client import ChatClient
-    from mis_jax.evals.runner import AnswerFn, Owed
+    from mis_jax.evals.runner import AnswerFn, JudgingTask
     from mis_jax.evals.types import Benchmark, Sample
 
 # Options of both verbs that talk to a server.
@@ -343,12 +343,12 @@ def _guard(folder: Path, dtype: Dtype | None, mesh: MeshSizes) -> Any:
 
 def _announce(
     client: "ChatClient",
-) -> Callable[[list[tuple["Owed", list[tuple["Sample", str]]]]], None]:
+) -> Callable[[list[tuple["JudgingTask", list[tuple["Sample", str]]]]], None]:
     """Prints what a judge behind an endpoint is about to cost."""
     from mis_jax.cli.eta import verdicts_ahead
     from mis_jax.evals.judges.llm import prompt_size
 
-    def announce(owed: list[tuple["Owed", list[tuple["Sample", str]]]]) -> None:
+    def announce(owed: list[tuple["JudgingTask", list[tuple["Sample", str]]]]) -> None:
         for one, pairs in owed:
             tokens, pictures = prompt_size(pairs, one.benchmark)
             seconds = len(pairs) * client.pace()

@@ -1,7 +1,7 @@
 """Controls of a benchmark: the same questions without what the pictures say.
 
-``mis_hard@black`` asks the questions of ``mis_hard`` over black pictures, ``@white`` over white
-ones, ``@text`` with no pictures at all, ``@swapped`` with the two pictures exchanged. A model that
+`mis_hard@black` asks the questions of `mis_hard` over black pictures, `@white` over white
+ones, `@text` with no pictures at all, `@swapped` with the two pictures exchanged. A model that
 answers a control as it answers the benchmark has not looked. Samples keep their ids, so that a
 control can be compared with its benchmark sample by sample; the protocol and the sample hashes
 differ, so no answer is ever taken over. A judge that looks at pictures sees those of the control.
@@ -29,7 +29,7 @@ _MARKER = re.compile(r"(?:Image-\d+:[ \t]*)?<image>\n*")
 
 
 def control_of(benchmark: Benchmark, control: str) -> Benchmark:
-    """The benchmark under one of ``CONTROLS``."""
+    """The benchmark under one of `CONTROLS`."""
     return replace(
         benchmark,
         name=f"{benchmark.name}@{control}",

@@ -1,9 +1,9 @@
 """Any OpenAI-compatible endpoint as the model under test.
 
-Pictures are sent as data URIs where the prompt has its ``<image>`` markers. Decoding is greedy.
+Pictures are sent as data URIs where the prompt has its `<image>` markers. Decoding is greedy.
 Two settings of a benchmark have no place in the chat API: tiles for each picture, and whether the
-checkpoint's own system turn is left out. Our server takes them as ``max_dynamic_patch`` and
-``system_prompt``; another one answers with settings of its own, which is a condition of the run.
+checkpoint's own system turn is left out. Our server takes them as `max_dynamic_patch` and
+`system_prompt`; another one answers with settings of its own, which is a condition of the run.
 Templates of InternVL, ours
 among them, write a line break behind every picture of the chat API, so there the prompt's own is
 left out.
@@ -48,7 +48,7 @@ class Endpoint:
 
 
 def open_endpoint(client: ChatClient, *, takes_settings: bool = False) -> Endpoint:
-    """Look at ``/v1/models``; ValueError for an address, a key or a model that is wrong."""
+    """Look at `/v1/models`; ValueError for an address, a key or a model that is wrong."""
     owners = client.owners()
     if owners is not None and client.model not in owners:
         known = ", ".join(list(owners)[:8]) or "none"
@@ -101,7 +101,7 @@ def _answer(reply: Reply) -> Answer:
 def chat_messages(sample: Sample, *, breaks_lines: bool = False) -> list[dict[str, Any]]:
     """The conversation as the chat API has it; ValueError where markers and pictures differ.
 
-    ``breaks_lines`` says that the server writes a line break behind every picture.
+    `breaks_lines` says that the server writes a line break behind every picture.
     """
     images = iter(shown_images(sample))
     marked = insert_image_markers(sample.conversation, len(sample.images))

@@ -25,7 +25,7 @@ LOGS = ("samples.jsonl", "verdicts.jsonl", "rechecks.jsonl")
 
 
 def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Copy runs of one model into the new run ``out``; returns its results.
+    """Copy runs of one model into the new run `out`; returns its results.
 
     Answers and verdicts keep all their rows. ValueError for runs of different models, protocols or
     judges, for samples that two runs share, and for shards that are not all there.

@@ -21,7 +21,7 @@ from mis_jax.storage.json_files import read_document, replace_json
 from mis_jax.storage.paths import local_path
 
 FACTS = ("category", "sub_category", "group", "expected", "subset")
-"""What a run keeps of a sample's ``meta``: enough to count it and to sort it into tables, and
+"""What a run keeps of a sample's `meta`: enough to count it and to sort it into tables, and
 nothing that was asked or shown."""
 
 INT8_WEIGHTS = "int8-weights"
@@ -137,7 +137,7 @@ def update_benchmark(run_dir: Path, name: str, **fields: Any) -> None:
 
 
 def expect(run_dir: Path, benchmark: Benchmark, samples: Sequence[Sample]) -> dict[str, str]:
-    """Write down which samples the run owes an answer to; returns ``{id: hash}``.
+    """Write down which samples the run owes an answer to; returns `{id: hash}`.
 
     Without this list a sample that was never answered would be invisible to the summary.
     """
@@ -161,7 +161,7 @@ def expect(run_dir: Path, benchmark: Benchmark, samples: Sequence[Sample]) -> di
 
 
 def expected(run_dir: Path, name: str) -> dict[str, str]:
-    """``{sample id: content hash}`` of the samples that the run owes."""
+    """`{sample id: content hash}` of the samples that the run owes."""
     return read_document(run_dir / name / "expected.json", NO_RUN)
 
 
@@ -177,7 +177,7 @@ def write_facts(run_dir: Path, name: str, samples: Iterable[Sample]) -> None:
 
 
 def known_facts(run_dir: Path, name: str) -> Mapping[str, dict[str, Any]]:
-    """``{sample id: facts}`` of a run; empty for one that was made before facts were kept."""
+    """`{sample id: facts}` of a run; empty for one that was made before facts were kept."""
     path = run_dir / name / "facts.json"
     return read_document(path, NO_RUN) if path.exists() else {}
 

@@ -107,7 +107,7 @@ def pair_rate(items: list[Item], metric: str) -> dict[str, Any] | None:
 
 
 def count_items(name: str, protocol: str, items: list[Item]) -> dict[str, Any]:
-    """One benchmark's entry of ``results.json``; ``cached`` and ``recheck`` where there is any."""
+    """One benchmark's entry of `results.json`; `cached` and `recheck` where there is any."""
     counts = {state: sum(item.state == state for item in items) for state in COUNT_STATES}
     benchmark = get_benchmark(name)
     metrics = {}
@@ -136,7 +136,7 @@ def run_items(run_dir: Path) -> dict[str, list[Item]]:
 
 
 def compute_results(run_dir: Path) -> dict[str, Any]:
-    """What ``results.json`` should say now, without writing it."""
+    """What `results.json` should say now, without writing it."""
     entries = read_manifest(run_dir)["benchmarks"]
     return {
         name: count_items(name, entries[name]["protocol"], items)
@@ -145,14 +145,14 @@ def compute_results(run_dir: Path) -> dict[str, Any]:
 
 
 def summarise(run_dir: Path) -> dict[str, Any]:
-    """Count the verdicts, write ``RUN/results.json`` and return what it holds."""
+    """Count the verdicts, write `RUN/results.json` and return what it holds."""
     results = compute_results(run_dir)
     replace_json(run_dir / "results.json", results)
     return results
 
 
 def without_verdict(results: Mapping[str, Any]) -> int:
-    """How many samples ended without labels; ``judge`` and ``eval`` exit 1 unless it is zero."""
+    """How many samples ended without labels; `judge` and `eval` exit 1 unless it is zero."""
     return sum(entry["n"] - entry["counts"]["ok"] for entry in results.values())
 
 
@@ -171,9 +171,9 @@ def verdict_notes(entry: Mapping[str, Any]) -> list[str]:
 
 
 def self_agreement(items: Sequence[Item], metrics: Sequence[str]) -> dict[str, Any] | None:
-    """First and second verdicts compared, for ``results.json``; None where nothing was rechecked.
+    """First and second verdicts compared, for `results.json`; None where nothing was rechecked.
 
-    ``counts`` are the states of the second verdicts; only labels can be compared. ``labels`` is
+    `counts` are the states of the second verdicts; only labels can be compared. `labels` is
     the rate at which all labels are the same. Under each metric stand the rate at which the two
     verdicts count alike, the two-by-two table, and Cohen's kappa with its interval.
     """
@@ -245,5 +245,5 @@ def read_run(label: str, run_dir: Path) -> Run:
 
 
 def groups_of(items: list[Item]) -> dict[str, str]:
-    """``{sample id: group}`` of the samples that belong to one."""
+    """`{sample id: group}` of the samples that belong to one."""
     return {item.id: str(item.facts["group"]) for item in items if "group" in item.facts}

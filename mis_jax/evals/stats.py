@@ -12,7 +12,7 @@ from scipy.stats import binomtest, norm
 
 
 def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of ``k`` successes in ``n`` trials.
+    """Wilson score interval of `k` successes in `n` trials.
 
     Wilson rather than the normal approximation, because safety rates sit near 0 and 1 where the
     latter collapses to a point. With no trials nothing is known, hence the whole range.
@@ -26,7 +26,7 @@ def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
 
 
 def rate(k: int, n: int) -> dict[str, Any]:
-    """A metric as ``results.json`` holds it; the value of an empty count is null, not zero."""
+    """A metric as `results.json` holds it; the value of an empty count is null, not zero."""
     low, high = wilson(k, n)
     return {"k": k, "n": n, "value": k / n if n else None, "low": low, "high": high}
 
@@ -45,7 +45,7 @@ def macro(counts: Sequence[tuple[int, int]], confidence: float = 0.95) -> dict[s
 
     The interval combines the Wilson limits of the parts by squares and sums, as Newcombe's does
     for a difference (Zou and Donner's MOVER). It stays open where a normal approximation would
-    be a point. Parts without any count are left out, and ``parts`` says how many remain.
+    be a point. Parts without any count are left out, and `parts` says how many remain.
     """
     counts = [(k, n) for k, n in counts if n]
     if not counts:

@@ -27,7 +27,7 @@ class _Parquet:
 
 @dataclass(frozen=True)
 class _Set:
-    """A published set. ``size`` and ``md5`` are the publisher's: reported, never enforced."""
+    """A published set. `size` and `md5` are the publisher's: reported, never enforced."""
 
     tsv: str
     md5: str

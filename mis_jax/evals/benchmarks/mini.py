@@ -1,7 +1,7 @@
 """The four benchmarks of the mini world, the drawn stand-in for MIS that ships with the package.
 
 Same file format and same questions of safety as MIS, but the objects in the images are known
-(``mini_truth.json``), so a rule can judge what MIS needs a language model for.
+(`mini_truth.json`), so a rule can judge what MIS needs a language model for.
 """
 
 from functools import partial
@@ -30,7 +30,7 @@ def _read_truth(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def load_pairs(name: str, dangerous: bool, data_root: Path) -> list[Sample]:
-    """Two images and a question; ``dangerous`` says which kind of pairs the file must hold."""
+    """Two images and a question; `dangerous` says which kind of pairs the file must hold."""
     path = find_mis_file(data_root, name)
     truth_path, truth = _read_truth(path)
     samples = []

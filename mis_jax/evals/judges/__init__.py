@@ -1,4 +1,4 @@
-"""The built-in judges by the name that ``--judge`` takes.
+"""The built-in judges by the name that `--judge` takes.
 
 A language model behind an endpoint is in `llm.py`, a local guard checkpoint in `llama_guard.py`.
 """
@@ -13,7 +13,7 @@ JUDGES: dict[str, Judge] = {"rules": RULES, "exact": EXACT, "options": OPTIONS}
 
 
 def get_judge(name: str) -> Judge:
-    """A built-in judge by name, or a ``ValueError`` that lists the known ones."""
+    """A built-in judge by name, or a `ValueError` that lists the known ones."""
     if name not in JUDGES:
         raise ValueError(
             f"judge {name!r} is unknown; --judge takes {', '.join(JUDGES)}, none, "

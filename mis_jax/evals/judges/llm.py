@@ -91,7 +91,7 @@ def http_judges(client: ChatClient) -> Callable[[Benchmark, Sequence[Sample]], J
 def self_test(client: ChatClient, protocol: Protocol, shown: int) -> _Form:
     """The form of answer that the endpoint keeps to, and the sampling fields that it takes.
 
-    Asks about a harmless answer to a harmless question, with ``shown`` blank pictures.
+    Asks about a harmless answer to a harmless question, with `shown` blank pictures.
     """
     meta = dict.fromkeys(protocol.facts, "blue")
     limits, problem = dict(_LIMITS), ""
@@ -117,7 +117,7 @@ def self_test(client: ChatClient, protocol: Protocol, shown: int) -> _Form:
 
 
 def _tried(client: ChatClient, form: _Form, pair: Pair, images: Sequence[Image.Image]) -> Reply:
-    """The reply in a form, after dropping what the model does not take from its ``limits``."""
+    """The reply in a form, after dropping what the model does not take from its `limits`."""
     limits = form.limits
     while True:
         reply = client.one(_request(form, pair, images))

@@ -1,7 +1,7 @@
 """What a language model is asked as a judge, for each way of judging.
 
 The classes are those of the published protocols; the words are ours, and so is their version. A
-change of words must raise ``version``; the judge's id carries a digest of them besides.
+change of words must raise `version`; the judge's id carries a digest of them besides.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Field:
 class Protocol:
     """One way of judging.
 
-    ``sees_images``: the images of the question are sent along. ``facts``: keys of a sample's
-    ``meta`` that are shown to the judge, with their titles. ``extract`` takes the part of an
+    `sees_images`: the images of the question are sent along. `facts`: keys of a sample's
+    `meta` that are shown to the judge, with their titles. `extract` takes the part of an
     answer that counts.
     """
 
@@ -54,7 +54,7 @@ class Protocol:
     facts: Mapping[str, str]
     extract: Callable[[str], str] = str
     needs: tuple[str, ...] = ()
-    """Keys of ``facts`` without which a sample cannot be judged."""
+    """Keys of `facts` without which a sample cannot be judged."""
 
     def prompt_digest(self, mode: Mode) -> str:
         """A hash of every word of ours that the judge reads."""

@@ -31,7 +31,7 @@ def normalise(text: str) -> str:
 
 
 def judge_exact(items: Sequence[tuple[Sample, str]]) -> list[Verdict]:
-    """``correct`` is true where the answer is the reference; an empty answer is just wrong."""
+    """`correct` is true where the answer is the reference; an empty answer is just wrong."""
     return [_exact_verdict(sample, text) for sample, text in items]
 
 
@@ -117,7 +117,7 @@ OTHER_ANSWERS = "Other Answers"
 
 
 def judge_options(items: Sequence[tuple[Sample, str]]) -> list[Verdict]:
-    """``correct``, the ``option`` understood and the ``rule`` that understood it."""
+    """`correct`, the `option` understood and the `rule` that understood it."""
     return [_option_verdict(sample, text.strip()) for sample, text in items]
 
 

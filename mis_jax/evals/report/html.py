@@ -1,4 +1,4 @@
-"""The HTML page: everything prepared here, laid out by ``page.html.j2``."""
+"""The HTML page: everything prepared here, laid out by `page.html.j2`."""
 
 from __future__ import annotations
 

@@ -21,10 +21,10 @@ _STOPS = {"stop": "stop", "length": "max_tokens"}
 
 
 def write_inspect_logs(run_dir: Path, out: Path, *, redact: bool = True) -> list[Path]:
-    """Write ``out/<benchmark>.json`` for every benchmark of a run and return the paths.
+    """Write `out/<benchmark>.json` for every benchmark of a run and return the paths.
 
     The input of a sample is its content hash, since a run does not hold its questions. With
-    ``redact`` the answers and the judge's labels are withheld too; what they count for stays.
+    `redact` the answers and the judge's labels are withheld too; what they count for stays.
     """
     run = read_run(run_dir.name, run_dir)
     paths = []

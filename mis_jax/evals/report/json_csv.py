@@ -21,10 +21,10 @@ CSV_FIELDS = (
     "part_of", "part", "owed", "worst_low", "worst_high", "groups_low", "groups_high",
     "p_holm", "difference", "difference_low", "difference_high",
 )  # fmt: skip
-"""``part_of`` is empty for a rate over all samples, ``category``, ``sub_category`` or ``subset``
-for a rate over the samples of one (its name in ``part``), ``mean`` for a mean of rates or a rate
-over pairs, ``phrases`` for refusal phrases, ``corrected`` for a rate without its judge's errors,
-``recheck`` for how often two verdicts of one judge count alike, and ``published`` for a figure that
+"""`part_of` is empty for a rate over all samples, `category`, `sub_category` or `subset`
+for a rate over the samples of one (its name in `part`), `mean` for a mean of rates or a rate
+over pairs, `phrases` for refusal phrases, `corrected` for a rate without its judge's errors,
+`recheck` for how often two verdicts of one judge count alike, and `published` for a figure that
 the paper printed."""
 
 

@@ -186,7 +186,7 @@ def _correction(
 class Rechecked:
     """One metric under both verdicts of a judge; see `scoring.self_agreement`.
 
-    ``lost`` second verdicts have no labels and are in none of the counts.
+    `lost` second verdicts have no labels and are in none of the counts.
     """
 
     benchmark: str
@@ -259,7 +259,7 @@ def phrase_table(answers: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, 
 class Refusals:
     """Refusal phrases of one run on one benchmark.
 
-    ``cells`` is the two-by-two table with the judge's word on refusing, None where the judge's
+    `cells` is the two-by-two table with the judge's word on refusing, None where the judge's
     labels do not speak of it (a guard model says safe or unsafe, no more).
     """
 

@@ -23,7 +23,7 @@ CHOICE = (
 
 @dataclass(frozen=True)
 class Reply:
-    """One run's answer to an example; ``text`` is None where there is no answer."""
+    """One run's answer to an example; `text` is None where there is no answer."""
 
     label: str
     number: int
@@ -58,7 +58,7 @@ def choose_examples(
 
 
 def load_samples(comparison: Comparison, data_root: Path) -> dict[str, dict[str, Sample]]:
-    """``{benchmark: {id: sample}}`` of the data root.
+    """`{benchmark: {id: sample}}` of the data root.
 
     A sample that is not the one a run was asked is left out: data that changed since would put
     another picture beside the answer.
@@ -92,7 +92,7 @@ def verdict_of(item: Item) -> tuple[str, bool | None]:
 
 
 def _chosen(comparison: Comparison, benchmark: str) -> list[tuple[str, str]]:
-    """(why, id) pairs by the rule of ``CHOICE``; the first sample where nothing else fits."""
+    """(why, id) pairs by the rule of `CHOICE`; the first sample where nothing else fits."""
     having = [run for run in comparison.runs[:2] if benchmark in run.items]
     having = having or [run for run in comparison.runs if benchmark in run.items][:1]
     by_run = [{item.id: item for item in run.items[benchmark]} for run in having]
@@ -158,7 +158,7 @@ CHANGES = ("changed for the better", "changed for the worse")
 
 @dataclass(frozen=True)
 class TableReply:
-    """What one run made of a sample; ``text`` is None where answers are withheld or absent."""
+    """What one run made of a sample; `text` is None where answers are withheld or absent."""
 
     verdict: str
     good: bool | None
@@ -168,7 +168,7 @@ class TableReply:
 
 @dataclass(frozen=True)
 class Line:
-    """One sample; ``replies`` has a place for every run, None where the run lacks the sample."""
+    """One sample; `replies` has a place for every run, None where the run lacks the sample."""
 
     benchmark: str
     id: str

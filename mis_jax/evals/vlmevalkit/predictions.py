@@ -1,7 +1,7 @@
 """VLMEvalKit's prediction files: its scorer over our answers, and our scorer over its answers.
 
 Such a file is the benchmark's table without pictures and with a column `prediction`. VLMEvalKit
-writes it as xlsx unless ``PRED_FORMAT=tsv`` is set; the TSV is read and written here.
+writes it as xlsx unless `PRED_FORMAT=tsv` is set; the TSV is read and written here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _COLUMNS = {"category": "category", "l2-category": "sub_category", "split": "spl
 
 
 def export_predictions(run_dir: Path, name: str, out: Path) -> int:
-    """Write a run's answers to a benchmark as ``<model>_<dataset>.tsv``; returns how many.
+    """Write a run's answers to a benchmark as `<model>_<dataset>.tsv`; returns how many.
 
     For `run.py --mode eval` of VLMEvalKit. Its ids are those of the TSV, so the run must have been
     made with it. An answer that reads "None", "NA" or nothing becomes "nan" there.

@@ -32,10 +32,10 @@ LETTERS = string.ascii_uppercase
 
 @dataclass(frozen=True)
 class Question:
-    """A row of a published file. ``options`` is empty where the answer is free text.
+    """A row of a published file. `options` is empty where the answer is free text.
 
-    ``answer`` is the letter of the right option, or the text itself of an open question. ``pair``
-    names what a question shares with its counterpart (MuirBench), ``split`` the part of the file.
+    `answer` is the letter of the right option, or the text itself of an open question. `pair`
+    names what a question shares with its counterpart (MuirBench), `split` the part of the file.
     """
 
     index: str
@@ -101,7 +101,7 @@ def question_text(question: Question) -> str:
 
 
 def name_places(text: str, images: int) -> str:
-    """MuirBench's markers as names: one row of all of them goes, single ones become ``<Image-k>``.
+    """MuirBench's markers as names: one row of all of them goes, single ones become `<Image-k>`.
 
     The pictures themselves stand before the text, so a marker within it can only point to them.
     """
@@ -112,9 +112,9 @@ def name_places(text: str, images: int) -> str:
 
 
 def prompt_content(text: str, images: int, *, numbered: bool) -> str | list[dict[str, Any]]:
-    """The pictures and then the text; ``numbered`` announces each as ``Image-k``.
+    """The pictures and then the text; `numbered` announces each as `Image-k`.
 
-    It is a list of parts where the text says ``<image>`` itself, which stays text.
+    It is a list of parts where the text says `<image>` itself, which stays text.
     """
     announced = [f"Image-{number}: " if numbered else "" for number in range(1, images + 1)]
     if MARKER not in text:
@@ -136,7 +136,7 @@ def sample_of(
 ) -> Sample:
     """A question as the model is asked it.
 
-    ``limit`` is the tiles of a picture, ``places`` says that its text marks them (MuirBench).
+    `limit` is the tiles of a picture, `places` says that its text marks them (MuirBench).
     """
     count = len(question.images)
     text = question_text(question)
