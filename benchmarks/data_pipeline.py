@@ -31,7 +31,7 @@ from benchmarks.common import save
 from benchmarks.harness import Cell, line, show, summed_up
 from benchmarks.mis_sizes import mis_like
 from benchmarks.pictures import draw_picture, image_processor, pixels_of
-from mis_jax.checkpoint.hf_config import read_config
+from mis_jax.checkpoint.hf.config import read_config
 from mis_jax.config import DataConfig, RunConfig, Source, TrainConfig
 from mis_jax.data.loader import TrainingData
 from mis_jax.data.packing import fill, pack, tiles_of_a_row

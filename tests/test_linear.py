@@ -1,7 +1,7 @@
 """Every reader of text from outside takes twice the time for twice the text, whatever the text is.
 
 Those of evaluations stand in `evals/test_eval_linear.py`, an adapter's patterns in
-`weights/test_peft_patterns.py`, the text of answers in `generation/test_words.py`.
+`checkpoint/test_peft_patterns.py`, the text of answers in `inference/test_detokenizer.py`.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from growth import slow_texts
 
-from mis_jax.checkpoint.lora_peft import plain_key
+from mis_jax.checkpoint.peft.mapping import plain_key
 from mis_jax.checkpoint.safetensors_reader import _LAYER
 from mis_jax.data.annotations import check_entry
 from mis_jax.data.chat_template import from_sharegpt, insert_image_markers, render

@@ -348,7 +348,7 @@ def test_every_step_is_compiled_and_its_memory_and_time_known(compiled: Plan) ->
     prefill, decode = compiled.steps[1:]
     assert isinstance(prefill.shape, GenerationShape)
     assert prefill.tokens == prefill.shape.groups * prefill.shape.chunk
-    assert decode.tokens == prefill.shape.rows
+    assert decode.tokens == prefill.shape.slots
     assert prefill.noncausal > prefill.operations > decode.operations
     for step in (prefill, decode):  # the cache is given away
         assert step.memory.output < step.memory.arguments / 10

@@ -10,9 +10,9 @@ import jax
 
 from mis_jax.checkpoint import nnx_state
 from mis_jax.checkpoint.dtype_cast import check_dtype
-from mis_jax.checkpoint.hf_config import Format
-from mis_jax.checkpoint.hf_config_writer import native_json, published_json
-from mis_jax.checkpoint.hf_files import write_companions
+from mis_jax.checkpoint.hf.config import Format
+from mis_jax.checkpoint.hf.config_writer import native_json, published_json
+from mis_jax.checkpoint.hf.files import write_companions
 from mis_jax.checkpoint.load import Checkpoint, OpenCheckpoint
 from mis_jax.checkpoint.native import finish_native, native_jobs, write_digests
 from mis_jax.checkpoint.parameter_source import (

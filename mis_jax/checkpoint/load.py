@@ -13,19 +13,19 @@ import numpy as np
 from jax.sharding import Sharding
 
 from mis_jax.checkpoint import nnx_state
-from mis_jax.checkpoint.adapter_files import LORA_FIELDS, official_settings, read_adapter
 from mis_jax.checkpoint.dtype_cast import NUMPY_DTYPES, check_dtype, packed
-from mis_jax.checkpoint.hf_config import detect_format, read_config
-from mis_jax.checkpoint.lora_peft import (
+from mis_jax.checkpoint.hf.config import detect_format, read_config
+from mis_jax.checkpoint.mapping import Layout, head_key, rules
+from mis_jax.checkpoint.native import PARAMS, NativeSource, native_problems, stored_shapes
+from mis_jax.checkpoint.parameter_source import WORKERS, ParameterSource, Progress, is_stacked
+from mis_jax.checkpoint.peft.files import LORA_FIELDS, official_settings, read_adapter
+from mis_jax.checkpoint.peft.mapping import (
     Merged,
     Settings,
     adapter_from_tensors,
     factor_problems,
     value_problems,
 )
-from mis_jax.checkpoint.mapping import Layout, head_key, rules
-from mis_jax.checkpoint.native import PARAMS, NativeSource, native_problems, stored_shapes
-from mis_jax.checkpoint.parameter_source import WORKERS, ParameterSource, Progress, is_stacked
 from mis_jax.checkpoint.run_checkpoint import (
     Trained,
     adapter_of,

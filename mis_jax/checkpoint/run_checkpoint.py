@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from mis_jax.checkpoint import nnx_state
-from mis_jax.checkpoint.adapter_files import ADAPTER_FILES
-from mis_jax.checkpoint.lora_peft import Adapter, LoraPair
 from mis_jax.checkpoint.parameter_source import ParameterSource
+from mis_jax.checkpoint.peft.files import ADAPTER_FILES
+from mis_jax.checkpoint.peft.mapping import Adapter, LoraPair
 from mis_jax.checkpoint.safetensors_reader import misfit
 from mis_jax.checkpoint.train_state import (
     is_run_checkpoint,

@@ -12,8 +12,13 @@ import numpy as np
 from mis_jax.checkpoint.dtype_cast import NUMPY_DTYPES, all_finite, packed
 from mis_jax.checkpoint.mapping import COPY, Layout, Rule, disk_key, head_key, rules
 from mis_jax.checkpoint.parameter_source import PIECE, Job, ParameterSource
-from mis_jax.checkpoint.safetensors_file import TensorFile
-from mis_jax.checkpoint.safetensors_reader import INDEX, Shape, our_shapes_of_layer, tensors
+from mis_jax.checkpoint.safetensors_reader import (
+    INDEX,
+    Shape,
+    TensorFile,
+    our_shapes_of_layer,
+    tensors,
+)
 from mis_jax.model.config import InternVLConfig
 from mis_jax.storage.files import Region, reserve_file, write_file
 from mis_jax.storage.json_files import write_json

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from mis_jax.checkpoint.dtype_cast import check_dtype
-from mis_jax.checkpoint.hf_config import text_config
+from mis_jax.checkpoint.hf.config import text_config
 from mis_jax.checkpoint.load import read_parameters
 from mis_jax.checkpoint.mapping import LINEAR, Rule, Shape, decoder_rules
 from mis_jax.checkpoint.parameter_source import Progress

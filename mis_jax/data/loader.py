@@ -21,11 +21,10 @@ from mis_jax.data.collate import Example, length_bucket, tiles_bucket
 from mis_jax.data.measure import Progress, save, survey
 from mis_jax.data.mixture import Annotation, read_mixture
 from mis_jax.data.packing import tiles_of_a_row
-from mis_jax.data.preprocess import PreprocessSample
+from mis_jax.data.preprocess import PreprocessSample, TileCache
 from mis_jax.data.processor import Processor
 from mis_jax.data.readers import in_order
 from mis_jax.data.schedule import Capacity, SampleSchedule, make_schedule
-from mis_jax.data.tile_cache import TileCache
 from mis_jax.model.batch import Batch
 from mis_jax.storage.files import make_folder, replace_file
 

@@ -28,7 +28,7 @@ class Chat:
             self._model,
             stop_ids=tokenizer.stop_ids,
             decode=tokenizer.decode,
-            rows=1,
+            max_num_seqs=1,
             steps=_STEPS,
             int8_cache=self._settings.int8_cache,
         )

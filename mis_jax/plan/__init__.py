@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mis_jax import flops
 from mis_jax.checkpoint import nnx_state
-from mis_jax.checkpoint.hf_config import read_config
+from mis_jax.checkpoint.hf.config import read_config
 from mis_jax.checkpoint.run_checkpoint import model_files
 from mis_jax.config import RunConfig
 from mis_jax.model.config import InternVLConfig
@@ -58,7 +58,12 @@ class StepPlan:
             return self.shape.rows * self.shape.length
         if self.name == "prefill":
             return self.shape.groups * self.shape.chunk
-        return self.shape.rows
+        return self.shape.slots
+
+    @property
+    def sequences(self) -> int:
+        """How many it works on."""
+        return self.shape.rows if isinstance(self.shape, Shape) else self.shape.slots
 
 
 @dataclass(frozen=True)
@@ -187,9 +192,9 @@ def _generation_plan(
         work = flops.forward(model, squares=seen, **count)
         whole = flops.forward(model, squares=square, causal=False, **count)
     else:
-        squares = float(shape.rows * shape.slots)
+        squares = float(shape.slots * shape.cache_length)
         whole = work = flops.forward(
-            model, tokens=shape.rows, tiles=0, squares=squares, causal=False
+            model, tokens=shape.slots, tiles=0, squares=squares, causal=False
         )
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     moved = _weight_bytes(config, model, mesh)
@@ -247,7 +252,7 @@ def _step_json(step: StepPlan, whole: Plan) -> dict[str, Any]:
             "bound": time.bound,
             "seconds": asdict(time),
             "tokens_per_s": step.tokens / time.step,
-            "rows_per_s": step.shape.rows / time.step,
+            "rows_per_s": step.sequences / time.step,
             "mfu": step.operations / (peak * time.step),
         }
     return result

@@ -41,7 +41,7 @@ def serve(
     engine = engine_for(
         model,
         processor,
-        rows=max_concurrent,
+        max_num_seqs=max_concurrent,
         max_length=settings.context,
         int8_cache=int8_cache,
     )
@@ -57,7 +57,7 @@ def engine_for(
     model: InternVL,
     processor: Processor,
     *,
-    rows: int,
+    max_num_seqs: int,
     max_length: int,
     int8_cache: bool = False,
 ) -> Engine:
@@ -68,7 +68,7 @@ def engine_for(
         model,
         stop_ids=processor.tokenizer.stop_ids,
         decode=processor.tokenizer.decode,
-        rows=rows,
+        max_num_seqs=max_num_seqs,
         between=BETWEEN,
         steps=STEPS,
         max_length=max_length,

@@ -14,8 +14,8 @@ from mis_jax.model.batch import Batch
 from mis_jax.model.internvl import InternVL
 from mis_jax.model.lora import DROPOUT_KEY
 from mis_jax.model.scan_grad_accum import LayerSums
-from mis_jax.train.global_norm import norm, sum_of_squares
 from mis_jax.train.loss import weighted_loss
+from mis_jax.train.optimizer import global_norm, sum_of_squares
 from mis_jax.train.stochastic_rounding import (
     apply_updates,
     round_stochastically,
@@ -162,7 +162,7 @@ def make_train_step(
         loss = total / weight
         # A product, which XLA computes where it is used: a quotient would be a second gradient.
         share = 1 / weight
-        length = norm(gradient) * share
+        length = global_norm(gradient) * share
         gradient = jax.tree.map(lambda g: g.astype(jnp.float32) * share, gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(length)
         spike = jnp.zeros((), bool)

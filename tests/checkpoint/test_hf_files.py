@@ -19,8 +19,8 @@ from transformers import (
     processing_utils,
 )
 
-from mis_jax.checkpoint.hf_config_writer import native_json, published_json
-from mis_jax.checkpoint.hf_files import write_companions
+from mis_jax.checkpoint.hf.config_writer import native_json, published_json
+from mis_jax.checkpoint.hf.files import write_companions
 from mis_jax.data.processor import Processor
 from mis_jax.model.config import InternVLConfig, TextConfig, VisionConfig
 from mis_jax.tokenizer.files import tokenizer_problems

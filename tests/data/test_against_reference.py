@@ -18,7 +18,7 @@ from PIL import Image
 from tiny_world import run_config
 from transformers import Qwen2Tokenizer
 
-from mis_jax.checkpoint.hf_config import read_config
+from mis_jax.checkpoint.hf.config import read_config
 from mis_jax.data.loader import TrainingData
 from mis_jax.data.processor import Processor
 from mis_jax.model.family import published

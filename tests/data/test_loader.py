@@ -13,8 +13,7 @@ from tiny_world import picture, run_config, sample
 from mis_jax.config import RunConfig
 from mis_jax.data.loader import BAD_SAMPLES, MIXTURE, SURVEY, StepData, TrainingData
 from mis_jax.data.mixture import Annotation
-from mis_jax.data.preprocess import PreprocessSample
-from mis_jax.data.tile_cache import TileCache
+from mis_jax.data.preprocess import PreprocessSample, TileCache
 
 ROWS = 11
 

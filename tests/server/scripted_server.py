@@ -5,7 +5,7 @@ from pathlib import Path
 
 from scripted_engine import CONTEXT, ScriptedEngine
 
-from mis_jax.checkpoint.hf_config import read_config
+from mis_jax.checkpoint.hf.config import read_config
 from mis_jax.data.processor import Processor
 from mis_jax.inference.async_engine import Service
 from mis_jax.server.app import create_app

@@ -11,8 +11,7 @@ from tiny_world import read_lines, run_config
 from mis_jax import flops
 from mis_jax.config import EvaluationConfig, LogConfig, LoraConfig, TrainConfig
 from mis_jax.model.family import published
-from mis_jax.train.metrics import MetricsLog
-from mis_jax.train.throughput import ThroughputMeter
+from mis_jax.train.metrics import MetricsLog, ThroughputMeter
 from mis_jax.train.trainer import train
 
 

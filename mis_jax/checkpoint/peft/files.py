@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 
 from mis_jax.checkpoint import nnx_state
 from mis_jax.checkpoint.dtype_cast import NUMPY_DTYPES, all_finite
-from mis_jax.checkpoint.lora_peft import (
+from mis_jax.checkpoint.mapping import Layout, normal_key, rules
+from mis_jax.checkpoint.peft.mapping import (
     Adapter,
     Factor,
     LinearModule,
@@ -33,10 +34,8 @@ from mis_jax.checkpoint.lora_peft import (
     plain_key,
     value_problems,
 )
-from mis_jax.checkpoint.mapping import Layout, normal_key, rules
-from mis_jax.checkpoint.peft_patterns import name_pattern
-from mis_jax.checkpoint.safetensors_file import TensorFile
-from mis_jax.checkpoint.safetensors_reader import misfit
+from mis_jax.checkpoint.peft.patterns import name_pattern
+from mis_jax.checkpoint.safetensors_reader import TensorFile, misfit
 from mis_jax.model.config import InternVLConfig
 from mis_jax.storage.files import write_text
 from mis_jax.storage.folders import finished_folder

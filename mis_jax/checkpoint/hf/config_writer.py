@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from mis_jax.checkpoint.hf_config import ARCHITECTURES, EXTRA, NATIVE_VERSION
+from mis_jax.checkpoint.hf.config import ARCHITECTURES, EXTRA, NATIVE_VERSION
 from mis_jax.checkpoint.mapping import Layout
 from mis_jax.model.config import InternVLConfig, TextConfig, TextKind
 

@@ -17,8 +17,7 @@ from tiny_models import assert_same, random_checkpoint, tiny_config
 from mis_jax.checkpoint.convert import convert, write_checkpoint
 from mis_jax.checkpoint.dtype_cast import all_finite
 from mis_jax.checkpoint.load import find_problems, open_checkpoint, read_checkpoint
-from mis_jax.checkpoint.safetensors_file import TensorFile
-from mis_jax.checkpoint.safetensors_reader import INDEX, Shards
+from mis_jax.checkpoint.safetensors_reader import INDEX, Shards, TensorFile
 
 
 def write(path: Path, header: dict | bytes, data: bytes, length: int | None = None) -> Path:

@@ -8,8 +8,8 @@ needs torchvision, as transformers' InternVL does everywhere.
 from pathlib import Path
 from typing import Any
 
-from mis_jax.checkpoint.hf_config import Format
-from mis_jax.checkpoint.hf_config_writer import processor_files
+from mis_jax.checkpoint.hf.config import Format
+from mis_jax.checkpoint.hf.config_writer import processor_files
 from mis_jax.model.config import InternVLConfig
 from mis_jax.storage.files import copy_file, write_text
 from mis_jax.storage.json_files import read_json, write_json
