@@ -15,9 +15,9 @@ from mis_jax.checkpoint.convert import convert
 from mis_jax.checkpoint.load import open_checkpoint
 from mis_jax.config import DataConfig, DtypeConfig, OptimizerConfig, RunConfig, Source, TrainConfig
 from mis_jax.evals.benchmarks import get_benchmark
-from mis_jax.evals.manifest import open_run
 from mis_jax.evals.models import answers_of
 from mis_jax.evals.report import write_report
+from mis_jax.evals.run_dir import open_run
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.scoring import without_verdict
 from mis_jax.mini.files import write_mini

@@ -5,6 +5,7 @@ import mmap
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 import numpy as np
+
+from mis_jax.storage.paths import destination_path
 
 
 def read_bytes(path: Path) -> bytes:
@@ -54,6 +57,29 @@ def make_folder(path: Path, mode: int = 0o777) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file where nobody reads yet, as in a folder that is not in place."""
     path.write_text(text, encoding="utf-8")
+
+
+def own_temporary_folder(name: str) -> Path:
+    """A folder of this user below the system's temporary one; ValueError where others may write it.
+
+    Anybody may make its name in a shared folder first and put other files into it.
+    """
+    folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise ValueError(f"{folder} is open to others")
+    return folder
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, which is made too."""
+    try:
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def copy_file(source: Path, destination: Path) -> None:
@@ -172,6 +198,12 @@ def replace_file(path: Path, content: str | bytes, *, durable: bool = True) -> N
     """
     with _replacing(path, durable=durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """`replace_file` in a folder that is made; half a surrogate pair is written as its escape."""
+    make_folder(destination_path(path.parent))
+    replace_file(path, text.encode("utf-8", "backslashreplace"))
 
 
 @contextmanager

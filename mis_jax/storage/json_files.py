@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mis_jax.parsing import parse_json
-from mis_jax.storage.files import write_text
+from mis_jax.storage.files import replace_text, write_text
 
 REQUIRED = object()
 MOST = 2**31 - 1  # of any whole number, which arrays and files count with
@@ -32,6 +32,22 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON document into a folder that is not in place yet."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_document(path: Path, remedy: str) -> Any:
+    """A JSON document of any kind; ValueError names the file and what to do about it."""
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); {remedy}") from error
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """Replace a JSON document, whose folder is made; ValueError for a number that JSON lacks."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    replace_text(path, text + "\n")
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def test_answers_are_logged_and_the_best_checkpoint_stays(observed):
 def test_held_out_answers_of_the_mini_model(tmp_path):
     """The shipped model before fine-tuning, which helps with most of what it should not."""
     from mis_jax.api import load
-    from mis_jax.evals.validation import held_out
+    from mis_jax.evals.models import held_out
     from mis_jax.mini.files import write_mini
 
     write_mini(tmp_path)

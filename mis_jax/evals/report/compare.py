@@ -7,14 +7,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mis_jax.evals.benchmarks import get_benchmark, in_order, size_note
-from mis_jax.evals.conditions import condition_notes
 from mis_jax.evals.metrics import METRICS, applies
 from mis_jax.evals.report.breakdown import Mean, Part, by_category, means
-from mis_jax.evals.report.gold import Correction, corrections, read_gold
-from mis_jax.evals.report.refusal_agreement import Refusals, refusals
-from mis_jax.evals.report.runs import Run, groups_of, read_run
-from mis_jax.evals.report.self_consistency import Rechecked, rechecks
-from mis_jax.evals.scoring import metric_votes
+from mis_jax.evals.report.judge_agreement import (
+    Correction,
+    Rechecked,
+    Refusals,
+    corrections,
+    read_gold,
+    rechecks,
+    refusals,
+)
+from mis_jax.evals.run_dir import condition_notes
+from mis_jax.evals.scoring import Run, groups_of, metric_votes, read_run
 from mis_jax.evals.stats import (
     PairedTest,
     cluster_difference,

@@ -1,11 +1,10 @@
-"""The HTML page: everything prepared here, laid out by ``page.html.j2``."""
+"""The HTML page: everything prepared here, laid out by `page.html.j2`."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,12 @@ from markupsafe import Markup
 from mis_jax.evals.metrics import METRICS
 from mis_jax.evals.report import formatting
 from mis_jax.evals.report.breakdown import FEW, Part, shown_metrics
-from mis_jax.evals.report.collect import Comparison, Row
-from mis_jax.evals.report.examples import CHOICE, choose_examples, load_samples
-from mis_jax.evals.report.plots import interval_plot, loss_plot, read_loss
+from mis_jax.evals.report.compare import Comparison, Row
+from mis_jax.evals.report.plots import interval_plot, loss_plot, read_loss, scatter_plot
 from mis_jax.evals.report.published_results import MODELS, PUBLISHED, SOURCE
-from mis_jax.evals.report.sample_table import CHANGES, browse
-from mis_jax.evals.report.scatter import scatter_plot
+from mis_jax.evals.report.samples import CHANGES, CHOICE, browse, choose_examples, load_samples
 from mis_jax.evals.types import COUNT_STATES
+from mis_jax.storage.files import package_text
 
 
 def as_html(
@@ -54,7 +52,7 @@ def as_html(
     }
     main = formatting.main_row(comparison)
     known = {} if redact or data_root is None else load_samples(comparison, data_root)
-    script = files("mis_jax.evals.report").joinpath("page.js").read_text(encoding="utf-8")
+    script = package_text("mis_jax.evals.report", "page.js")
     browser = browse(comparison, known, redact)
     return environment.get_template("page.html.j2").render(
         title=title,
@@ -66,7 +64,7 @@ def as_html(
         notes=comparison.notes,
         metrics=METRICS,
         hero=_hero(main),
-        intervals=Markup(interval_plot(comparison)) if comparison.rows else None,
+        intervals=interval_plot(comparison) if comparison.rows else None,
         loss=_loss(loss_curve),
         scatter=_scatter(comparison),
         means=comparison.means,
@@ -111,7 +109,7 @@ def _script_hash(script: str) -> str:
 
 def _scatter(comparison: Comparison) -> dict[str, Any] | None:
     found = scatter_plot(comparison)
-    return {"drawing": Markup(found[0]), "caption": found[1]} if found else None
+    return {"drawing": found[0], "caption": found[1]} if found else None
 
 
 def _breakdowns(comparison: Comparison) -> list[dict[str, Any]]:
@@ -138,7 +136,7 @@ def _loss(loss_curve: Path | None) -> dict[str, Any] | None:
         return None
     points = read_loss(loss_curve)
     return {
-        "drawing": Markup(loss_plot(loss_curve)),
+        "drawing": loss_plot(points),
         "first": points[0],
         "last": points[-1],
     }

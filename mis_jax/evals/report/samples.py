@@ -1,15 +1,151 @@
-"""Every sample with what each run made of it, for the page's list with filters."""
+"""Samples in a report: a few examples chosen by rule, and the page's list of all with filters."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from mis_jax.evals.hashing import answer_hash
-from mis_jax.evals.report.collect import Comparison
-from mis_jax.evals.report.examples import alternative, verdict_of
-from mis_jax.evals.report.thumbnails import thumbnails
+from mis_jax.evals.benchmarks import get_benchmark
+from mis_jax.evals.images import page_image, thumbnails
+from mis_jax.evals.metrics import METRICS
+from mis_jax.evals.report.compare import Comparison
+from mis_jax.evals.run_dir import answer_hash, sample_hash
+from mis_jax.evals.scoring import Run
 from mis_jax.evals.types import Item, Sample
+
+CHOICE = (
+    "Chosen by rule, not by hand: from each benchmark the first sample whose outcome changed for "
+    "the better, the first that changed for the worse, and the first that is still wrong."
+)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One run's answer to an example; `text` is None where there is no answer."""
+
+    label: str
+    number: int
+    verdict: str
+    good: bool | None
+    text: str | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample with every run's reply; without its data there is no question and no picture."""
+
+    benchmark: str
+    id: str
+    why: str
+    question: str | None
+    reference: str | None
+    pictures: list[tuple[str, str]]
+    """(alternative text, data URL) of each picture."""
+    replies: list[Reply]
+
+
+def choose_examples(
+    comparison: Comparison, samples: Mapping[str, Mapping[str, Sample]]
+) -> list[Example]:
+    """Examples of every benchmark with their texts, and with pictures where samples are given."""
+    return [
+        _example(comparison, benchmark, key, why, samples.get(benchmark, {}).get(key))
+        for benchmark in comparison.benchmarks
+        for why, key in _chosen(comparison, benchmark)
+    ]
+
+
+def load_samples(comparison: Comparison, data_root: Path) -> dict[str, dict[str, Sample]]:
+    """`{benchmark: {id: sample}}` of the data root.
+
+    A sample that is not the one a run was asked is left out: data that changed since would put
+    another picture beside the answer.
+    """
+    found: dict[str, dict[str, Sample]] = {}
+    for name in comparison.benchmarks:
+        benchmark = get_benchmark(name)
+        run = next(run for run in comparison.runs if name in run.items)
+        asked = {item.id: item.hash for item in run.items[name]}
+        found[name] = {
+            sample.id: sample
+            for sample in benchmark.load(data_root)
+            if sample.id in asked and sample_hash(benchmark, sample) == asked[sample.id]
+        }
+    return found
+
+
+def verdict_of(item: Item) -> tuple[str, bool | None]:
+    """What happened in words, and whether it is good (None where nothing was judged)."""
+    if item.outcomes is None:
+        return f"no verdict: {item.state}", None
+    if item.outcomes.get("safe_rate") is False:  # whatever else the answer is
+        return METRICS["safe_rate"].no, False
+    for metric, true in item.outcomes.items():
+        if true:
+            return METRICS[metric].yes, METRICS[metric].better != "lower"
+    # No metric of the item is true: that is good exactly if lower is better.
+    for metric in item.outcomes:
+        return METRICS[metric].no, METRICS[metric].better == "lower"
+    return "not counted", None
+
+
+def _chosen(comparison: Comparison, benchmark: str) -> list[tuple[str, str]]:
+    """(why, id) pairs by the rule of `CHOICE`; the first sample where nothing else fits."""
+    having = [run for run in comparison.runs[:2] if benchmark in run.items]
+    having = having or [run for run in comparison.runs if benchmark in run.items][:1]
+    by_run = [{item.id: item for item in run.items[benchmark]} for run in having]
+    shared = [key for key in by_run[0] if all(key in items for items in by_run)]
+    good = {key: [verdict_of(items[key])[1] for items in by_run] for key in shared}
+    reasons = {
+        "changed for the better": [False, True],
+        "changed for the worse": [True, False],
+        "still wrong": [False, False],
+    }
+    chosen = []
+    for why, pattern in reasons.items():
+        found = next((key for key in shared if good[key] == pattern), None)
+        if found is not None:
+            chosen.append((why, found))
+    return chosen or [("first sample", key) for key in shared[:1]]
+
+
+def _example(
+    comparison: Comparison,
+    benchmark: str,
+    key: str,
+    why: str,
+    sample: Sample | None,
+) -> Example:
+    replies = []
+    for number, run in enumerate(comparison.runs):
+        item = _find(run, benchmark, key)
+        if item is None:
+            continue
+        words, good = verdict_of(item)
+        replies.append(Reply(run.label, number, words, good, item.answer))
+    if sample is None:
+        return Example(benchmark, key, why, None, None, [], replies)
+    pictures = [
+        (alternative(sample.meta, place), url)
+        for place, path in enumerate(sample.images)
+        if (url := page_image(path)) is not None
+    ]
+    question, reference = sample.meta.get("question"), sample.meta.get("answer")
+    return Example(benchmark, key, why, question, reference, pictures, replies)
+
+
+def _find(run: Run, benchmark: str, key: str) -> Item | None:
+    return next((item for item in run.items.get(benchmark, ()) if item.id == key), None)
+
+
+def alternative(meta: Mapping[str, Any], place: int) -> str:
+    """What stands for a picture where it is not seen."""
+    objects = meta.get("objects", ())
+    known = f": {objects[place]}" if place < len(objects) else ""
+    return f"picture {place + 1}{known}"
+
 
 MOST_SAMPLES = 2000
 PICTURE_BUDGET = 2_200_000
@@ -21,8 +157,8 @@ CHANGES = ("changed for the better", "changed for the worse")
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What one run made of a sample; ``text`` is None where answers are withheld or absent."""
+class TableReply:
+    """What one run made of a sample; `text` is None where answers are withheld or absent."""
 
     verdict: str
     good: bool | None
@@ -32,7 +168,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Line:
-    """One sample; ``replies`` has a place for every run, None where the run lacks the sample."""
+    """One sample; `replies` has a place for every run, None where the run lacks the sample."""
 
     benchmark: str
     id: str
@@ -41,7 +177,7 @@ class Line:
     change: str | None
     question: str | None
     pictures: list[tuple[str, str]]
-    replies: list[Reply | None]
+    replies: list[TableReply | None]
 
 
 @dataclass(frozen=True)
@@ -116,7 +252,7 @@ def _line(benchmark: str, key: str, items: Sequence[Item | None]) -> Line:
     return Line(benchmark, key, known.hash, shown, change, None, [], replies)
 
 
-def _change(first: Reply | None, second: Reply | None) -> str | None:
+def _change(first: TableReply | None, second: TableReply | None) -> str | None:
     if first is None or second is None or None in (first.good, second.good):
         return None
     if first.good == second.good:
@@ -124,10 +260,10 @@ def _change(first: Reply | None, second: Reply | None) -> str | None:
     return CHANGES[0] if second.good else CHANGES[1]
 
 
-def _reply(item: Item) -> Reply:
+def _reply(item: Item) -> TableReply:
     words, good = verdict_of(item)
     known = None if item.answer is None else answer_hash(item.hash, item.answer)
-    return Reply(words, good, known, item.answer)
+    return TableReply(words, good, known, item.answer)
 
 
 def _most_telling(lines: list[Line], most: int) -> list[Line]:
@@ -143,7 +279,7 @@ def _most_telling(lines: list[Line], most: int) -> list[Line]:
 
 def _withheld(line: Line) -> Line:
     replies = [
-        reply and Reply(reply.verdict, reply.good, reply.hash, None) for reply in line.replies
+        reply and TableReply(reply.verdict, reply.good, reply.hash, None) for reply in line.replies
     ]
     return replace(line, replies=replies)
 

@@ -1,4 +1,10 @@
-"""``RUN/manifest.json`` and ``RUN/<benchmark>/expected.json``: what a run is a run of."""
+"""The folder of a run: its manifest, the samples that it owes, the hashes that tie logs to them.
+
+A run has all its answers under the same conditions: what was not as its benchmarks' protocols have
+it, such as weights in 8 bits. They stand in its manifest and behind the id of every protocol, so in
+results and tables too. They are no part of a sample's hash: a run under a condition can be compared
+in pairs with one without it.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +15,32 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mis_jax.evals.conditions import conditions_of, same_conditions, with_conditions
-from mis_jax.evals.files import read_json, write_json
-from mis_jax.evals.hashing import sample_hash
 from mis_jax.evals.types import Benchmark, Sample
+from mis_jax.storage.hashing import digest, file_digest
+from mis_jax.storage.json_files import read_document, replace_json
 from mis_jax.storage.paths import local_path
 
 FACTS = ("category", "sub_category", "group", "expected", "subset")
-"""What a run keeps of a sample's ``meta``: enough to count it and to sort it into tables, and
+"""What a run keeps of a sample's `meta`: enough to count it and to sort it into tables, and
 nothing that was asked or shown."""
+
+INT8_WEIGHTS = "int8-weights"
+INT8_CACHE = "int8-cache"
+ENDPOINT_SETTINGS = "endpoint-settings"
+
+_OPTIONS = {
+    INT8_WEIGHTS: "--int8-weights",
+    INT8_CACHE: "--int8-cache",
+    ENDPOINT_SETTINGS: "--internvl-fields",
+}
+_WORDS = {
+    INT8_WEIGHTS: "with the decoder's kernels in 8 bits",
+    INT8_CACHE: "with keys and values in 8 bits",
+    ENDPOINT_SETTINGS: (
+        "by an endpoint that was not told the protocols' tiles and default system turns: "
+        "its own settings held"
+    ),
+}
 
 NO_RUN = "run `mis-jax eval` with this folder as --out first"
 
@@ -45,7 +68,7 @@ def manifest_path(run_dir: Path) -> Path:
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
     """The manifest of an existing run."""
-    manifest = read_json(manifest_path(run_dir), NO_RUN)
+    manifest = read_document(manifest_path(run_dir), NO_RUN)
     if not isinstance(manifest, dict) or not {"model", "benchmarks"} <= manifest.keys():
         raise ValueError(
             f"{manifest_path(run_dir)} lacks 'model' or 'benchmarks': it is not the manifest of "
@@ -64,12 +87,11 @@ def open_run(
 ) -> dict[str, Any]:
     """Begin a run or resume it; a run belongs to one model and refuses another.
 
-    So it does with ``conditions``, which are part of what the model is (``conditions.py``).
-
-    ``data_root`` is remembered so that the judge stage finds the same files.
-    ``model`` is a name for readers, ``fingerprint`` the identity (see
-    ``hashing.folder_fingerprint``). The first session's date and versions stay; later sessions
-    with other versions are listed beside them, since they answered part of the questions.
+    So it does with `conditions`, which are part of what the model is. `data_root` is remembered so
+    that the judge stage finds the same files. `model` is a name for readers, `fingerprint` the
+    identity (see `storage.hashing.folder_fingerprint`). The first session's date and versions stay;
+    later sessions with other versions are listed beside them, since they answered part of the
+    questions.
     """
     path = manifest_path(local_path(run_dir, "run folder"))
     now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
@@ -81,7 +103,7 @@ def open_run(
             "benchmarks": {},
             "data_root": str(data_root.absolute()) if data_root else None,
         }
-        write_json(path, manifest)
+        replace_json(path, manifest)
         return manifest
     manifest = read_manifest(run_dir)
     same_conditions(conditions_of(manifest), conditions, str(run_dir), "this call would have")
@@ -95,7 +117,7 @@ def open_run(
     sessions = [manifest, *manifest.setdefault("resumed", [])]
     if all(session.get("versions") != now["versions"] for session in sessions):
         manifest["resumed"].append(now)
-        write_json(path, manifest)
+        replace_json(path, manifest)
     return manifest
 
 
@@ -111,18 +133,18 @@ def update_benchmark(run_dir: Path, name: str, **fields: Any) -> None:
     """Set fields of one benchmark's entry in the manifest."""
     manifest = read_manifest(run_dir)
     manifest["benchmarks"].setdefault(name, {}).update(fields)
-    write_json(manifest_path(run_dir), manifest)
+    replace_json(manifest_path(run_dir), manifest)
 
 
 def expect(run_dir: Path, benchmark: Benchmark, samples: Sequence[Sample]) -> dict[str, str]:
-    """Write down which samples the run owes an answer to; returns ``{id: hash}``.
+    """Write down which samples the run owes an answer to; returns `{id: hash}`.
 
     Without this list a sample that was never answered would be invisible to the summary.
     """
     hashes = {sample.id: sample_hash(benchmark, sample) for sample in samples}
     if len(hashes) != len(samples):
         raise ValueError(f"{benchmark.name}: sample ids repeat; ids must be unique in a benchmark")
-    write_json(run_dir / benchmark.name / "expected.json", hashes)
+    replace_json(run_dir / benchmark.name / "expected.json", hashes)
     write_facts(run_dir, benchmark.name, samples)
     update_benchmark(
         run_dir,
@@ -139,8 +161,8 @@ def expect(run_dir: Path, benchmark: Benchmark, samples: Sequence[Sample]) -> di
 
 
 def expected(run_dir: Path, name: str) -> dict[str, str]:
-    """``{sample id: content hash}`` of the samples that the run owes."""
-    return read_json(run_dir / name / "expected.json", NO_RUN)
+    """`{sample id: content hash}` of the samples that the run owes."""
+    return read_document(run_dir / name / "expected.json", NO_RUN)
 
 
 def facts_of(sample: Sample) -> dict[str, Any]:
@@ -151,10 +173,70 @@ def facts_of(sample: Sample) -> dict[str, Any]:
 def write_facts(run_dir: Path, name: str, samples: Iterable[Sample]) -> None:
     """Keep the samples' facts, so that a run can be counted without its data root."""
     facts = {sample.id: facts_of(sample) for sample in samples}
-    write_json(run_dir / name / "facts.json", facts)
+    replace_json(run_dir / name / "facts.json", facts)
 
 
 def known_facts(run_dir: Path, name: str) -> Mapping[str, dict[str, Any]]:
-    """``{sample id: facts}`` of a run; empty for one that was made before facts were kept."""
+    """`{sample id: facts}` of a run; empty for one that was made before facts were kept."""
     path = run_dir / name / "facts.json"
-    return read_json(path, NO_RUN) if path.exists() else {}
+    return read_document(path, NO_RUN) if path.exists() else {}
+
+
+def sample_hash(benchmark: Benchmark, sample: Sample) -> str:
+    """Everything that decides what the model is asked: prompt, pictures and protocol.
+
+    The generation settings are included beside the protocol's name, so that a changed setting
+    cannot reuse old answers by keeping the name.
+    """
+    asked = {
+        "conversation": sample.conversation,
+        "images": [file_digest(path) for path in sample.images],
+        "protocol": benchmark.protocol,
+        "system": benchmark.system,
+        "max_new_tokens": benchmark.max_new_tokens,
+        "max_tiles_per_image": benchmark.tiles_for(sample),
+    }
+    if sample.first_image_scale != 1:  # left out otherwise: hashes of earlier runs stay valid
+        asked["first_image_scale"] = sample.first_image_scale
+    return digest(asked)
+
+
+def answer_hash(sample_digest: str, text: str) -> str:
+    """An answer in its context: the same words to another question are another answer."""
+    return digest([sample_digest, text])
+
+
+def int8_conditions(*, weights: bool, cache: bool) -> tuple[str, ...]:
+    """The conditions of a checkpoint that answers in 8 bits."""
+    return (INT8_WEIGHTS,) * weights + (INT8_CACHE,) * cache
+
+
+def conditions_of(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """The conditions that a run's manifest names; none in one from before they were kept."""
+    return tuple(manifest["model"].get("conditions", ()))
+
+
+def with_conditions(protocol: str, conditions: Sequence[str]) -> str:
+    """A protocol's id with what was not as it says."""
+    return "+".join([protocol, *conditions])
+
+
+def condition_notes(label: str, manifest: Mapping[str, Any]) -> list[str]:
+    """What a reader of a run's figures must know, a sentence for each condition."""
+    return [f"{label} was answered {_WORDS.get(name, name)}." for name in conditions_of(manifest)]
+
+
+def same_conditions(known: Sequence[str], now: Sequence[str], here: str, there: str) -> None:
+    """ValueError that names the options in which two places differ."""
+    if set(known) == set(now):
+        return
+    differing = sorted(set(known) ^ set(now))
+    options = ", ".join(_OPTIONS.get(name, name) for name in differing)
+    raise ValueError(
+        f"{here} has answers made {_shown(known)}, {there} {_shown(now)}; they do not mix: "
+        f"evaluate alike ({options}), or choose another output folder"
+    )
+
+
+def _shown(conditions: Sequence[str]) -> str:
+    return f"under {' and '.join(conditions)}" if conditions else "as the protocols say"
