@@ -55,7 +55,7 @@ class StepPlan:
     def tokens(self) -> int:
         """Positions that a step goes through, padding included."""
         if isinstance(self.shape, Shape):
-            return self.shape.rows * self.shape.length
+            return self.shape.sequences * self.shape.length
         if self.name == "prefill":
             return self.shape.groups * self.shape.chunk
         return self.shape.slots
@@ -63,7 +63,7 @@ class StepPlan:
     @property
     def sequences(self) -> int:
         """How many it works on."""
-        return self.shape.rows if isinstance(self.shape, Shape) else self.shape.slots
+        return self.shape.sequences if isinstance(self.shape, Shape) else self.shape.slots
 
 
 @dataclass(frozen=True)
@@ -150,16 +150,16 @@ def model_config(path: Path) -> tuple[InternVLConfig, str]:
 def _train_plan(config, model, topology: Topology, mesh, length, tiles) -> StepPlan:
     shape = training_shape(config, model, length, tiles)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if shape.micro_rows % shards:
+    if shape.micro_sequences % shards:
         raise ValueError(
-            f"{shape.micro_rows} rows of a forward pass cannot be split over data x fsdp = {shards}"
-            " devices; change train.micro_batch, train.global_batch or mesh"
+            f"{shape.micro_sequences} sequences of a forward pass cannot be split over data x fsdp = "
+            f"{shards} devices; change train.micro_batch, train.global_batch or mesh"
         )
     program = make_train_program(config, model, mesh, config.train.steps or _STEPS_OF_A_RUN)
-    batch = program.batch(shape.rows, shape.length, shape.tiles, model.vision.image_size)
+    batch = program.batch(shape.sequences, shape.length, shape.tiles, model.vision.image_size)
     compiled = compile_for(topology, program.step, program.state, batch)
-    count = dict(tokens=shape.rows * shape.length, tiles=shape.rows * shape.tiles)
-    squares = float(shape.rows * shape.length**2)
+    count = dict(tokens=shape.sequences * shape.length, tiles=shape.sequences * shape.tiles)
+    squares = float(shape.sequences * shape.length**2)
     freeze, lora = config.train.freeze, config.lora.targets if config.lora.rank else ()
 
     def trained(causal: bool) -> float:
