@@ -152,8 +152,8 @@ def _train_plan(config, model, topology: Topology, mesh, length, tiles) -> StepP
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if shape.micro_sequences % shards:
         raise ValueError(
-            f"{shape.micro_sequences} sequences of a forward pass cannot be split over data x fsdp = "
-            f"{shards} devices; change train.micro_batch, train.global_batch or mesh"
+            f"{shape.micro_sequences} sequences of a forward pass cannot be split over data x fsdp "
+            f"= {shards} devices; change train.micro_batch, train.global_batch or mesh"
         )
     program = make_train_program(config, model, mesh, config.train.steps or _STEPS_OF_A_RUN)
     batch = program.batch(shape.sequences, shape.length, shape.tiles, model.vision.image_size)
