@@ -27,6 +27,7 @@ DISTRIBUTIONS = {
     "orbax": "orbax-checkpoint",
     "jaxlib": "jax",
     "pydantic_core": "pydantic",
+    "google": "protobuf",
 }
 
 

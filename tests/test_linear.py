@@ -21,7 +21,8 @@ from mis_jax.inference.guard import _categories
 from mis_jax.parsing import parse_json, parse_yaml
 from mis_jax.server import images, schemas
 from mis_jax.server.hosts import _is_among
-from mis_jax.tokenizer.tokenizer import Tokenizer, _AddedTokens, load_tokenizer
+from mis_jax.tokenizer.files import _merged
+from mis_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 sys.path.append(str(Path(__file__).parent / "data"))
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
@@ -178,12 +179,11 @@ def test_the_name_of_a_tensor_is_linear():
 
 
 def test_added_tokens_are_linear(tmp_path):
-    def listed(text: str) -> None:
-        table = _AddedTokens(tmp_path)
-        for number in range(len(text)):
-            table.add(f"<{number}>", number % (len(text) // 2 + 1), {"special": True}, "x")
+    def merged(text: str) -> None:
+        ids = {f"<{number}>": number % (len(text) // 2 + 1) for number in range(len(text))}
+        _merged(tmp_path, [("x", {"content": t, "id": i, "special": True}) for t, i in ids.items()])
 
-    assert slow_texts(listed, {"tokens": ("", "a", "")}) == {}
+    assert slow_texts(merged, {"tokens": ("", "a", "")}) == {}
 
 
 REPLIES = {
