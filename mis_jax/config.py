@@ -5,7 +5,6 @@ text and overrides any field (`--optimizer.learning-rate 5e-6`).
 """
 
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,6 +13,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from mis_jax.parsing import parse_yaml
+from mis_jax.storage.files import read_text, replace_file
 
 Part = Literal["vision", "projector", "language"]
 Dtype = Literal["float32", "bfloat16"]
@@ -408,7 +408,7 @@ class RunConfig:
 def load_config(path: Path) -> RunConfig:
     """Read a YAML file; every unknown, missing or wrong field is named in one error."""
     try:
-        raw = parse_yaml(Path(path).read_text(encoding="utf-8"))
+        raw = parse_yaml(read_text(Path(path)))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give the YAML file of a run") from None
     except OSError as error:
@@ -433,9 +433,7 @@ def config_text(config: RunConfig) -> str:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write a configuration so that `load_config` gives it back; whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(config_text(config), encoding="utf-8")
-    os.replace(partial, path)
+    replace_file(path, config_text(config))
 
 
 def changed_fields(before: RunConfig, after: RunConfig) -> list[str]:

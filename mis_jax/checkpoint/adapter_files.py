@@ -38,8 +38,9 @@ from mis_jax.checkpoint.peft_patterns import name_pattern
 from mis_jax.checkpoint.safetensors_file import TensorFile
 from mis_jax.checkpoint.safetensors_reader import misfit
 from mis_jax.model.config import InternVLConfig
+from mis_jax.storage.files import write_text
 from mis_jax.storage.folders import finished_folder
-from mis_jax.storage.json_fields import Fields, read_json
+from mis_jax.storage.json_files import Fields, read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -293,7 +294,7 @@ def write_adapter(
             raise OSError(f"{path}: cannot be written ({error})") from None
         path.chmod(0o644)  # safetensors writes through a private temporary file
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-        (work / CONFIG).write_text(text, encoding="utf-8")
+        write_text(work / CONFIG, text)
 
 
 def _joined(

@@ -17,7 +17,7 @@ from mis_jax.model.config import (
     VisionConfig,
 )
 from mis_jax.storage.folders import NOTICE
-from mis_jax.storage.json_fields import REQUIRED, Fields, read_json, token_number
+from mis_jax.storage.json_files import REQUIRED, Fields, read_json, token_number
 
 Format = Literal["native", "hf", "internvl"]
 NATIVE_VERSION = 2

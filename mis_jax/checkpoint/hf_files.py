@@ -5,15 +5,14 @@ code of its own: `AutoTokenizer`, `AutoProcessor` and `AutoModelForImageTextToTe
 needs torchvision, as transformers' InternVL does everywhere.
 """
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from mis_jax.checkpoint.hf_config import Format
 from mis_jax.checkpoint.hf_config_writer import processor_files
 from mis_jax.model.config import InternVLConfig
-from mis_jax.storage.json_fields import read_json
+from mis_jax.storage.files import copy_file, write_text
+from mis_jax.storage.json_files import read_json, write_json
 from mis_jax.tokenizer.files import (
     CONTROL_TOKENS,
     IM_END,
@@ -122,12 +121,12 @@ def write_companions(
     if kind == "hf":
         # Enough for images and, as videos have no file of their own, for them.
         for name, settings in processor_files(config).items():
-            _write_json(destination / name, settings)
+            write_json(destination / name, settings)
     if files is None:
         return
     if "generation_config.json" not in copied:
         ends = _generation(files, config.text.vocab_size)
-        _write_json(destination / "generation_config.json", ends)
+        write_json(destination / "generation_config.json", ends)
     if kind == "hf":
         has_template = not copied.isdisjoint(_TEMPLATES)
         _write_hf_tokenizer(files, destination, config, made_for_hf, has_template)
@@ -143,7 +142,7 @@ def _copy(source: Path, destination: Path, left_out: tuple[str, ...], *, code: b
     copied = set()
     for path in sorted(source.iterdir()):
         if path.suffix in suffixes and path.is_file() and not any(map(path.match, patterns)):
-            shutil.copyfile(path, destination / path.name)
+            copy_file(path, destination / path.name)
             copied.add(path.name)
     return copied
 
@@ -192,7 +191,7 @@ def _write_hf_tokenizer(
         )
     text = tokenizer_json(files, rows)
     if text is not None:
-        (destination / "tokenizer.json").write_text(text, encoding="utf-8")
+        write_text(destination / "tokenizer.json", text)
     settings = _tokenizer_settings(files, rows)
     if made_for_hf:
         kept = ["chat_template", "padding_side"]
@@ -200,14 +199,14 @@ def _write_hf_tokenizer(
         settings |= {k: files.settings[k] for k in kept if files.settings.get(k)}
     added = read_json(destination / "tokenizer.json")["added_tokens"]
     settings["added_tokens_decoder"] = {str(entry.pop("id")): entry for entry in added}
-    _write_json(destination / "tokenizer_config.json", settings)
+    write_json(destination / "tokenizer_config.json", settings)
     if not has_template and "chat_template" not in settings:
         template = _CHAT_TEMPLATE.replace("VIDEO", settings["extra_special_tokens"]["video_token"])
         if files.bos is not None:
             # transformers adds no second one to a text that starts with it. Servers that encode
             # a rendered template as it is (vLLM) would add none at all.
             template = "{{- bos_token }}\n" + template
-        (destination / _TEMPLATES[0]).write_text(template, encoding="utf-8")
+        write_text(destination / _TEMPLATES[0], template)
 
 
 def _tokenizer_settings(files: TokenizerFiles, rows: int) -> dict[str, Any]:
@@ -269,7 +268,3 @@ def _video_token(files: TokenizerFiles, own: str | None, rows: int) -> str:
 def _in_table(files: TokenizerFiles, token: Any, rows: int) -> bool:
     i = files.find(content(token))
     return i is not None and i < rows
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -37,8 +37,8 @@ from mis_jax.checkpoint.run_checkpoint import (
 from mis_jax.checkpoint.safetensors_reader import PublishedSource, Shards, misfit, problems
 from mis_jax.checkpoint.train_state import is_run_checkpoint
 from mis_jax.model.config import InternVLConfig
-from mis_jax.storage.hashing import files_below
-from mis_jax.storage.json_fields import Fields
+from mis_jax.storage.json_files import Fields
+from mis_jax.storage.paths import files_below
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from mis_jax.checkpoint.dtype_cast import NUMPY_DTYPES
 from mis_jax.parsing import parse_json
+from mis_jax.storage.files import map_file, open_binary
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _LONGEST_HEADER = 100_000_000  # bytes, the format's own bound
@@ -34,8 +35,7 @@ class TensorFile:
     def __init__(self, path: Path):
         self.path = path
         self.entries = _header(path)
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._map = map_file(path)
 
     def tensor(self, key: str) -> np.ndarray:
         """A view of one tensor, of a dtype of `NUMPY_DTYPES`."""
@@ -61,7 +61,7 @@ class TensorFile:
 
 def _header(path: Path) -> dict[str, Entry]:
     try:
-        with path.open("rb") as file:
+        with open_binary(path) as file:
             held, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
             if held < 8 or length > _LONGEST_HEADER or 8 + length > held:
                 raise _Unsound(f"{held} bytes, and the header is said to take {8 + length}")

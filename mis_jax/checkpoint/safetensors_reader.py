@@ -11,7 +11,7 @@ from mis_jax.checkpoint.lora_peft import Factor, plain_key
 from mis_jax.checkpoint.mapping import COPY, Layout, Rule, Shape, disk_key, normal_key, rules
 from mis_jax.checkpoint.safetensors_file import TensorFile
 from mis_jax.model.config import InternVLConfig
-from mis_jax.storage.json_fields import Fields, read_json
+from mis_jax.storage.json_files import Fields, read_json
 
 INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")

@@ -19,8 +19,8 @@ from mis_jax.cli.common import (
     mesh_of,
     print_json,
 )
-from mis_jax.storage.folders import destination_path
 from mis_jax.storage.locks import locked_folder
+from mis_jax.storage.paths import destination_path
 
 if TYPE_CHECKING:
     from rich.table import Table

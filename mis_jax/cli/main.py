@@ -24,7 +24,7 @@ from mis_jax.cli.generation import generate
 from mis_jax.cli.planning import plan
 from mis_jax.cli.serving import serve
 from mis_jax.cli.training import quickstart, train
-from mis_jax.storage.folders import local_path
+from mis_jax.storage.paths import local_path
 
 VERBS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,

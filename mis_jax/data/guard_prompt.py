@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mis_jax.storage.json_fields import Fields, read_json
+from mis_jax.storage.json_files import Fields, read_json
 from mis_jax.tokenizer.files import STANDARD_TOKENS, content
 from mis_jax.tokenizer.tokenizer import Tokenizer
 

@@ -27,7 +27,7 @@ from mis_jax.data.readers import in_order
 from mis_jax.data.schedule import Capacity, SampleSchedule, make_schedule
 from mis_jax.data.tile_cache import TileCache
 from mis_jax.model.batch import Batch
-from mis_jax.storage.folders import replace_file
+from mis_jax.storage.files import make_folder, replace_file
 
 _log = logging.getLogger(__name__)
 MIXTURE, SURVEY, BAD_SAMPLES = "mixture.json", "survey.npz", "bad_samples.jsonl"
@@ -271,7 +271,7 @@ def _judge_problems(
         raise ValueError(first)
     output = Path(config.output)
     report = output.with_name(f"{output.name}.{BAD_SAMPLES}")
-    report.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(report.parent)
     _write_problems(report, rows, problems)
     raise ValueError(f"{first} (the first of {len(problems)} bad samples, listed in {report})")
 

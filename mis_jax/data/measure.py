@@ -6,8 +6,6 @@ about a millisecond a sample; the outcome is kept in the run's folder.
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from mis_jax.data.mixture import Annotation
 from mis_jax.data.preprocess import PreprocessSample, Size
 from mis_jax.data.readers import in_order
 from mis_jax.parsing import parse_json
+from mis_jax.storage.files import read_arrays, read_bytes, write_arrays
 
 _VERSION = 1  # another way of measuring needs another
 _FEW = 5000  # rows that one process looks at in a few seconds
@@ -80,27 +79,16 @@ def _survey(sizes: np.ndarray, problems: dict[int, str], key: str) -> Measuremen
 
 def save(survey: Measurements, path: Path) -> None:
     """Write a survey for `survey(saved=path)`; whole or not at all."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(
-                file,
-                sizes=np.stack([survey.tokens, survey.loss_tokens, survey.tiles, survey.cut]),
-                text=np.frombuffer(
-                    json.dumps({"key": survey.key, "problems": survey.problems}).encode(), np.uint8
-                ),
-            )
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    text = json.dumps({"key": survey.key, "problems": survey.problems})
+    sizes = np.stack([survey.tokens, survey.loss_tokens, survey.tiles, survey.cut])
+    write_arrays(path, {"sizes": sizes, "text": np.frombuffer(text.encode(), np.uint8)})
 
 
 def _load(path: Path, key: str) -> Measurements | None:
     """A saved survey; None when there is none, or one of other rows, or a damaged one."""
     try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            sizes, text = file["sizes"], parse_json(file["text"].tobytes())
+        arrays = read_arrays(path)
+        sizes, text = arrays["sizes"], parse_json(arrays["text"].tobytes())
         if text["key"] != key:
             return None
         return _survey(sizes, {int(r): p for r, p in text["problems"].items()}, key)
@@ -135,7 +123,7 @@ def _key(rows: Sequence[Annotation], render: PreprocessSample) -> str:
     add([config.dynamic_tiles, config.template, config.system_message])
     for path in sorted(processor.tokenizer.folder.glob("*")):
         if path.is_file() and path.suffix in (".json", ".model", ".txt"):
-            found.update(hashlib.sha256(path.read_bytes()).digest())
+            found.update(hashlib.sha256(read_bytes(path)).digest())
     for row in rows:
         images = [_file(image) for image in row.images]
         add([row.id, images, row.problem, row.max_tiles, row.fields])

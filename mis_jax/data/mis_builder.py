@@ -8,7 +8,6 @@ import contextlib
 import functools
 import io
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from mis_jax.data.mis_annotations import VERSION, Sample
+from mis_jax.storage.files import read_bytes, remove_tree
 
 SHARD_BYTES = 256 << 20  # of images; a shard has at least one sample
 
@@ -119,7 +119,7 @@ class Mis(tfds.core.ShardBasedBuilder, skip_registration=True):
                     "sub_category": row.get("sub_category") or "",
                     "question": row["question"] if sample.split != "train" else "",
                     "conversations": [{"from": t["from"], "value": t["value"]} for t in turns],
-                    "images": [(self._root / name).read_bytes() for name in sample.names],
+                    "images": [read_bytes(self._root / name) for name in sample.names],
                     "image_names": list(sample.names),
                     "widths": [width for width, _ in sample.sizes],
                     "heights": [height for _, height in sample.sizes],
@@ -138,5 +138,5 @@ def write_records(
     builder = Mis(data_dir=work, root=root, splits=splits, written=written)
     with contextlib.redirect_stdout(io.StringIO()):  # what it says there is about downloads
         builder.download_and_prepare(file_format="array_record")
-    shutil.rmtree(work / "downloads", ignore_errors=True)  # always made, always empty
+    remove_tree(work / "downloads")  # always made, always empty
     return Path(builder.data_dir)

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mis_jax.data.mis_annotations import PUBLISHED_SIZES, VERSION, read_published
 from mis_jax.parsing import parse_json
-from mis_jax.storage.folders import destination_path, finished_folder, replace_file
+from mis_jax.storage.files import read_bytes, remove_file, replace_file, write_text
+from mis_jax.storage.folders import finished_folder
+from mis_jax.storage.jsonl import split_lines
 from mis_jax.storage.locks import LOCK, locked
+from mis_jax.storage.paths import destination_path
 
 if TYPE_CHECKING:
     from mis_jax.data.mis_annotations import Split
@@ -47,7 +50,7 @@ class RecordImage:
         """Width and height, in pixels, without opening the image."""
         return self.width, self.height
 
-    def read_bytes(self) -> bytes:
+    def encoded(self) -> bytes:
         """The image file as it was published.
 
         Raises:
@@ -107,7 +110,7 @@ def _built_folder(folder: Path) -> Path | None:
     """Where the records are: `folder` itself, or `mis/VERSION` in it."""
     for place in (Path(folder), Path(folder) / NAME / VERSION):
         try:
-            info = parse_json((place / _INFO).read_text(encoding="utf-8"))
+            info = parse_json(read_bytes(place / _INFO))
         except (OSError, ValueError):
             continue
         if isinstance(info, dict) and info.get("name") == NAME:
@@ -130,7 +133,7 @@ def read_built(folder: Path, split: str) -> list[tuple[dict[str, Any], tuple[Rec
     if place is None:
         raise ValueError(f"{folder}: is not a set that `mis-jax data build` made; build it first")
     try:
-        info = parse_json((place / _INFO).read_text(encoding="utf-8"))
+        info = parse_json(read_bytes(place / _INFO))
         counts = {
             entry["name"]: sum(map(int, entry["shardLengths"])) for entry in info.get("splits", ())
         }
@@ -143,9 +146,7 @@ def read_built(folder: Path, split: str) -> list[tuple[dict[str, Any], tuple[Rec
         raise ValueError(f"{place}: has no split '{split}'; it has {', '.join(counts)}")
     path = place / f"{split}.jsonl"
     try:
-        # Only "\n" ends a line: splitlines() would also cut at U+2028, which JSON allows.
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        entries = [parse_json(line) for line in lines]
+        entries = [parse_json(line) for line in split_lines(read_bytes(path))[0]]
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); build the set again") from None
     if len(entries) != counts[split]:
@@ -226,7 +227,7 @@ def build(
             raise ValueError(_bad_message(splits, report.bad, complaint))
         _store(work, root, good, report, lambda done, of: show(checked + done, checked + of))
     _forget_readers()
-    complaint.unlink(missing_ok=True)  # of an earlier attempt
+    remove_file(complaint)  # of an earlier attempt
     for name, split in splits.items():
         if split.rows != PUBLISHED_SIZES[name]:
             report.size_notes.append(
@@ -264,10 +265,10 @@ def _store(
             }
             for sample in stored
         )
-        (place / f"{name}.jsonl").write_text(_lines(entries), encoding="utf-8")
+        write_text(place / f"{name}.jsonl", _lines(entries))
         report.splits[name] = len(stored)
     if report.bad:
-        (place / BAD_SAMPLES).write_text(_lines(report.bad), encoding="utf-8")
+        write_text(place / BAD_SAMPLES, _lines(report.bad))
 
 
 def _lines(entries: Iterable[Any]) -> str:

@@ -24,7 +24,7 @@ class Annotation:
 
     id: str
     where: str  # file and place in it, for errors
-    images: tuple[EncodedImage, ...]
+    images: tuple[Path | EncodedImage, ...]
     fields: Mapping[str, Any]  # as in the file; `conversations` is checked when rendered
     problem: str = ""  # why the file's entry cannot be read, with its place and the remedy
     max_tiles: int | None = None  # of its source, in the place of the run's

@@ -1,6 +1,7 @@
 """A row of an annotation file -> what the model sees of it, or only how large that is."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -63,7 +64,7 @@ class PreprocessSample:
         _check_images(row, count_images(messages))
         return messages, self.processor.budget(len(row.images), row.max_tiles or self.max_tiles)
 
-    def _tiles(self, image: EncodedImage, budget: int) -> np.ndarray:
+    def _tiles(self, image: Path | EncodedImage, budget: int) -> np.ndarray:
         if self.cache is None:
             return self.processor.tiles(image, budget)
         return self.cache.tiles(image, budget, self.processor)

@@ -4,8 +4,6 @@ A tile takes 602 KB at 448 pixels; a set of 4,000 samples with two one-tile pict
 """
 
 import hashlib
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mis_jax.data.processor import Processor
+from mis_jax.storage.files import make_folder, read_array, write_array
 
 
 @dataclass(frozen=True)
@@ -28,18 +27,11 @@ class TileCache:
         name = hashlib.sha256(repr((_identity(image), rule)).encode()).hexdigest()
         path = self.folder / name[:2] / f"{name}.npy"
         try:
-            return np.load(path, allow_pickle=False)
+            return read_array(path)
         except (FileNotFoundError, ValueError, EOFError):  # absent, or cut short by a crash
             tiles = processor.tiles(image, budget)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.save(file, tiles, allow_pickle=False)
-            os.replace(partial, path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        make_folder(path.parent)
+        write_array(path, tiles)
         return tiles
 
 
@@ -52,4 +44,4 @@ def _identity(image: Any) -> tuple[Any, ...]:
             return (str(image),)
         return str(image.absolute()), stat.st_size, stat.st_mtime_ns
     # A stored one by its bytes: a set that is built again in its folder has the same names.
-    return (hashlib.sha256(image.read_bytes()).hexdigest(),)
+    return (hashlib.sha256(image.encoded()).hexdigest(),)

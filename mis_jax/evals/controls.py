@@ -22,7 +22,7 @@ from PIL import Image
 
 from mis_jax.data.images import image_size
 from mis_jax.evals.types import Benchmark, Sample
-from mis_jax.storage.folders import replace_file
+from mis_jax.storage.files import replace_file
 
 _ANNOUNCED = re.compile(r"Image-\d+:\s*")
 _MARKER = re.compile(r"(?:Image-\d+:[ \t]*)?<image>\n*")

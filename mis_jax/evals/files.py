@@ -10,8 +10,9 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from mis_jax.parsing import parse_json
-from mis_jax.storage.folders import destination_path, replace_file
+from mis_jax.storage.files import replace_file
 from mis_jax.storage.locks import try_flock
+from mis_jax.storage.paths import destination_path
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ from mis_jax.evals.conditions import conditions_of, same_conditions, with_condit
 from mis_jax.evals.files import read_json, write_json
 from mis_jax.evals.hashing import sample_hash
 from mis_jax.evals.types import Benchmark, Sample
-from mis_jax.storage.folders import local_path
+from mis_jax.storage.paths import local_path
 
 FACTS = ("category", "sub_category", "group", "expected", "subset")
 """What a run keeps of a sample's ``meta``: enough to count it and to sort it into tables, and

@@ -11,8 +11,8 @@ from mis_jax.evals.conditions import conditions_of, same_conditions
 from mis_jax.evals.files import AppendLog, read_log, write_json
 from mis_jax.evals.manifest import expected, known_facts, manifest_path, read_manifest
 from mis_jax.evals.scoring import summarise
-from mis_jax.storage.folders import destination_path
 from mis_jax.storage.locks import LOCK
+from mis_jax.storage.paths import destination_path
 
 LOGS = ("samples.jsonl", "verdicts.jsonl", "rechecks.jsonl")
 

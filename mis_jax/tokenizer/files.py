@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.model.config import InternVLConfig
-from mis_jax.storage.json_fields import MOST, Fields, read_json, token_number
+from mis_jax.storage.json_files import MOST, Fields, read_json, token_number
 from mis_jax.tokenizer.sentencepiece import Kind, SentencePieceFile, read_sentencepiece
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"

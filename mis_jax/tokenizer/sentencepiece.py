@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mis_jax.storage.files import read_bytes
+
 _SPACE = "\u2581"  # how sentencepiece writes a space
 _LONGEST_PIECE = 1000  # characters; the library's trainer makes up to 16
 
@@ -127,7 +129,7 @@ def read_sentencepiece(path: Path) -> SentencePieceFile:
     from google.protobuf.message import DecodeError
 
     try:
-        model = _model_class().FromString(path.read_bytes())
+        model = _model_class().FromString(read_bytes(path))
         pieces = [_piece(entry) for entry in model.pieces]
         if [piece.kind for piece in pieces].count(Kind.UNKNOWN) != 1:
             raise ValueError("it has not one piece for what is unknown")

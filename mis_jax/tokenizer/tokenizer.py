@@ -17,11 +17,11 @@ InternLM2's, transformers for Qwen's.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mis_jax.storage.files import copy_file, make_folder
 from mis_jax.tokenizer.files import (
     CONTROL_TOKENS,
     IM_END,
@@ -191,7 +191,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Copy the tokenizer's own files, byte for byte, into a folder (made if needed)."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if folder.resolve() == self.folder.resolve():
             return
         sources = [self.folder / name for name in _FILES]
@@ -201,7 +201,7 @@ class Tokenizer:
         if not present:
             raise ValueError(f"the tokenizer files have gone from {self.folder}; restore them")
         for source in present:
-            shutil.copyfile(source, folder / source.name)
+            copy_file(source, folder / source.name)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

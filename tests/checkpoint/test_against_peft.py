@@ -32,7 +32,7 @@ from mis_jax.checkpoint.lora_peft import (
     value_problems,
 )
 from mis_jax.checkpoint.parameter_source import ArrayParameterSource
-from mis_jax.storage.json_fields import Fields
+from mis_jax.storage.json_files import Fields
 
 if sys.version_info >= (3, 12):  # where the project does not install torch
     pytest.importorskip("peft")

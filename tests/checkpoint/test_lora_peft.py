@@ -24,7 +24,7 @@ from mis_jax.checkpoint.lora_peft import (
 )
 from mis_jax.checkpoint.parameter_source import ArrayParameterSource
 from mis_jax.model.family import published
-from mis_jax.storage.json_fields import Fields
+from mis_jax.storage.json_files import Fields
 
 Q, K, V = (f"text.layers.block.attention.{part}.kernel" for part in "qkv")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

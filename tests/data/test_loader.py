@@ -459,7 +459,7 @@ def test_cached_tiles_of_a_set_that_was_built_again_are_not_believed(tiny_proces
         def __init__(self, content: bytes):
             self.content = content
 
-        def read_bytes(self) -> bytes:
+        def encoded(self) -> bytes:
             return self.content
 
         def __str__(self) -> str:

@@ -128,7 +128,7 @@ def test_rows_and_images_come_back_in_order_and_to_the_byte(root, report, split)
     for row, images in found:
         assert [image.name for image in images] == names_of(row)
         for image in images:
-            assert image.read_bytes() == (root / image.name).read_bytes()
+            assert image.encoded() == (root / image.name).read_bytes()
             with Image.open(root / image.name) as opened:
                 assert image.size == (image.width, image.height) == opened.size
     row, images = found[-1]
@@ -200,17 +200,17 @@ def test_images_are_read_in_spawned_processes(root, report):
     images = read_built(report.out, "train")[0][1]
     assert pickle.loads(pickle.dumps(images)) == images
     wanted = [(root / image.name).read_bytes() for image in images]
-    assert [image.read_bytes() for image in images] == wanted
+    assert [image.encoded() for image in images] == wanted
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.map(mis_dataset.RecordImage.read_bytes, images) == wanted
+        assert pool.map(mis_dataset.RecordImage.encoded, images) == wanted
 
 
 def test_a_fork_after_reading_is_refused_and_does_not_hang(report, monkeypatch):
     picture = read_built(report.out, "train")[0][1][0]
-    picture.read_bytes()
+    picture.encoded()
     monkeypatch.setattr(os, "getpid", lambda: -1)
     with pytest.raises(RuntimeError, match="'spawn'"):
-        picture.read_bytes()
+        picture.encoded()
 
 
 def test_a_sample_s_record_is_read_once(report, monkeypatch):
@@ -220,7 +220,7 @@ def test_a_sample_s_record_is_read_once(report, monkeypatch):
     mis_dataset._last.__dict__.clear()
     for _, images in read_built(report.out, "hard"):
         for picture in images:
-            picture.read_bytes()
+            picture.encoded()
     assert len(asked) == 3
 
 
@@ -245,7 +245,7 @@ def test_a_set_built_again_is_not_read_as_the_old_one(tmp_path):
     contents = []
     for place in ("one", "two"):
         build(root, tmp_path / "built", workers=1)
-        contents.append(read_built(tmp_path / "built", "real")[0][1][0].read_bytes())
+        contents.append(read_built(tmp_path / "built", "real")[0][1][0].encoded())
         (tmp_path / "built").rename(tmp_path / place)
         image(root / "real_image/0/object1.png", 20)
     assert contents[0] != contents[1]
@@ -421,7 +421,7 @@ def test_damaged_records_are_told(tmp_path):
     with pytest.raises(
         ValueError, match=r"object2\.png \(record 0 of 'real' .* build the set again"
     ):
-        picture.read_bytes()
+        picture.encoded()
     listed = folder / "real.jsonl"
     listed.write_text(listed.read_text() * 2)
     with pytest.raises(ValueError, match="has 2 lines for 1 records"):

@@ -235,7 +235,7 @@ def test_tiles_and_augmentation_are_those_of_the_source(tmp_path):
 class Stored:
     name: str
 
-    def read_bytes(self) -> bytes:
+    def encoded(self) -> bytes:
         return b""
 
     def __str__(self) -> str:

@@ -13,12 +13,9 @@ from mis_jax.checkpoint.convert import convert
 from mis_jax.checkpoint.load import open_checkpoint, read_checkpoint
 from mis_jax.cli.main import main
 from mis_jax.evals.files import write_text
-from mis_jax.storage.folders import (
-    destination_path,
-    finished_folder,
-    replace_file,
-    resumable_folder,
-)
+from mis_jax.storage.files import replace_file
+from mis_jax.storage.folders import finished_folder, resumable_folder
+from mis_jax.storage.paths import destination_path
 from mis_jax.train.trainer import train
 
 BEGUN = []  # the blocks that were entered
@@ -98,7 +95,8 @@ MOUNTED = """
 import sys
 from pathlib import Path
 from mis_jax.evals.files import write_text
-from mis_jax.storage.folders import destination_path, finished_folder
+from mis_jax.storage.folders import finished_folder
+from mis_jax.storage.paths import destination_path
 for name in sys.argv[1:]:
     try:
         with finished_folder(Path(name)):

@@ -13,7 +13,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from mis_jax.storage.folders import replace_file
+from mis_jax.storage.files import replace_file
 
 _KINDS = {
     b"\xff\xd8\xff": ".jpg",

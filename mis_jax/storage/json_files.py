@@ -1,11 +1,13 @@
-"""JSON files of a checkpoint, read so that every error names the file, the field and a remedy."""
+"""JSON files: read so that every error names the file, the field and a remedy; written whole."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from mis_jax.parsing import parse_json
+from mis_jax.storage.files import write_text
 
 REQUIRED = object()
 MOST = 2**31 - 1  # of any whole number, which arrays and files count with
@@ -25,6 +27,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds no JSON object; download the file again")
     return content
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON document into a folder that is not in place yet."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True)
