@@ -169,8 +169,7 @@ _FILE_FUNCTIONS = re.compile(
 )
 # Not files: an image in memory (its file was opened by storage/), arrays of tensorstore, a stream
 # to a client.
-_OWN_FILES = ("/evals/", "data/annotations", "data/mis_annotations",
-              "data/guard_prompt")  # fmt: skip
+_OWN_FILES = ("/evals/",)
 _NO_FILES = {"Image.open", "tensorstore.open"}
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mis_jax.data.chat_template import IMAGE_MARKER, Rendered, count_images, from_sharegpt, truncate
+from mis_jax.data.annotations import checked_messages
+from mis_jax.data.chat_template import Rendered, truncate
 from mis_jax.data.collate import Example
 from mis_jax.data.images import EncodedImage, image_size
 from mis_jax.data.jpeg_augment import encoded_again
@@ -60,8 +61,7 @@ class PreprocessSample:
         """Messages of a row, and the largest grid of each of its images."""
         if row.problem:
             raise ValueError(row.problem)
-        messages = from_sharegpt(row.fields)
-        _check_images(row, count_images(messages))
+        messages = checked_messages(row.fields, len(row.images))
         return messages, self.processor.budget(len(row.images), row.max_tiles or self.max_tiles)
 
     def _tiles(self, image: Path | EncodedImage, budget: int) -> np.ndarray:
@@ -89,19 +89,3 @@ class PreprocessSample:
 
 def _placed(row: Annotation, error: ValueError) -> ValueError:
     return error if str(error) == row.problem else ValueError(f"{row.where}: {error}")
-
-
-def _check_images(row: Annotation, markers: int) -> None:
-    """Images and markers must match, except that one image needs no marker."""
-    given = len(row.images)
-    if given == markers or (given == 1 and markers == 0):
-        return
-    if given == 0:
-        raise ValueError(
-            f"field 'image' is missing but 'conversations' has {markers} {IMAGE_MARKER}; "
-            f"name the images or take the {IMAGE_MARKER} out"
-        )
-    raise ValueError(
-        f"field 'image' names {given} image(s) but the human turns of 'conversations' have "
-        f"{markers} {IMAGE_MARKER}; write one {IMAGE_MARKER} for each image"
-    )
