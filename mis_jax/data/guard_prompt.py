@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from mis_jax.storage.files import read_text
 from mis_jax.storage.json_files import Fields, read_json
 from mis_jax.tokenizer.files import STANDARD_TOKENS, content
 from mis_jax.tokenizer.tokenizer import Tokenizer
@@ -127,7 +128,7 @@ def _find_template(folder: Path, settings: Fields) -> tuple[Path, str]:
     """transformers' order: a file of its own, else a field of tokenizer_config.json."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path, path.read_text(encoding="utf-8")
+        return path, read_text(path)
     found = settings.get("chat_template", None)
     if isinstance(found, list):  # several by name
         named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}

@@ -109,15 +109,15 @@ class Mis(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     def _examples(self, samples: Sequence[Sample]) -> Iterator[tuple[int, dict[str, Any]]]:
         for sample in samples:
-            row = sample.row
-            turns = row.get("conversations", []) if sample.split == "train" else []
+            fields = sample.fields
+            turns = fields.get("conversations", []) if sample.split == "train" else []
             yield (
                 sample.number,
                 {
                     "id": sample.id,
-                    "category": row.get("category") or "",
-                    "sub_category": row.get("sub_category") or "",
-                    "question": row["question"] if sample.split != "train" else "",
+                    "category": fields.get("category") or "",
+                    "sub_category": fields.get("sub_category") or "",
+                    "question": fields["question"] if sample.split != "train" else "",
                     "conversations": [{"from": t["from"], "value": t["value"]} for t in turns],
                     "images": [read_bytes(self._root / name) for name in sample.names],
                     "image_names": list(sample.names),

@@ -229,9 +229,10 @@ def build(
     _forget_readers()
     remove_file(complaint)  # of an earlier attempt
     for name, split in splits.items():
-        if split.rows != PUBLISHED_SIZES[name]:
+        if split.total != PUBLISHED_SIZES[name]:
             report.size_notes.append(
-                f"{split.path}: {split.rows} samples, the published set has {PUBLISHED_SIZES[name]}"
+                f"{split.path}: {split.total} samples, the published set has "
+                f"{PUBLISHED_SIZES[name]}"
             )
         if name not in good:
             report.size_notes.append(f"{split.path}: every sample is bad; split '{name}' left out")
@@ -257,7 +258,7 @@ def _store(
     for name, stored in samples.items():
         entries = (
             {
-                "row": sample.row,
+                "row": sample.fields,
                 "images": [
                     {"name": image, "width": width, "height": height}
                     for image, (width, height) in zip(sample.names, sample.sizes, strict=True)
@@ -277,7 +278,7 @@ def _lines(entries: Iterable[Any]) -> str:
 
 def _bad_message(splits: dict[str, "Split"], bad: Sequence[dict[str, Any]], complaint: Path) -> str:
     first = bad[0]
-    rows = sum(split.rows for split in splits.values())
+    rows = sum(split.total for split in splits.values())
     return (
         f"{len(bad)} of {rows} samples are bad, nothing was built; the first is "
         f"{splits[first['split']].path}, row {first['row']}: {first['reason']}; {complaint} lists "

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from mis_jax.data.chat_template import IMAGE_MARKER, Rendered, count_images, from_sharegpt, truncate
+from mis_jax.data.annotations import checked_messages
+from mis_jax.data.chat_template import Rendered, truncate
 from mis_jax.data.collate import Example
 from mis_jax.data.images import EncodedImage, image_size
 from mis_jax.data.mixture import Annotation
@@ -105,14 +106,12 @@ class PreprocessSample:
         return self.processor.joined(annotation.id, rendered, tiles)
 
     def _checked(self, annotation: Annotation) -> tuple[list[dict[str, str]], int]:
-        """Messages of a annotation, and the largest grid of each of its images."""
+        """Messages of a sample, and the largest grid of each of its images."""
         if annotation.problem:
             raise ValueError(annotation.problem)
-        messages = from_sharegpt(annotation.fields)
-        _check_images(annotation, count_images(messages))
-        return messages, self.processor.budget(
-            len(annotation.images), annotation.max_tiles or self.max_tiles
-        )
+        count = len(annotation.images)
+        messages = checked_messages(annotation.fields, count)
+        return messages, self.processor.budget(count, annotation.max_tiles or self.max_tiles)
 
     def _tiles(self, image: Path | EncodedImage, budget: int) -> np.ndarray:
         if self.cache is None:
@@ -139,22 +138,6 @@ class PreprocessSample:
 
 def _placed(annotation: Annotation, error: ValueError) -> ValueError:
     return error if str(error) == annotation.problem else ValueError(f"{annotation.where}: {error}")
-
-
-def _check_images(annotation: Annotation, markers: int) -> None:
-    """Images and markers must match, except that one image needs no marker."""
-    given = len(annotation.images)
-    if given == markers or (given == 1 and markers == 0):
-        return
-    if given == 0:
-        raise ValueError(
-            f"field 'image' is missing but 'conversations' has {markers} {IMAGE_MARKER}; "
-            f"name the images or take the {IMAGE_MARKER} out"
-        )
-    raise ValueError(
-        f"field 'image' names {given} image(s) but the human turns of 'conversations' have "
-        f"{markers} {IMAGE_MARKER}; write one {IMAGE_MARKER} for each image"
-    )
 
 
 def jpeg_augment(

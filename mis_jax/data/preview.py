@@ -16,7 +16,8 @@ from mis_jax.data.loader import TrainingData, make_preprocess
 from mis_jax.data.measure import Progress
 from mis_jax.data.mixture import read_sources
 from mis_jax.data.processor import Processor
-from mis_jax.tokenizer.tokenizer import IMG_CONTEXT, Tokenizer
+from mis_jax.tokenizer.files import IMG_CONTEXT
+from mis_jax.tokenizer.tokenizer import Tokenizer
 
 _GAP = 4  # pixels between the tiles of a contact sheet
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mis_jax.data.chat_template import with_image_markers
 from mis_jax.data.images import image_size
 from mis_jax.data.processor import Processor
 from mis_jax.inference.offline import Completion, answer
@@ -15,16 +16,6 @@ from mis_jax.storage.files import make_folder, read_bytes, read_text, replace_fi
 from mis_jax.storage.hashing import digest, file_digest
 from mis_jax.storage.jsonl import AppendLog, split_lines
 from mis_jax.storage.locks import LOCK, locked
-
-
-def with_image_markers(prompt: str, images: int) -> str:
-    """The prompt, its images named before it as InternVL's demo does where it has no <image>."""
-    if not images or "<image>" in prompt:
-        return prompt
-    if images == 1:
-        return f"<image>\n{prompt}"
-    names = "".join(f"Image-{number}: <image>\n" for number in range(1, images + 1))
-    return names + prompt
 
 
 @dataclass(frozen=True)

@@ -269,10 +269,9 @@ def test_our_own_server_answers_as_the_checkpoint_does(data_root: Path, tmp_path
     from mis_jax.inference.async_engine import Service
     from mis_jax.mini.icons import draw_scene
     from mis_jax.quickstart import BASE_MODEL
+    from mis_jax.server.access import Settings
     from mis_jax.server.app import create_app
-    from mis_jax.server.run import engine_for
-    from mis_jax.server.server import address_of, bind
-    from mis_jax.server.settings import Settings
+    from mis_jax.server.run import address_of, bind, engine_for
 
     model, processor = mis_jax.load(BASE_MODEL, dtype="float32")
     benchmark = replace(HARD, system="none", max_tiles_per_image=1, max_new_tokens=24)

@@ -18,9 +18,9 @@ from scripted_engine import CONTEXT, ScriptedEngine
 from waiting import DEADLINE, until
 
 from mis_jax.inference.async_engine import Service
+from mis_jax.server.access import Settings
 from mis_jax.server.app import create_app
-from mis_jax.server.server import address_of, bind, config_of
-from mis_jax.server.settings import Settings
+from mis_jax.server.run import address_of, bind, config_of
 
 MODEL = "scripted"
 
@@ -88,13 +88,21 @@ def running(
 
 @contextlib.contextmanager
 def serving(
-    engine: Any, processor: Any, *, rows: int, queue: int = 64, **settings: Any
+    engine: Any,
+    processor: Any,
+    *,
+    rows: int,
+    queue: int = 64,
+    keep_alive: float | None = None,
+    **settings: Any,
 ) -> Iterator[World]:
-    """A server with this engine."""
+    """A server with this engine; `keep_alive` seconds of silence end a connection, or uvicorn's."""
     service = Service(engine, max_concurrent=rows, max_queue=queue)
     app = create_app(service, processor, Settings(MODEL, CONTEXT, **settings))
     bound = bind("127.0.0.1", 0)
-    server = uvicorn.Server(config_of(app))
+    config = config_of(app)
+    config.timeout_keep_alive = keep_alive or config.timeout_keep_alive
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     until(lambda: server.started)
