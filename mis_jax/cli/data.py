@@ -109,9 +109,9 @@ def data_build(
     """
     import dataclasses
 
-    from mis_jax.data.mis_annotations import VERSION
-    from mis_jax.data.mis_dataset import BAD_SAMPLES, NAME, build
-    from mis_jax.data.verify_images import WorkersDied
+    from mis_jax.data.mis.annotations import VERSION
+    from mis_jax.data.mis.dataset import BAD_SAMPLES, NAME, build
+    from mis_jax.data.mis.verify_images import WorkersDied
     from mis_jax.terminal import steps_bar
 
     with steps_bar(err_console) as bar:

@@ -13,7 +13,7 @@ from mis_jax.config import Source
 from mis_jax.data.annotations import Entry, check_entry, read_jsonl, read_list
 from mis_jax.data.images import EncodedImage
 from mis_jax.data.meta import read_meta
-from mis_jax.data.mis_annotations import PUBLISHED_SIZES
+from mis_jax.data.mis.annotations import PUBLISHED_SIZES
 
 _log = logging.getLogger(__name__)
 
@@ -205,11 +205,11 @@ def _built(source: Source, published: Path) -> _Found | None:
     assert root is not None
     if published.exists() or not root.is_dir():
         return None
-    from mis_jax.data import mis_dataset  # most runs do without it
+    from mis_jax.data.mis import dataset  # most runs do without it
 
-    if not mis_dataset.is_built(root):
+    if not dataset.is_built(root):
         return None
-    samples = mis_dataset.read_built(root, source.split)
+    samples = dataset.read_built(root, source.split)
     where = f"{root}, split {source.split}"
     if not samples:
         raise ValueError(f"{where}: holds no sample; build the set again")

@@ -20,8 +20,8 @@ from tiny_world import read_lines
 
 from mis_jax import cli
 from mis_jax.config import Source
-from mis_jax.data import mis_builder, mis_dataset, verify_images
-from mis_jax.data.mis_dataset import build, is_built, read_built
+from mis_jax.data.mis import builder, dataset, verify_images
+from mis_jax.data.mis.dataset import build, is_built, read_built
 from mis_jax.data.mixture import read_source
 from mis_jax.storage.locks import LOCK, locked
 
@@ -94,10 +94,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def report(root: Path) -> mis_dataset.BuildReport:
+def report(root: Path) -> dataset.BuildReport:
     with pytest.MonkeyPatch.context() as patch:
         # One record a shard in the train split, whose images come to about 11 kB.
-        patch.setattr(mis_builder, "SHARD_BYTES", 1000)
+        patch.setattr(builder, "SHARD_BYTES", 1000)
         patch.setattr(socket.socket, "connect", _no_network)
         patch.setattr(socket, "getaddrinfo", _no_network)
         return build(root, root.parent / "built", workers=1)
@@ -190,7 +190,7 @@ def test_is_built_knows_its_own_sets(root, report, tmp_path):
 def test_listing_a_set_imports_no_tfds(report):
     program = (
         "import sys; from pathlib import Path; import mis_jax.data.mixture\n"
-        "from mis_jax.data.mis_dataset import is_built, read_built\n"
+        "from mis_jax.data.mis.dataset import is_built, read_built\n"
         "assert is_built(Path(sys.argv[1])) and read_built(Path(sys.argv[1]), 'train')\n"
         "print([m for m in ('tensorflow_datasets', 'array_record', 'jax') if m in sys.modules])"
     )
@@ -205,7 +205,7 @@ def test_images_are_read_in_spawned_processes(root, report):
     wanted = [(root / image.name).read_bytes() for image in images]
     assert [image.encoded() for image in images] == wanted
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.map(mis_dataset.RecordImage.encoded, images) == wanted
+        assert pool.map(dataset.RecordImage.encoded, images) == wanted
 
 
 def test_a_fork_after_reading_is_refused_and_does_not_hang(report, monkeypatch):
@@ -218,9 +218,9 @@ def test_a_fork_after_reading_is_refused_and_does_not_hang(report, monkeypatch):
 
 def test_a_sample_s_record_is_read_once(report, monkeypatch):
     asked = []
-    source = mis_dataset._data_source
-    monkeypatch.setattr(mis_dataset, "_data_source", lambda *key: asked.append(key) or source(*key))
-    mis_dataset._last.__dict__.clear()
+    source = dataset._data_source
+    monkeypatch.setattr(dataset, "_data_source", lambda *key: asked.append(key) or source(*key))
+    dataset._last.__dict__.clear()
     for _, images in read_built(report.out, "hard"):
         for picture in images:
             picture.encoded()

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from tiny_world import sample
 
-import mis_jax.data
+import mis_jax.data.mis
 from mis_jax.config import Source
-from mis_jax.data.mis_annotations import PUBLISHED_SIZES
+from mis_jax.data.mis.annotations import PUBLISHED_SIZES
 from mis_jax.data.mixture import (
     Annotation,
     annotation_file,
@@ -244,7 +244,7 @@ class Stored:
 
 @pytest.fixture
 def built(monkeypatch, tmp_path):
-    """A stand-in for `mis_jax.data.mis_dataset`, which holds these samples."""
+    """A stand-in for `mis_jax.data.mis.dataset`, which holds these samples."""
     rows = some_rows(3)
     del rows[2]["id"]
     samples = [(row, tuple(Stored(name) for name in row["image"])) for row in rows]
@@ -253,10 +253,10 @@ def built(monkeypatch, tmp_path):
         assert (root, split) == (tmp_path / "built", "train")
         return samples
 
-    module = types.ModuleType("mis_jax.data.mis_dataset")
+    module = types.ModuleType("mis_jax.data.mis.dataset")
     module.__dict__.update(is_built=lambda root: root.name == "built", read_built=read_built)
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(mis_jax.data, "mis_dataset", module, raising=False)
+    monkeypatch.setattr(mis_jax.data.mis, "dataset", module, raising=False)
     (tmp_path / "built").mkdir()
     return samples
 

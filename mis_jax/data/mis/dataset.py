@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mis_jax.data.mis_annotations import PUBLISHED_SIZES, VERSION, read_published
+from mis_jax.data.mis.annotations import PUBLISHED_SIZES, VERSION, read_published
 from mis_jax.parsing import parse_json
 from mis_jax.storage.files import read_bytes, remove_file, replace_file, write_text
 from mis_jax.storage.folders import finished_folder
@@ -21,7 +21,7 @@ from mis_jax.storage.locks import LOCK, locked
 from mis_jax.storage.paths import destination_path
 
 if TYPE_CHECKING:
-    from mis_jax.data.mis_annotations import Split
+    from mis_jax.data.mis.annotations import Split
 
 NAME = "mis"
 BAD_SAMPLES = "bad_samples.jsonl"
@@ -202,9 +202,9 @@ def build(
     Raises:
         ValueError: no published file, bad samples, an `out` that exists, or another process that
             builds it.
-        mis_jax.data.verify_images.WorkersDied: a process that decodes images crashed.
+        mis_jax.data.mis.verify_images.WorkersDied: a process that decodes images crashed.
     """
-    from mis_jax.data.verify_images import check_images
+    from mis_jax.data.mis.verify_images import check_images
 
     root, out = Path(root), Path(out)
     if on_bad_sample not in ("stop", "skip"):
@@ -243,7 +243,7 @@ def _store(
     work: Path, root: Path, splits: dict[str, "Split"], report: BuildReport, show: Progress
 ) -> None:
     """Records, annotation rows and the list of what was left out."""
-    from mis_jax.data.mis_builder import write_records
+    from mis_jax.data.mis.builder import write_records
 
     total = sum(len(split.samples) for split in splits.values())
     done = 0

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from mis_jax.data.mis_annotations import VERSION, Sample
+from mis_jax.data.mis.annotations import VERSION, Sample
 from mis_jax.storage.files import read_bytes, remove_tree
 
 SHARD_BYTES = 256 << 20  # of images; a shard has at least one sample

@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from mis_jax.data.images import open_image
-from mis_jax.data.mis_annotations import Sample, Split
+from mis_jax.data.mis.annotations import Sample, Split
 
 Sizes = tuple[tuple[int, int], ...]
 _MAX_CHUNK = 16  # samples that a worker takes at once
