@@ -11,7 +11,7 @@ import time
 
 import tyro
 
-#: Words behind `python -m benchmarks`; each gets `--save`.
+#: Detokenizer behind `python -m benchmarks`; each gets `--save`.
 WHOLE = (
     "preprocessing",
     "data_pipeline --samples 200",

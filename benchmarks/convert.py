@@ -24,7 +24,7 @@ from benchmarks.harness import Cell, Dtype, show, summed_up
 from mis_jax.checkpoint import nnx_state
 from mis_jax.checkpoint.load import open_checkpoint
 from mis_jax.checkpoint.parameter_source import PIECE, layers_of
-from mis_jax.checkpoint.safetensors_file import TensorFile
+from mis_jax.checkpoint.safetensors_reader import TensorFile
 
 PEAK_GIB = 3.0  # what no conversion may exceed
 SLOWEST = 1.5  # times a plain copy

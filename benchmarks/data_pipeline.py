@@ -31,10 +31,10 @@ from benchmarks.common import save
 from benchmarks.harness import Cell, line, show, summed_up
 from benchmarks.mis_sizes import mis_like
 from benchmarks.pictures import draw_picture, image_processor, pixels_of
-from mis_jax.checkpoint.hf_config import read_config
+from mis_jax.checkpoint.hf.config import read_config
 from mis_jax.config import DataConfig, RunConfig, Source, TrainConfig
 from mis_jax.data.loader import TrainingData
-from mis_jax.data.packing import fill, pack, tiles_of_a_row
+from mis_jax.data.packing import fill, pack, tiles_per_sequence
 from mis_jax.data.processor import Processor
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
@@ -247,7 +247,7 @@ def ours(
 def packing_fill() -> dict[str, float]:
     """How full rows of 8,192 tokens are, of sizes like those of MIRage's 4,427 samples."""
     tokens, tiles = mis_like(4427)
-    room = tiles_of_a_row(tokens, tiles, 8192)
+    room = tiles_per_sequence(tokens, tiles, 8192)
     rows = pack(tokens, tiles, max_tokens=8192, max_tiles=room)
     return {
         "rows": len(rows),

@@ -20,15 +20,14 @@ from benchmarks.common import save
 from benchmarks.harness import Cell, line, show, summed_up
 from mis_jax.api import load
 from mis_jax.evals.benchmarks import get_benchmark
-from mis_jax.evals.files import write_json
-from mis_jax.evals.hashing import answer_hash
-from mis_jax.evals.manifest import open_run, update_benchmark
 from mis_jax.evals.models import answers_of
 from mis_jax.evals.report import write_report
+from mis_jax.evals.run_dir import answer_hash, open_run, update_benchmark
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.scoring import summarise
 from mis_jax.mini.files import write_mini
 from mis_jax.storage.hashing import digest, folder_fingerprint
+from mis_jax.storage.json_files import replace_json
 
 MINI = Path(__file__).parents[1] / "mis_jax" / "assets" / "mini"
 BENCHMARKS = ("mini_easy", "mini_hard", "mini_benign", "mini_recognition")
@@ -120,12 +119,12 @@ def made_run(run: Path, count: int, every: int) -> None:
     benchmark = get_benchmark(name)
     open_run(run, model=run.name, fingerprint=digest(run.name))
     hashes = {str(number): digest([name, number]) for number in range(count)}
-    write_json(run / name / "expected.json", hashes)
+    replace_json(run / name / "expected.json", hashes)
     facts = {
         key: {"category": f"Category {int(key) % 6}", "sub_category": f"Part {int(key) % 14}"}
         for key in hashes
     }
-    write_json(run / name / "facts.json", facts)
+    replace_json(run / name / "facts.json", facts)
     answers = {key: f"{_WORDS}Answer {key}." for key in hashes}
     lines(
         run / name / "samples.jsonl",

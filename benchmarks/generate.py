@@ -163,7 +163,7 @@ def ours(settings: Settings):
     del checkpoint
 
     def answer(cell: dict[str, Any], new: list[int]) -> list[list[int]]:
-        engine = Engine(model, stop_ids=(), decode=str, rows=cell["rows"], pool_tiles=4)
+        engine = Engine(model, stop_ids=(), decode=str, max_num_seqs=cell["rows"], pool_tiles=4)
         tickets = {}
         made = prompts(cell, config.text.vocab_size, config.image_token_id)
         for index, ((ids, tiles), count) in enumerate(zip(made, new, strict=True)):

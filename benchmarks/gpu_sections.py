@@ -265,7 +265,7 @@ def _network(model: Any, sizes: Sizes) -> Any:
 def _engine(network: Any, rows: int) -> Any:
     from mis_jax.inference.engine import Engine
 
-    return Engine(network, stop_ids=(), decode=str, rows=rows, pool_tiles=16)
+    return Engine(network, stop_ids=(), decode=str, max_num_seqs=rows, pool_tiles=16)
 
 
 def _answered(engine: Any, prompts: list[Any], pixels: Any, new: int) -> list[float]:

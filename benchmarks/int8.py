@@ -89,7 +89,7 @@ def compare(settings: Settings, data: Path) -> dict[str, Any]:
         reference = reference or texts
         same = sum(a == b for a, b in zip(texts, reference, strict=True)) / len(texts)
         dtype = "int8" if cache else "float32"
-        whole = KVCache.zeros(model.config.text, rows=1, slots=1024, dtype=dtype)
+        whole = KVCache.zeros(model.config.text, slots=1, length=1024, dtype=dtype)
         found[kind] = {
             "same_answers": round(same, 4),
             "metrics": {key: round(value, 4) for key, value in metrics.items()},

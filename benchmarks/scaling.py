@@ -162,7 +162,7 @@ def _in_a_process(point: Point, settings: Settings) -> dict[str, Any] | None:
 
 def planned(point: Point) -> dict[str, Any]:
     """What the compiler, the formulas and the roofline say of a step."""
-    from mis_jax.checkpoint.hf_config_writer import native_json
+    from mis_jax.checkpoint.hf.config_writer import native_json
     from mis_jax.plan import plan
 
     with tempfile.TemporaryDirectory(prefix="mis_jax_scaling.") as folder:

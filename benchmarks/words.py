@@ -16,7 +16,7 @@ import tyro
 
 from benchmarks.common import save
 from benchmarks.harness import Cell, line, show, summed_up
-from mis_jax.inference.detokenizer import Words
+from mis_jax.inference.detokenizer import Detokenizer
 from mis_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 MINI = Path(__file__).parents[1] / "mis_jax" / "assets" / "mini"
@@ -65,7 +65,7 @@ def main() -> None:
 def spoken(tokenizer: Tokenizer, length: int, seed: int) -> float:
     """Seconds of this thread for one answer."""
     ids = np.random.default_rng(seed).integers(0, tokenizer.vocab_size, length).tolist()
-    words = Words(tokenizer.decode, ("\n\nUser:", "###"))
+    words = Detokenizer(tokenizer.decode, ("\n\nUser:", "###"))
     began = time.thread_time()
     for place in range(length):
         words.grow(ids[place : place + 1], last=place + 1 == length)

@@ -5,26 +5,66 @@ text and overrides any field (`--optimizer.learning-rate 5e-6`).
 """
 
 import math
-import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from mis_jax.parsing import parse_yaml
+from mis_jax.storage.files import read_text, replace_file
 
 Part = Literal["vision", "projector", "language"]
 Dtype = Literal["float32", "bfloat16"]
 _STRICT = ConfigDict(extra="forbid")
+_MOST_SEQUENCES = 10**8  # of a run; its schedule holds them all
+
+
+class Bound(NamedTuple):
+    """What a number may be, in the annotation of its field; NaN passes no test."""
+
+    test: Callable[[Any], bool]
+    allowed: str  # said after "give"
+
+
+def _at_least(least: int) -> Bound:
+    return Bound(lambda value: value >= least, f"at least {least}")
+
+
+def _at_most(most: int) -> Bound:
+    return Bound(lambda value: value <= most, f"at most {most}")
+
+
 # Bounds keep a slip of the finger from taking the machine: each is far above what any run has.
-_MANY = 10**9
-_MOST_TILES = 1024
-_MOST_PACKED_TILES = 2**16
-_LONGEST_ROW = 2**24  # tokens
-_MOST_DEVICES = 2**20
-_MOST_ROWS = 10**8  # of a run; the plan of a run holds them all
+_MANY = _at_most(10**9)
+_Count = Annotated[int, _at_least(1), _MANY]
+_CountOrZero = Annotated[int, _at_least(0), _MANY]
+_Tiles = Annotated[int, _at_least(1), _at_most(1024)]
+_Devices = Annotated[int, _at_least(1), _at_most(2**20)]
+_DevicesOrRest = Annotated[
+    int, Bound(lambda value: value == -1 or value >= 1, "at least 1"), _at_most(2**20)
+]
+_Positive = Annotated[float, Bound(lambda value: 0 < value < math.inf, "a number above 0")]
+_NotNegative = Annotated[float, Bound(lambda value: 0 <= value < math.inf, "0 or more")]
+_Unbounded = Annotated[float, Bound(lambda value: value > 0, "more than 0 (.inf for none)")]
+_Probability = Annotated[float, Bound(lambda value: 0 <= value < 1, "0 to below 1")]
+
+
+def _check_bounds(section: str, config: Any) -> None:
+    """ValueError for the first field of a dataclass whose value is not within its bounds."""
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value, optional = getattr(config, name), type(None) in get_args(hint)
+        if value is None:
+            continue
+        for part in (hint, *get_args(hint)):
+            for bound in getattr(part, "__metadata__", ()):
+                if not bound.test(value):
+                    raise ValueError(
+                        f"{section}{name} is {_shown(value)}; give {bound.allowed}"
+                        f"{' or leave it out' if optional else ''}"
+                    )
 
 
 @dataclass(frozen=True)
@@ -42,13 +82,13 @@ class Source:
     """Annotation file (`sharegpt`, `jsonl`) or meta file (`meta`)."""
     split: str = "train"
     """Split to train on (`mis` only)."""
-    count: int | None = None
+    count: _Count | None = None
     """Number of samples to draw, chosen by the seed; if unset, all."""
-    weight: float | None = None
+    weight: _Positive | None = None
     """Sampling weight relative to the other sources; set it for every source or for none."""
     augment: bool = False
     """JPEG augmentation: re-encode every tile with a random quality."""
-    max_tiles: int | None = None
+    max_tiles: _Tiles | None = None
     """Maximum number of tiles per sample of this source; if unset, `data.max_tiles`."""
 
     def __post_init__(self) -> None:
@@ -57,15 +97,7 @@ class Source:
             raise ValueError(f"a source of kind '{self.kind}' needs the field '{needed}'")
         if self.kind == "meta" and self.root is not None:
             raise ValueError("root is not for kind 'meta', whose file names a root for each set")
-        for name, most in (("count", _MANY), ("max_tiles", _MOST_TILES)):
-            if (value := getattr(self, name)) is None:
-                continue
-            if value < 1:
-                raise ValueError(f"{name} is {_shown(value)}; give at least 1 or leave it out")
-            if value > most:
-                raise ValueError(f"{name} is {_shown(value)}; give at most {most} or leave it out")
-        if self.weight is not None and not 0 < self.weight < math.inf:
-            raise ValueError(f"weight is {self.weight}; give a number above 0 or leave it out")
+        _check_bounds("", self)
         if self.weight is not None and self.count is not None:
             raise ValueError("count and weight exclude each other; give one of them")
 
@@ -77,21 +109,21 @@ class DataConfig:
     __pydantic_config__ = _STRICT
     sources: tuple[Source, ...]
     """Datasets of the training mixture."""
-    max_length: int = 8192
+    max_length: Annotated[int, _at_least(1), _at_most(2**24)] = 8192
     """Maximum sequence length in tokens, image tokens included."""
     too_long: Literal["refuse", "truncate"] = "refuse"
     """Samples longer than `max_length`. refuse: treat as a bad sample; truncate: cut the end of the
     answer, never an image."""
-    max_tiles: int = 6
+    max_tiles: _Tiles = 6
     """Maximum number of tiles per sample, divided over its images; thumbnails are extra."""
     packing: bool = False
     """Pack several samples into each sequence of `max_length` tokens; they do not attend to each
     other."""
-    pack_tiles: int | None = None
+    pack_tiles: Annotated[int, _at_least(1), _at_most(2**16)] | None = None
     """Number of tiles per packed sequence; if unset, estimated from the sizes of the samples."""
     tile_cache: Path | None = None
     """Folder in which to cache decoded tiles for later epochs and runs; if unset, no cache."""
-    workers: int = 0
+    workers: Annotated[int, _at_least(0), _at_most(1024)] = 0
     """Number of worker processes that load and tile images; 0 uses threads."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
     """Bad samples: a missing file, a damaged image, a wrong number of <image>, too many tokens.
@@ -100,13 +132,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("data.sources is empty; name at least one source")
-        if self.pack_tiles is not None:
-            if not self.packing:
-                raise ValueError("data.pack_tiles is of packed rows; set data.packing: true")
-            _between("data.pack_tiles", self.pack_tiles, 1, _MOST_PACKED_TILES)
-        _between("data.max_length", self.max_length, 1, _LONGEST_ROW)
-        _between("data.max_tiles", self.max_tiles, 1, _MOST_TILES)
-        _between("data.workers", self.workers, 0, 1024)
+        if self.pack_tiles is not None and not self.packing:
+            raise ValueError("data.pack_tiles is of packed sequences; set data.packing: true")
+        _check_bounds("data.", self)
 
 
 @dataclass(frozen=True)
@@ -114,13 +142,13 @@ class TrainConfig:
     """Duration, batch size, trained parts, memory and checkpoints."""
 
     __pydantic_config__ = _STRICT
-    epochs: int | None = None
+    epochs: _Count | None = None
     """Number of training epochs; set this or `steps`."""
-    steps: int | None = None
+    steps: _Count | None = None
     """Number of optimizer steps; set this or `epochs`."""
-    global_batch: int = 128
+    global_batch: _Count = 128
     """Number of sequences per optimizer step, over all devices."""
-    micro_batch: int | None = None
+    micro_batch: _Count | None = None
     """Number of sequences per forward pass, over all devices; gradients are accumulated up to
     `global_batch`; if unset, equal to it."""
     freeze: tuple[Part, ...] = ("vision",)
@@ -137,52 +165,40 @@ class TrainConfig:
     """Attention kernel; auto is splash on TPU, cudnn on CUDA (bfloat16), xla elsewhere."""
     unroll: bool = False
     """Unroll the layers instead of scanning over them: slower to compile, faster to run."""
-    loss_chunk: int = 1024
+    loss_chunk: _Count = 1024
     """Number of tokens per sequence whose logits are computed at once."""
-    drop_path: float = 0.0
+    drop_path: _Probability = 0.0
     """Maximum stochastic depth rate of the vision tower, rising linearly over its layers."""
-    save_every: int | None = None
+    save_every: _Count | None = None
     """Save a checkpoint every N steps; if unset, every fifth of the run."""
-    save_minutes: float = 15.0
+    save_minutes: _Unbounded = 15.0
     """Also save a checkpoint when the last one is this many minutes old; .inf disables it."""
     check_digests: bool = True
     """Verify the SHA-256 digests of a checkpoint before resuming from it."""
-    keep: int = 2
+    keep: _Count = 2
     """Number of most recent checkpoints to keep."""
     keep_best: bool = False
     """Also keep the checkpoint with the lowest attack success rate in `evaluation`."""
     on_not_finite: Literal["stop", "skip"] = "stop"
     """Loss or gradient that is NaN or infinite: stop the run or skip the step; either way the batch
     is saved in the output folder."""
-    spike: float | None = None
+    spike: Annotated[float, Bound(lambda value: value > 1, "more than 1")] | None = None
     """Skip a step whose gradient norm exceeds this many times its running mean; if unset, off."""
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of train.epochs and train.steps")
-        for name in ("global_batch", "keep", "loss_chunk"):
-            _between(f"train.{name}", getattr(self, name), 1)
-        if not self.save_minutes > 0:
-            raise ValueError(
-                f"train.save_minutes is {self.save_minutes}; give more than 0 (.inf for never)"
-            )
-        for name in ("epochs", "steps", "micro_batch", "save_every"):
-            if getattr(self, name) is not None:
-                _between(f"train.{name}", getattr(self, name), 1)
-        if self.steps and self.steps * self.global_batch > _MOST_ROWS:
+        _check_bounds("train.", self)
+        if self.steps and self.steps * self.global_batch > _MOST_SEQUENCES:
             raise ValueError(
                 f"train.steps {self.steps} times train.global_batch {self.global_batch} is more "
-                f"than {_MOST_ROWS} rows; lower one of them"
+                f"than {_MOST_SEQUENCES} sequences; lower one of them"
             )
         if self.micro_batch and self.global_batch % self.micro_batch:
             raise ValueError(
                 f"train.micro_batch {self.micro_batch} does not divide "
                 f"train.global_batch {self.global_batch}"
             )
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"train.drop_path is {self.drop_path}; give 0 to below 1")
-        if self.spike is not None and not self.spike > 1:
-            raise ValueError(f"train.spike is {self.spike}; give more than 1, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -190,11 +206,11 @@ class LoraConfig:
     """LoRA adapters, set up as in InternVL's fine-tuning scripts."""
 
     __pydantic_config__ = _STRICT
-    rank: int = 0
+    rank: Annotated[int, _at_least(0), _at_most(2**16)] = 0
     """LoRA rank; 0 disables LoRA and trains the parameters themselves."""
-    alpha: float | None = None
+    alpha: _Positive | None = None
     """LoRA alpha: the update is scaled by alpha / rank; if unset, twice the rank."""
-    dropout: float = 0.05
+    dropout: _Probability = 0.05
     """Dropout probability of the adapters' inputs, in training."""
     targets: tuple[Literal["vision", "language"], ...] = ("language",)
     """Parts whose linear layers get adapters: vision, language or both."""
@@ -202,11 +218,7 @@ class LoraConfig:
     """Quantization of the frozen base weights (QLoRA): none, int8 or nf4."""
 
     def __post_init__(self) -> None:
-        _between("lora.rank", self.rank, 0, 2**16)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout is {self.dropout}; give 0 to below 1")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise ValueError(f"lora.alpha is {self.alpha}; give a number above 0")
+        _check_bounds("lora.", self)
         if self.rank and not self.targets:
             raise ValueError("lora.targets is empty; name vision, language or both")
         if self.base != "none" and not self.rank:
@@ -218,25 +230,25 @@ class OptimizerConfig:
     """AdamW with linear warm-up, as in InternVL's scripts; weight decay applies to every tensor."""
 
     __pydantic_config__ = _STRICT
-    learning_rate: float = 5e-6
+    learning_rate: _Positive = 5e-6
     """Peak learning rate."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate schedule after the warm-up: cosine decay to 0, or constant."""
-    warmup_ratio: float = 0.03
+    warmup_ratio: Annotated[float, Bound(lambda value: 0 <= value <= 1, "0 to 1")] = 0.03
     """Fraction of the steps used for linear warm-up from 0."""
-    weight_decay: float = 0.05
+    weight_decay: _NotNegative = 0.05
     """Weight decay (decoupled, as in AdamW)."""
-    clip: float = 1.0
+    clip: _Unbounded = 1.0
     """Maximum global gradient norm; .inf disables clipping."""
-    beta1: float = 0.9
+    beta1: _Probability = 0.9
     """Exponential decay rate of the first moment."""
-    beta2: float = 0.999
+    beta2: _Probability = 0.999
     """Exponential decay rate of the second moment."""
-    eps: float = 1e-8
+    eps: _Positive = 1e-8
     """Epsilon added to the denominator of the update."""
-    vision_learning_rate: float | None = None
+    vision_learning_rate: _Positive | None = None
     """Peak learning rate of the vision tower; if unset, `learning_rate`."""
-    projector_learning_rate: float | None = None
+    projector_learning_rate: _Positive | None = None
     """Peak learning rate of the projector; if unset, `learning_rate`."""
     offload: bool = False
     """Keep the optimizer moments in host memory between steps."""
@@ -244,19 +256,7 @@ class OptimizerConfig:
     """Optimizer; adafactor stores factored second moments and no first moments."""
 
     def __post_init__(self) -> None:
-        # Written so that a value that is no number is refused too.
-        if not 0 <= self.warmup_ratio <= 1:
-            raise ValueError(f"optimizer.warmup_ratio is {self.warmup_ratio}; give 0 to 1")
-        for name in ("learning_rate", "vision_learning_rate", "projector_learning_rate", "eps"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise ValueError(f"optimizer.{name} is {value}; give a number above 0")
-        if not self.clip > 0:
-            raise ValueError(f"optimizer.clip is {self.clip}; give more than 0 (.inf for none)")
-        for name in ("beta1", "beta2"):
-            if not 0 <= (value := getattr(self, name)) < 1:
-                raise ValueError(f"optimizer.{name} is {value}; give 0 to below 1")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"optimizer.weight_decay is {self.weight_decay}; give 0 or more")
+        _check_bounds("optimizer.", self)
 
 
 @dataclass(frozen=True)
@@ -264,23 +264,19 @@ class MeshConfig:
     """Number of devices along each mesh axis; one axis may be -1 (all remaining devices)."""
 
     __pydantic_config__ = _STRICT
-    data: int = 1
+    data: _DevicesOrRest = 1
     """Data-parallel replicas of the model."""
-    fsdp: int = -1
+    fsdp: _DevicesOrRest = -1
     """Fully sharded data parallelism: shards of every parameter."""
-    tensor: int = 1
+    tensor: _DevicesOrRest = 1
     """Tensor parallelism: shards of heads and MLP columns."""
-    context: int = 1
+    context: _DevicesOrRest = 1
     """Context parallelism: shards of the sequence."""
-    slices: int = 1
+    slices: _Devices = 1
     """Number of slices connected by the data-center network; each holds `data` replicas."""
 
     def __post_init__(self) -> None:
-        for axis in ("data", "fsdp", "tensor", "context"):
-            size = getattr(self, axis)
-            if size != -1:
-                _between(f"mesh.{axis}", size, 1, _MOST_DEVICES)
-        _between("mesh.slices", self.slices, 1, _MOST_DEVICES)
+        _check_bounds("mesh.", self)
 
 
 @dataclass(frozen=True)
@@ -290,27 +286,23 @@ class DistributedConfig:
     __pydantic_config__ = _STRICT
     coordinator: str | None = None
     """Address of process 0, as HOST:PORT."""
-    num_processes: int | None = None
+    num_processes: _Count | None = None
     """Total number of processes."""
     process_id: int | None = None
     """Index of this process, starting from 0."""
-    timeout: int = 60
+    timeout: Annotated[int, _at_least(10), _MANY] = 60
     """Seconds without a heartbeat after which another process is considered lost."""
 
     def __post_init__(self) -> None:
+        _check_bounds("distributed.", self)
         given = [self.coordinator, self.num_processes, self.process_id]
         if any(x is None for x in given) and any(x is not None for x in given):
             raise ValueError(
                 "distributed: give all of coordinator, num_processes and process_id, or none"
             )
-        if self.num_processes is not None and self.process_id is not None:
-            _between("distributed.num_processes", self.num_processes, 1)
-            if not 0 <= self.process_id < self.num_processes:
-                raise ValueError(
-                    f"distributed.process_id is {self.process_id}; give 0 to "
-                    f"{self.num_processes - 1}"
-                )
-        _between("distributed.timeout", self.timeout, 10)
+        last = (self.num_processes or 1) - 1
+        if self.process_id is not None and not 0 <= self.process_id <= last:
+            raise ValueError(f"distributed.process_id is {self.process_id}; give 0 to {last}")
 
 
 @dataclass(frozen=True)
@@ -318,23 +310,21 @@ class EvaluationConfig:
     """Evaluation on held-out samples during training."""
 
     __pydantic_config__ = _STRICT
-    every: int = 0
+    every: _CountOrZero = 0
     """Evaluate every N steps; 0 disables it."""
     benchmark: str = "mis_hard"
     """Benchmark id."""
     data_root: Path = Path("data")
     """Folder with one subfolder of files per benchmark."""
-    samples: int = 32
+    samples: _Count = 32
     """Number of samples to evaluate, from the start of the benchmark."""
     judge: str = "rules"
     """Judge that labels the answers."""
-    max_new_tokens: int = 256
+    max_new_tokens: _Count = 256
     """Maximum number of tokens to generate per answer."""
 
     def __post_init__(self) -> None:
-        _between("evaluation.every", self.every, 0)
-        _between("evaluation.samples", self.samples, 1)
-        _between("evaluation.max_new_tokens", self.max_new_tokens, 1)
+        _check_bounds("evaluation.", self)
 
 
 @dataclass(frozen=True)
@@ -344,14 +334,13 @@ class LogConfig:
     __pydantic_config__ = _STRICT
     wandb: str | None = None
     """Weights & Biases project to log to; needs the extra `wandb`."""
-    profile_start: int = 0
+    profile_start: _CountOrZero = 0
     """First step to profile; 0 disables profiling. The trace is written to the output folder."""
-    profile_steps: int = 3
+    profile_steps: _Count = 3
     """Number of steps to profile."""
 
     def __post_init__(self) -> None:
-        _between("log.profile_start", self.profile_start, 0)
-        _between("log.profile_steps", self.profile_steps, 1)
+        _check_bounds("log.", self)
 
 
 @dataclass(frozen=True)
@@ -380,7 +369,7 @@ class RunConfig:
     """Output folder of the run; an interrupted run resumes from it."""
     data: DataConfig
     train: TrainConfig
-    seed: int = 0
+    seed: Annotated[int, Bound(lambda value: 0 <= value < 2**32, f"0 to {2**32 - 1}")] = 0
     """Random seed for the order of the samples, the choice of `count`, and dropout."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -391,8 +380,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:  # what grain's shuffling takes
-            raise ValueError(f"seed is {self.seed}; give 0 to {2**32 - 1}")
+        _check_bounds("", self)
         trained = [part for part in get_args(Part) if part not in self.train.freeze]
         if self.lora.rank:
             for part in trained:  # LoRA trains the projector beside it, or nothing
@@ -408,7 +396,7 @@ class RunConfig:
 def load_config(path: Path) -> RunConfig:
     """Read a YAML file; every unknown, missing or wrong field is named in one error."""
     try:
-        raw = parse_yaml(Path(path).read_text(encoding="utf-8"))
+        raw = parse_yaml(read_text(Path(path)))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give the YAML file of a run") from None
     except OSError as error:
@@ -433,9 +421,7 @@ def config_text(config: RunConfig) -> str:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write a configuration so that `load_config` gives it back; whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(config_text(config), encoding="utf-8")
-    os.replace(partial, path)
+    replace_file(path, config_text(config))
 
 
 def changed_fields(before: RunConfig, after: RunConfig) -> list[str]:
@@ -478,13 +464,7 @@ def _differing(before: dict[str, Any], after: dict[str, Any], prefix: str) -> li
     return names
 
 
-def _between(name: str, value: int, least: int, most: int = _MANY) -> None:
-    if value < least:
-        raise ValueError(f"{name} is {_shown(value)}; give at least {least}")
-    if value > most:
-        raise ValueError(f"{name} is {_shown(value)}; give at most {most}")
-
-
-def _shown(value: int) -> str:
+def _shown(value: float) -> str:
     """Numbers of thousands of digits are not printed."""
-    return str(value) if abs(value) < 10**40 else "a number of more than 40 digits"
+    long = isinstance(value, int) and abs(value) >= 10**40
+    return "a number of more than 40 digits" if long else str(value)

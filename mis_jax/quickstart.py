@@ -15,16 +15,17 @@ from mis_jax.checkpoint.convert import convert
 from mis_jax.checkpoint.load import open_checkpoint
 from mis_jax.config import DataConfig, DtypeConfig, OptimizerConfig, RunConfig, Source, TrainConfig
 from mis_jax.evals.benchmarks import get_benchmark
-from mis_jax.evals.manifest import open_run
 from mis_jax.evals.models import answers_of
 from mis_jax.evals.report import write_report
+from mis_jax.evals.run_dir import open_run
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.scoring import without_verdict
 from mis_jax.mini.files import write_mini
 from mis_jax.parsing import parse_json
-from mis_jax.storage.folders import destination_path, replace_file
+from mis_jax.storage.files import read_text, replace_file
 from mis_jax.storage.hashing import folder_fingerprint
 from mis_jax.storage.locks import LOCK, locked_folder
+from mis_jax.storage.paths import destination_path
 from mis_jax.terminal import steps_bar
 from mis_jax.train.run_folder import FINAL_MODEL
 from mis_jax.train.trainer import train
@@ -193,7 +194,7 @@ def _claim(out: Path, seed: int) -> bool:
         replace_file(mark, json.dumps({"seed": seed}) + "\n")
         return False
     try:
-        known = parse_json(mark.read_text() or "{}")
+        known = parse_json(read_text(mark) or "{}")
         before, controls = known.get("seed", seed), known.get("controls", False)
     except (ValueError, AttributeError):
         raise ValueError(f"{mark}: not readable; choose another --out") from None

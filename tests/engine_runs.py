@@ -62,16 +62,16 @@ def generate_tokens(
     stop_ids: Sequence[int] = (),
     sampling: Sampling | None = None,
     row_ids: Sequence[int] | None = None,
-    rows: int | None = None,
+    max_num_seqs: int | None = None,
     groups: int = 1,
     between: int = 0,
 ) -> Generated:
-    """Every row of the batch continued, in as many rows of the engine unless `rows` says."""
+    """Every sequence of the batch continued, in as many slots unless `max_num_seqs` says."""
     engine = Engine(
         model,
         stop_ids=stop_ids,
         decode=letters,
-        rows=rows or len(batch.input_ids),
+        max_num_seqs=max_num_seqs or len(batch.input_ids),
         groups=groups,
         between=between,
     )

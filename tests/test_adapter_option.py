@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 import mis_jax
 from mis_jax.checkpoint import nnx_state
-from mis_jax.checkpoint.hf_config import read_config
-from mis_jax.checkpoint.lora_peft import linear_modules
+from mis_jax.checkpoint.hf.config import read_config
+from mis_jax.checkpoint.peft.mapping import linear_modules
 from mis_jax.checkpoint.run_checkpoint import model_fingerprint, model_name
 from mis_jax.cli import main
 from mis_jax.config import MeshConfig

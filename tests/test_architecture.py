@@ -27,6 +27,7 @@ DISTRIBUTIONS = {
     "orbax": "orbax-checkpoint",
     "jaxlib": "jax",
     "pydantic_core": "pydantic",
+    "google": "protobuf",
 }
 
 
@@ -154,6 +155,51 @@ def test_every_image_is_opened_in_an_allowed_format() -> None:
     ]
     assert {where.partition(":")[0] for where, _ in open_calls} >= {"mis_jax/data/images.py"}
     assert [where for where, words in open_calls if "formats" not in words] == []
+
+
+# What opens, writes, moves or removes a file: storage/ alone does.
+_FILE_METHODS = {
+    "open", "read_text", "read_bytes", "write_text", "write_bytes", "mkdir", "unlink", "rename",
+    "rmdir", "touch", "symlink_to", "hardlink_to",
+}  # fmt: skip
+_FILE_FUNCTIONS = re.compile(
+    r"open|io\.open|os\.(open|replace|rename|renames|remove|unlink|rmdir|mkdir|makedirs|truncate|"
+    r"fsync|link|symlink)|(shutil|tempfile)\.\w+|mmap\.mmap|"
+    r"np\.(load|save|savez|savez_compressed|memmap|fromfile|tofile)"
+)
+# Not files: an image in memory (its file was opened by storage/), arrays of tensorstore, a stream
+# to a client.
+_NO_FILES = {"Image.open", "tensorstore.open"}
+
+
+def _touches_files(call: ast.Call) -> str | None:
+    name = ast.unparse(call.func)
+    if name in _NO_FILES:
+        return None
+    method = isinstance(call.func, ast.Attribute) and call.func.attr in _FILE_METHODS
+    return name if method or _FILE_FUNCTIONS.fullmatch(name) else None
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["open(path)", "path.open('a')", "Path(out).write_text('')", "os.replace(a, b)",
+     "np.savez(file, a=a)", "shutil.rmtree(out)", "(out / 'a').mkdir()", "tempfile.mkstemp()"],
+)  # fmt: skip
+def test_the_search_for_file_access_finds_it(call: str) -> None:
+    node = ast.parse(call, mode="eval").body
+    assert isinstance(node, ast.Call)
+    assert _touches_files(node)
+
+
+def test_only_storage_opens_writes_moves_and_removes_files() -> None:
+    outside = {
+        f"{_name(path)}:{call.lineno}: {name}"
+        for path in SOURCES
+        if not path.is_relative_to(PACKAGE / "storage")
+        for call in _calls(path)
+        if (name := _touches_files(call))
+    }
+    assert outside == set()
 
 
 def _plain(requirement: str) -> str:

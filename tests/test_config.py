@@ -244,7 +244,7 @@ REFUSED = [
     ),
     (
         dict(data__pack_tiles=8),
-        "data.pack_tiles is of packed rows; set data.packing: true",
+        "data.pack_tiles is of packed sequences; set data.packing: true",
     ),
     (dict(data__max_length=0), "data.max_length is 0; give at least 1"),
     (dict(data__max_tiles=-1), "data.max_tiles is -1; give at least 1"),
@@ -358,7 +358,7 @@ def test_numbers_beyond_reason_are_refused(tmp_path):
             missed[name] = found
     assert missed == {}
     steps = {"train__epochs": None, "train__steps": 10**8, "train__global_batch": 128}
-    assert "is more than 100000000 rows" in refusal(edited(tmp_path, **steps))
+    assert "is more than 100000000 sequences" in refusal(edited(tmp_path, **steps))
 
 
 @pytest.mark.parametrize("text", ["[" * 10_000, "a: &a [*a]", "a: " + "1" * 5000, "a: 1\na: 2"])

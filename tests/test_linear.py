@@ -1,7 +1,7 @@
 """Every reader of text from outside takes twice the time for twice the text, whatever the text is.
 
 Those of evaluations stand in `evals/test_eval_linear.py`, an adapter's patterns in
-`weights/test_peft_patterns.py`, the text of answers in `generation/test_words.py`.
+`checkpoint/test_peft_patterns.py`, the text of answers in `inference/test_detokenizer.py`.
 """
 
 import json
@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 from growth import slow_texts
 
-from mis_jax.checkpoint.lora_peft import plain_key
+from mis_jax.checkpoint.peft.mapping import plain_key
 from mis_jax.checkpoint.safetensors_reader import _LAYER
 from mis_jax.data.annotations import check_entry
 from mis_jax.data.chat_template import from_sharegpt, insert_image_markers, render
 from mis_jax.inference.guard import _categories
 from mis_jax.parsing import parse_json, parse_yaml
-from mis_jax.server import images, schemas
-from mis_jax.server.hosts import _is_among
-from mis_jax.tokenizer.tokenizer import Tokenizer, _AddedTokens, load_tokenizer
+from mis_jax.server import inputs, protocol
+from mis_jax.server.access import _is_among
+from mis_jax.tokenizer.files import _merged
+from mis_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 sys.path.append(str(Path(__file__).parent / "data"))
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
@@ -106,7 +107,7 @@ DOCUMENTS = {
 }
 
 
-@pytest.mark.parametrize("reader", [parse_json, schemas.parse])
+@pytest.mark.parametrize("reader", [parse_json, protocol.parse])
 def test_json_is_linear(reader):
     assert slow_texts(lambda text: reader(text.encode()), DOCUMENTS) == {}
 
@@ -128,9 +129,9 @@ def test_yaml_is_linear():
 
 def test_a_request_is_linear():
     def counted(text: str) -> object:
-        content = schemas.parse(text.encode())
-        schemas.count_parts(content)
-        return schemas.checked(content)
+        content = protocol.parse(text.encode())
+        protocol.count_parts(content)
+        return protocol.checked(content)
 
     turn = json.dumps({"role": "user", "content": "a"})
     requests = {
@@ -157,7 +158,7 @@ def test_the_address_of_an_image_is_linear(tmp_path):
         "percents": ("file:", "%2e%2e%2f", "x"),
         "brackets": ("file://", "[", "]"),
     }
-    assert slow_texts(lambda text: images.sources_of([("x", text)], tmp_path), addresses) == {}
+    assert slow_texts(lambda text: inputs.sources_of([("x", text)], tmp_path), addresses) == {}
 
 
 def test_the_name_of_a_host_is_linear():
@@ -178,12 +179,11 @@ def test_the_name_of_a_tensor_is_linear():
 
 
 def test_added_tokens_are_linear(tmp_path):
-    def listed(text: str) -> None:
-        table = _AddedTokens(tmp_path)
-        for number in range(len(text)):
-            table.add(f"<{number}>", number % (len(text) // 2 + 1), {"special": True}, "x")
+    def merged(text: str) -> None:
+        ids = {f"<{number}>": number % (len(text) // 2 + 1) for number in range(len(text))}
+        _merged(tmp_path, [("x", {"content": t, "id": i, "special": True}) for t, i in ids.items()])
 
-    assert slow_texts(listed, {"tokens": ("", "a", "")}) == {}
+    assert slow_texts(merged, {"tokens": ("", "a", "")}) == {}
 
 
 REPLIES = {

@@ -280,7 +280,7 @@ def test_the_batch_that_is_planned_for(tmp_path, data, options, tiles) -> None:
     config = run_config(tmp_path, tmp_path, tmp_path, **changes)
     model = published("internvl2_5-8b")
     shape = training_shape(config, model, options.get("length"), options.get("tiles"))
-    assert (shape.rows, shape.length, shape.tiles) == (4, config.data.max_length, tiles)
+    assert (shape.sequences, shape.length, shape.tiles) == (4, config.data.max_length, tiles)
 
 
 def test_a_model_by_its_name_or_by_a_folder_of_its_name(tmp_path, tiny_checkpoint) -> None:
@@ -348,7 +348,7 @@ def test_every_step_is_compiled_and_its_memory_and_time_known(compiled: Plan) ->
     prefill, decode = compiled.steps[1:]
     assert isinstance(prefill.shape, GenerationShape)
     assert prefill.tokens == prefill.shape.groups * prefill.shape.chunk
-    assert decode.tokens == prefill.shape.rows
+    assert decode.tokens == prefill.shape.slots
     assert prefill.noncausal > prefill.operations > decode.operations
     for step in (prefill, decode):  # the cache is given away
         assert step.memory.output < step.memory.arguments / 10
@@ -434,7 +434,7 @@ def test_bad_words_exit_2_with_one_line(mis_jax, yaml_of, words, line) -> None:
 def test_rows_that_the_mesh_cannot_split_exit_2(mis_jax, yaml_of) -> None:
     code, _, err = mis_jax("plan", yaml_of(train__micro_batch=2), "--topology", "v5e:2x2")
     assert code == 2
-    assert "2 rows of a forward pass cannot be split over data x fsdp = 4 devices" in err
+    assert "2 sequences of a forward pass cannot be split over data x fsdp = 4 devices" in err
 
 
 @needs_libtpu

@@ -172,7 +172,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_processor(tiny_checkpoint: Path) -> Any:
     """Tokenizer, template and tiling of `tiny_checkpoint`."""
-    from mis_jax.checkpoint.hf_config import read_config
+    from mis_jax.checkpoint.hf.config import read_config
     from mis_jax.data.processor import Processor
 
     return Processor.from_folder(tiny_checkpoint, read_config(tiny_checkpoint)[0])

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from label_rows import bare_question, read_rows
 
 from mis_jax.data.chat_template import IMAGE_MARKER, from_sharegpt
-from mis_jax.evals.files import write_json
+from mis_jax.storage.json_files import replace_json
 
 REFUSAL = "I'm sorry, but I can't help with this request."
 Kind = Literal["refusal", "text-only"]
@@ -67,7 +67,7 @@ def write(src: Path, out: Path, kind: Kind) -> int:
         where = f"{src}, row {number}"
         _check(row, where)
         rows.append(change(row, where))
-    write_json(out, rows)
+    replace_json(out, rows)
     return len(rows)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from label_prompt import find_flags
 from label_rows import Sample
 
-from mis_jax.evals.files import write_text
+from mis_jax.storage.files import replace_text
 from mis_jax.storage.hashing import digest
 
 _COLUMNS: tuple[str, ...] = (
@@ -136,5 +136,5 @@ def write_review(path: Path, reviewed: Sequence[Reviewed], entries: Entries) -> 
         writer.writerow(dict(zip(_COLUMNS, values, strict=True)))
     writer.writerows(outdated)
     # The mark in front makes spreadsheets read it as UTF-8.
-    write_text(path, f"\ufeff{stream.getvalue()}")
+    replace_text(path, f"\ufeff{stream.getvalue()}")
     return len(outdated)

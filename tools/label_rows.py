@@ -9,7 +9,7 @@ from label_prompt import PROMPT_VERSION
 
 from mis_jax.data.chat_template import IMAGE_MARKER
 from mis_jax.data.images import image_size
-from mis_jax.evals.benchmarks.rows import row_ids
+from mis_jax.evals.benchmarks.table import unique_ids
 from mis_jax.parsing import parse_json
 from mis_jax.storage.hashing import digest, file_digest
 
@@ -79,7 +79,7 @@ def read_samples(path: Path, root: Path) -> list[Sample]:
     """
     rows = read_rows(path)
     samples = []
-    for number, (name, row) in enumerate(zip(row_ids(rows), rows, strict=True)):
+    for number, (name, row) in enumerate(zip(unique_ids(rows), rows, strict=True)):
         where = f"{path}, row {number}"
         images = [_relative(image, root, where) for image in _images(row, where)]
         first, second = images

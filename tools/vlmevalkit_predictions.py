@@ -16,7 +16,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from mis_jax.evals.benchmarks import get_benchmark
-from mis_jax.evals.manifest import open_run
+from mis_jax.evals.run_dir import open_run
 from mis_jax.evals.vlmevalkit.predictions import export_predictions, import_predictions
 from mis_jax.storage.hashing import file_digest
 

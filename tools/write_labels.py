@@ -38,7 +38,8 @@ from label_review import (
 from label_rows import Sample, read_samples, sample_key, training_row
 from label_teacher import Reply, Stopped, Teacher, ask_all
 
-from mis_jax.evals.files import AppendLog, write_json
+from mis_jax.storage.json_files import replace_json
+from mis_jax.storage.jsonl import AppendLog
 from mis_jax.terminal import Bars, steps_bar
 
 _IDS_SHOWN = 10
@@ -134,7 +135,7 @@ def run(settings: Settings, console: Console) -> int:
         entries = _entries(settings)  # again: somebody may have gone on reading meanwhile
         reviewed = _reviewed(samples, keys, latest, entries)
         labelled = [training_row(item.sample, item.label) for item in reviewed if item.is_label]
-        write_json(settings.out / "mis_train.json", labelled)
+        replace_json(settings.out / "mis_train.json", labelled)
         outdated = write_review(settings.out / "review.csv", reviewed, entries)
     settled = {item.sample.id for item in reviewed if item.is_label or item.ok == "no"}
     missing: dict[str, list[str]] = defaultdict(list)
@@ -171,10 +172,10 @@ def _teacher(settings: Settings) -> Teacher:
 
 def _latest(log: AppendLog) -> dict[str, dict[str, Any]]:
     """The last reply to every key."""
-    for row in log.rows:
+    for row in log.entries:
         if not {"key", "state", "label"} <= row.keys():
             raise ValueError(f"{log.path}: not a log of this script; choose another folder")
-    return {row["key"]: row for row in log.rows}
+    return {row["key"]: row for row in log.entries}
 
 
 def _entries(settings: Settings) -> Entries:

@@ -1,6 +1,5 @@
 """Write a checkpoint in any of the three formats, streaming from wherever its values are."""
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +10,9 @@ import jax
 
 from mis_jax.checkpoint import nnx_state
 from mis_jax.checkpoint.dtype_cast import check_dtype
-from mis_jax.checkpoint.hf_config import Format
-from mis_jax.checkpoint.hf_config_writer import native_json, published_json
-from mis_jax.checkpoint.hf_files import write_companions
+from mis_jax.checkpoint.hf.config import Format
+from mis_jax.checkpoint.hf.config_writer import native_json, published_json
+from mis_jax.checkpoint.hf.files import write_companions
 from mis_jax.checkpoint.load import Checkpoint, OpenCheckpoint
 from mis_jax.checkpoint.native import finish_native, native_jobs, write_digests
 from mis_jax.checkpoint.parameter_source import (
@@ -25,6 +24,7 @@ from mis_jax.checkpoint.parameter_source import (
 )
 from mis_jax.checkpoint.safetensors_writer import finish_published, published_jobs
 from mis_jax.storage.folders import Journal, finished_folder, resumable_folder
+from mis_jax.storage.json_files import write_json
 
 SHARD_BYTES = 5 * 10**9
 _PLAN_VERSION = 3  # another order or size of pieces needs another
@@ -68,7 +68,7 @@ def convert(
         done = run_jobs(jobs, journal, progress, workers)
         if done.not_finite and not allow_nonfinite:
             raise _not_finite(opened, done.not_finite)
-        _write_json(folder / "config.json", content)
+        write_json(folder / "config.json", content)
         if kind == "native":
             finish_native(folder, shapes)
             write_digests(folder, done.digests)
@@ -138,7 +138,3 @@ def _not_finite(opened: OpenCheckpoint, tensors: list[str]) -> ValueError:
         f"{opened.folder}: {len(tensors)} tensor(s) hold NaN or infinite values: {named}; download "
         "the file again, or add --allow-nan to convert them as they are"
     )
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.checkpoint import nnx_state
-from mis_jax.checkpoint.hf_config import detect_format, read_config
+from mis_jax.checkpoint.hf.config import detect_format, read_config
 from mis_jax.checkpoint.load import find_problems, open_checkpoint
 from mis_jax.checkpoint.native import DIGESTS, PARAMS, native_digests, stored_shapes
 from mis_jax.checkpoint.run_checkpoint import refuse_part_of_run, run_of

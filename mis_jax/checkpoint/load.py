@@ -13,19 +13,19 @@ import numpy as np
 from jax.sharding import Sharding
 
 from mis_jax.checkpoint import nnx_state
-from mis_jax.checkpoint.adapter_files import LORA_FIELDS, official_settings, read_adapter
 from mis_jax.checkpoint.dtype_cast import NUMPY_DTYPES, check_dtype, packed
-from mis_jax.checkpoint.hf_config import detect_format, read_config
-from mis_jax.checkpoint.lora_peft import (
+from mis_jax.checkpoint.hf.config import detect_format, read_config
+from mis_jax.checkpoint.mapping import Layout, head_key, rules
+from mis_jax.checkpoint.native import PARAMS, NativeSource, native_problems, stored_shapes
+from mis_jax.checkpoint.parameter_source import WORKERS, ParameterSource, Progress, is_stacked
+from mis_jax.checkpoint.peft.files import LORA_FIELDS, official_settings, read_adapter
+from mis_jax.checkpoint.peft.mapping import (
     Merged,
     Settings,
     adapter_from_tensors,
     factor_problems,
     value_problems,
 )
-from mis_jax.checkpoint.mapping import Layout, head_key, rules
-from mis_jax.checkpoint.native import PARAMS, NativeSource, native_problems, stored_shapes
-from mis_jax.checkpoint.parameter_source import WORKERS, ParameterSource, Progress, is_stacked
 from mis_jax.checkpoint.run_checkpoint import (
     Trained,
     adapter_of,
@@ -37,8 +37,8 @@ from mis_jax.checkpoint.run_checkpoint import (
 from mis_jax.checkpoint.safetensors_reader import PublishedSource, Shards, misfit, problems
 from mis_jax.checkpoint.train_state import is_run_checkpoint
 from mis_jax.model.config import InternVLConfig
-from mis_jax.storage.hashing import files_below
-from mis_jax.storage.json_fields import Fields
+from mis_jax.storage.json_files import Fields
+from mis_jax.storage.paths import files_below
 
 
 @dataclasses.dataclass(frozen=True)

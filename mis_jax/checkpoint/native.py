@@ -24,15 +24,11 @@ import tensorstore
 
 from mis_jax.checkpoint.dtype_cast import NUMPY_DTYPES, all_finite, packed
 from mis_jax.checkpoint.parameter_source import PIECE, Job, ParameterSource, is_stacked, layers_of
-from mis_jax.storage.folders import JOURNAL, NOTICE, Region, write_file
-from mis_jax.storage.hashing import (
-    bytes_digest,
-    changed_files,
-    file_digests,
-    files_below,
-    is_inside,
-)
-from mis_jax.storage.json_fields import read_json
+from mis_jax.storage.files import Region, make_folder, map_file, write_file, write_text
+from mis_jax.storage.folders import JOURNAL, NOTICE
+from mis_jax.storage.hashing import bytes_digest, changed_files, file_digests
+from mis_jax.storage.json_files import read_json
+from mis_jax.storage.paths import files_below, is_inside
 
 _log = logging.getLogger(__name__)
 PARAMS = "params"
@@ -115,7 +111,7 @@ def write_digests(folder: Path, known: Mapping[Path, str]) -> None:
     unwritten = {NOTICE, JOURNAL, DIGESTS}
     found |= file_digests(folder, set(files_below(folder)) - found.keys() - unwritten)
     text = json.dumps(found, indent=0, sort_keys=True) + "\n"
-    (folder / DIGESTS).write_text(text, encoding="utf-8")
+    write_text(folder / DIGESTS, text)
 
 
 def stored_shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -151,7 +147,7 @@ def native_jobs(
 ) -> list[Job]:
     """Lay out `folder`'s params and give the pieces of work that fill them."""
     params = folder / PARAMS
-    params.mkdir(exist_ok=True)
+    make_folder(params)
     itemsize = NUMPY_DTYPES[dtype].itemsize
     jobs = []
     for name, shape in shapes.items():
@@ -195,7 +191,7 @@ def finish_native(folder: Path, shapes: Mapping[str, Shape]) -> None:
         "store_array_data_equal_to_fill_value": True,
         "custom_metadata": None,
     }
-    (folder / PARAMS / _METADATA).write_text(json.dumps(content), encoding="utf-8")
+    write_text(folder / PARAMS / _METADATA, json.dumps(content))
 
 
 def _fill(
@@ -237,8 +233,7 @@ def _chunk_name(index: tuple[int, ...], number: int, axes: int) -> str:
 
 def _mapped(path: Path, dtype: np.dtype, shape: Shape) -> np.ndarray:
     try:
-        with path.open("rb") as file:
-            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        pages = map_file(path)
     except (OSError, ValueError) as error:  # gone, or empty
         raise _unreadable(path, error) from None
     if hasattr(mmap, "MADV_WILLNEED"):

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mis_jax.storage.folders import Journal, Region, region_digest
+from mis_jax.storage.files import Region, region_digest
+from mis_jax.storage.folders import Journal
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 #: Bytes of one piece. Memory is bounded by a few pieces, or by the few largest tensors of a layer.

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from mis_jax.checkpoint import nnx_state
-from mis_jax.checkpoint.adapter_files import ADAPTER_FILES
-from mis_jax.checkpoint.lora_peft import Adapter, LoraPair
 from mis_jax.checkpoint.parameter_source import ParameterSource
+from mis_jax.checkpoint.peft.files import ADAPTER_FILES
+from mis_jax.checkpoint.peft.mapping import Adapter, LoraPair
 from mis_jax.checkpoint.safetensors_reader import misfit
 from mis_jax.checkpoint.train_state import (
     is_run_checkpoint,
@@ -25,8 +25,8 @@ from mis_jax.checkpoint.train_state import (
 from mis_jax.config import LoraConfig, RunConfig, load_config
 from mis_jax.model.config import InternVLConfig
 from mis_jax.model.lora import is_adapter
-from mis_jax.storage.folders import is_step, newest_step
 from mis_jax.storage.hashing import changed_files, digest, file_digests, folder_fingerprint
+from mis_jax.storage.paths import is_step, newest_step
 
 _KERNEL = ".kernel"
 _CHECKPOINTS = "checkpoints"  # in a run's folder

@@ -12,10 +12,16 @@ import numpy as np
 from mis_jax.checkpoint.dtype_cast import NUMPY_DTYPES, all_finite, packed
 from mis_jax.checkpoint.mapping import COPY, Layout, Rule, disk_key, head_key, rules
 from mis_jax.checkpoint.parameter_source import PIECE, Job, ParameterSource
-from mis_jax.checkpoint.safetensors_file import TensorFile
-from mis_jax.checkpoint.safetensors_reader import INDEX, Shape, our_shapes_of_layer, tensors
+from mis_jax.checkpoint.safetensors_reader import (
+    INDEX,
+    Shape,
+    TensorFile,
+    our_shapes_of_layer,
+    tensors,
+)
 from mis_jax.model.config import InternVLConfig
-from mis_jax.storage.folders import Region, reserve_file, write_file
+from mis_jax.storage.files import Region, reserve_file, write_file
+from mis_jax.storage.json_files import write_json
 
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -61,7 +67,7 @@ def published_jobs(
         weight_map |= {tensor.key: name for tensor in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.size for t in plan)}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / INDEX, index)
     return jobs
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from mis_jax.checkpoint.dtype_cast import check_dtype
-from mis_jax.checkpoint.hf_config import text_config
+from mis_jax.checkpoint.hf.config import text_config
 from mis_jax.checkpoint.load import read_parameters
 from mis_jax.checkpoint.mapping import LINEAR, Rule, Shape, decoder_rules
 from mis_jax.checkpoint.parameter_source import Progress
@@ -30,7 +30,7 @@ from mis_jax.checkpoint.safetensors_reader import (
 from mis_jax.model.config import TextConfig
 from mis_jax.model.text import TextDecoder
 from mis_jax.parallel.sharding import FSDP_TENSOR, parameter_shardings
-from mis_jax.storage.json_fields import Fields, read_json
+from mis_jax.storage.json_files import Fields, read_json
 
 _PREFIX = "text."
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"

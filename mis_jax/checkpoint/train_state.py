@@ -15,8 +15,9 @@ import tensorstore
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mis_jax.parsing import parse_json
-from mis_jax.storage.folders import complete_steps, is_step, newest_step, replace_file
-from mis_jax.storage.hashing import changed_files, file_digest, files_below
+from mis_jax.storage.files import make_folder, move_aside, read_bytes, remove_file, replace_file
+from mis_jax.storage.hashing import changed_files, file_digest
+from mis_jax.storage.paths import complete_steps, files_below, is_step, newest_step
 
 _log = logging.getLogger(__name__)
 DIGESTS = "digests"  # beside the folder of the checkpoints: one file a step
@@ -180,11 +181,11 @@ class _Digests:
         folder = self._checkpoints / str(step)
         # One at a time: the steps need the cores.
         files = {name: file_digest(folder / name, self._given_up) for name in files_below(folder)}
-        self._folder.mkdir(exist_ok=True)
+        make_folder(self._folder)
         replace_file(self._folder / f"{step}.json", json.dumps(files, indent=0) + "\n")
         for path in self._folder.glob("*.json"):
             if not (self._checkpoints / path.stem).is_dir():
-                path.unlink()
+                remove_file(path)
 
 
 def is_run_checkpoint(folder: Path) -> bool:
@@ -199,7 +200,7 @@ def open_trained(folder: Path) -> dict[str, Any]:
     """
     state = folder.resolve() / "state"
     try:
-        entries = parse_json((state / "_METADATA").read_bytes())["tree_metadata"].values()
+        entries = parse_json(read_bytes(state / "_METADATA"))["tree_metadata"].values()
         keys = [[part["key"] for part in entry["key_metadata"]] for entry in entries]
         opening = {
             key[1]: tensorstore.open(
@@ -252,7 +253,7 @@ def set_aside_damaged(checkpoints: Path) -> None:
         away = checkpoints.parent / f"damaged-checkpoint-{step}"
         while away.exists():
             away = away.with_name(f"{away.name}-again")
-        (checkpoints / str(step)).rename(away)
+        move_aside(checkpoints / str(step), away)
         _log.warning("%s; moved to %s, going on from the one before", problem, away)
 
 
@@ -284,7 +285,7 @@ def saved_digests(folder: Path) -> dict[str, str] | None:
     if not path.exists():
         return None
     try:
-        return dict(parse_json(path.read_bytes()))
+        return dict(parse_json(read_bytes(path)))
     except (ValueError, TypeError):
         raise ValueError(f"{path}: not readable; restore it from a copy or remove it") from None
 

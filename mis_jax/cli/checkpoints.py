@@ -122,7 +122,7 @@ def verify(
             layer's norm.
         json: Print the result as JSON.
     """
-    from mis_jax.checkpoint.hf_config import read_config
+    from mis_jax.checkpoint.hf.config import read_config
     from mis_jax.checkpoint.run_checkpoint import model_files
     from mis_jax.checkpoint.verify import Thresholds, verify_checkpoints
     from mis_jax.data.processor import Processor

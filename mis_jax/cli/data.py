@@ -29,7 +29,7 @@ def data_show(
             every bad sample.
         json: Print JSON: id, text, input_ids, loss_mask and tiles, or the statistics.
     """
-    from mis_jax.checkpoint.hf_config import read_config
+    from mis_jax.checkpoint.hf.config import read_config
     from mis_jax.checkpoint.run_checkpoint import model_files
     from mis_jax.config import load_config
     from mis_jax.data.preview import show_sample, statistics
@@ -109,9 +109,9 @@ def data_build(
     """
     import dataclasses
 
-    from mis_jax.data.mis_annotations import VERSION
-    from mis_jax.data.mis_dataset import BAD_SAMPLES, NAME, build
-    from mis_jax.data.verify_images import WorkersDied
+    from mis_jax.data.mis.annotations import VERSION
+    from mis_jax.data.mis.dataset import BAD_SAMPLES, NAME, build
+    from mis_jax.data.mis.verify_images import WorkersDied
     from mis_jax.terminal import steps_bar
 
     with steps_bar(err_console) as bar:

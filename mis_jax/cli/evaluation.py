@@ -1,4 +1,4 @@
-"""Verbs of an evaluation: eval, judge, merge, report."""
+"""Verbs of an evaluation that ask: eval asks the model, judge asks about its answers."""
 
 import os
 from collections.abc import Callable
@@ -17,17 +17,24 @@ from mis_jax.cli.common import (
     err_console,
     load_quietly,
     mesh_of,
-    print_json,
 )
-from mis_jax.storage.folders import destination_path
+from mis_jax.cli.reporting import show_results
 from mis_jax.storage.locks import locked_folder
+from mis_jax.storage.paths import destination_path
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from mis_jax.evals.chat_client import ChatClient
-    from mis_jax.evals.runner import AnswerFn, Owed
+    from mis_jax.evals.runner import AnswerFn, JudgingTask
     from mis_jax.evals.types import Benchmark, Sample
+
+# Options of both verbs that talk to a server.
+KeyVariable = Annotated[
+    str | None, arg(help="Environment variable that holds the server's API key.")
+]
+Concurrency = Annotated[int, arg(help="Maximum number of concurrent requests to the server.")]
+RequestsPerMinute = Annotated[
+    float | None, arg(help="Maximum number of requests sent to the server per minute.")
+]
 
 _HTTP = ("http://", "https://")
 _ANSWERING = 600.0  # seconds for a whole answer; a verdict is a few words
@@ -49,9 +56,9 @@ def eval_(
     mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
     check_digests: bool = True,
     model_name: str | None = None,
-    api_key_env: str | None = None,
-    concurrency: int = 8,
-    requests_per_minute: float | None = None,
+    api_key_env: KeyVariable = None,
+    concurrency: Concurrency = 8,
+    requests_per_minute: RequestsPerMinute = None,
     internvl_fields: bool = False,
 ) -> None:
     """Generate a model's answers to benchmarks. Run the same command again to resume.
@@ -75,19 +82,15 @@ def eval_(
         mesh: Number of devices along each axis of the device mesh.
         check_digests: Verify the weights against their stored SHA-256 digests, if present.
         model_name: Name of the model on the server.
-        api_key_env: Environment variable that holds the server's API key.
-        concurrency: Maximum number of concurrent requests to the server.
-        requests_per_minute: Maximum number of requests sent to the server per minute.
         internvl_fields: Send max_dynamic_patch and system_prompt to the server (`mis-jax serve` is
             detected automatically).
     """
+    from mis_jax.cli.eta import TimeAhead, answers_ahead
     from mis_jax.evals.async_map import Stopped
     from mis_jax.evals.benchmarks import get_benchmark, size_note
     from mis_jax.evals.benchmarks.general import md5_note
-    from mis_jax.evals.eta import TimeAhead, answers_ahead
-    from mis_jax.evals.manifest import open_run
-    from mis_jax.evals.runner import generate_answers
-    from mis_jax.evals.subsets import part_from
+    from mis_jax.evals.run_dir import open_run
+    from mis_jax.evals.runner import generate_answers, part_from
     from mis_jax.terminal import steps_bar
 
     place = destination_path(out, "--out")
@@ -155,10 +158,10 @@ def judge(
     *,
     judge: str = "default",
     judge_model: str | None = None,
-    judge_key_env: str | None = None,
+    judge_key_env: KeyVariable = None,
     benchmarks: str | None = None,
-    concurrency: int = 8,
-    requests_per_minute: float | None = None,
+    concurrency: Concurrency = 8,
+    requests_per_minute: RequestsPerMinute = None,
     max_calls: int | None = None,
     verdict_cache: Path | None = None,
     recheck: int = 0,
@@ -177,10 +180,7 @@ def judge(
             OpenAI-compatible server, the folder of a Llama Guard checkpoint, rules, exact,
             options, or none to recompute the results from existing verdicts.
         judge_model: Name of the judge model on the server.
-        judge_key_env: Environment variable that holds the server's API key.
         benchmarks: Comma-separated list of benchmark ids to judge; if unset, all of the run.
-        concurrency: Maximum number of concurrent requests to the server.
-        requests_per_minute: Maximum number of requests sent to the server per minute.
         max_calls: Maximum total number of requests, including the self-test and retries.
         verdict_cache: Folder of cached verdicts, shared between runs.
         recheck: Judge N answers of each benchmark a second time and report the judge's agreement
@@ -192,9 +192,9 @@ def judge(
     """
     from mis_jax.evals.async_map import Stopped
     from mis_jax.evals.judges import JUDGES, get_judge
-    from mis_jax.evals.judges.guard import guard_judges
-    from mis_jax.evals.judges.http import http_judges
-    from mis_jax.evals.manifest import data_root_of, read_manifest
+    from mis_jax.evals.judges.llama_guard import guard_judges
+    from mis_jax.evals.judges.llm import http_judges
+    from mis_jax.evals.run_dir import data_root_of, read_manifest
     from mis_jax.evals.runner import judge_run
     from mis_jax.evals.scoring import summarise
     from mis_jax.evals.verdict_cache import VerdictCache
@@ -204,7 +204,7 @@ def judge(
     if judge == "none":
         with locked_folder(run):
             results = summarise(run)
-        _show(results, run, json)
+        show_results(results, run, json)
         return
     if recheck < 0:
         raise ValueError(f"--recheck is {recheck}; give a number of answers")
@@ -240,71 +240,7 @@ def judge(
             )
         except Stopped as stopped:
             raise Failed(f"{stopped}; the verdicts so far are kept: call again to go on") from None
-    _show(results, run, json, names)
-
-
-def merge(
-    out: Annotated[Positional[Path], arg(metavar="OUT")],
-    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN RUN [RUN ...]")],
-) -> None:
-    """Merge the shards of an evaluation, or runs over different benchmarks, into one run.
-
-    Example: mis-jax merge runs/eval runs/eval-1 runs/eval-2
-
-    Args:
-        out: Output folder; it must not exist yet.
-        runs: Evaluation runs of one model; every shard of a benchmark must be included.
-    """
-    from mis_jax.evals.merge import merge_runs
-
-    if len(runs) < 2:
-        raise ValueError("name the new folder and at least two evaluation runs")
-    with locked_folder(destination_path(out, "OUT")):
-        merged = merge_runs(runs, out)
-    for name, result in merged.items():
-        states = ", ".join(f"{count} {state}" for state, count in result["counts"].items() if count)
-        console.print(f"{name}: {result['n']} samples ({states})", highlight=False)
-
-
-def report(
-    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]")],
-    *,
-    out: Path,
-    reveal: Annotated[bool, arg(aliases=["--show-samples"])] = False,
-    data_root: Path | None = None,
-    gold: Path | None = None,
-    inspect_log: bool = False,
-) -> None:
-    """Write a report on evaluation runs: tables with confidence intervals and paired tests.
-
-    Example: mis-jax report runs/eval-before runs/eval-after --out runs/report
-
-    Args:
-        runs: Evaluation runs; the first is the baseline for the paired comparisons.
-        out: Output folder for report.html, .md, .json, .csv and .tex.
-        reveal: Show prompts and answers, which are redacted by default.
-        data_root: Folder of the benchmark data, to show the images as well with --reveal.
-        gold: JSON file of human labels, {run: {benchmark: {sample id: "unsafe" or "safe"}}}, used
-            to correct attack success rates for judge errors.
-        inspect_log: Also write every run as Inspect logs, to OUT/inspect/RUN.
-    """
-    from mis_jax.evals.report import write_report
-    from mis_jax.evals.report.inspect_log import write_inspect_logs
-
-    if not runs:
-        raise ValueError("name at least one evaluation run")
-    with locked_folder(destination_path(out, "--out")):  # refused before the runs are read
-        written = write_report(
-            [(run.name, run) for run in runs],
-            out,
-            redact=not reveal,
-            samples_with_pictures=data_root if reveal else None,
-            gold=gold,
-        )
-        for run in runs if inspect_log else ():
-            written += write_inspect_logs(run, out / "inspect" / run.name, redact=not reveal)
-    for path in written:
-        console.print(str(path))
+    show_results(results, run, json, names)
 
 
 @dataclass(frozen=True)
@@ -330,8 +266,8 @@ def _local(
     """A checkpoint, and the adapter that is merged into it."""
     from mis_jax.checkpoint.load import open_checkpoint
     from mis_jax.checkpoint.run_checkpoint import model_fingerprint, model_name
-    from mis_jax.evals.conditions import int8_conditions
     from mis_jax.evals.models import answers_of
+    from mis_jax.evals.run_dir import int8_conditions
 
     def load() -> Callable[["Benchmark"], "AnswerFn"]:
         network, processor = load_quietly(
@@ -407,12 +343,12 @@ def _guard(folder: Path, dtype: Dtype | None, mesh: MeshSizes) -> Any:
 
 def _announce(
     client: "ChatClient",
-) -> Callable[[list[tuple["Owed", list[tuple["Sample", str]]]]], None]:
+) -> Callable[[list[tuple["JudgingTask", list[tuple["Sample", str]]]]], None]:
     """Prints what a judge behind an endpoint is about to cost."""
-    from mis_jax.evals.eta import verdicts_ahead
-    from mis_jax.evals.judges.http import prompt_size
+    from mis_jax.cli.eta import verdicts_ahead
+    from mis_jax.evals.judges.llm import prompt_size
 
-    def announce(owed: list[tuple["Owed", list[tuple["Sample", str]]]]) -> None:
+    def announce(owed: list[tuple["JudgingTask", list[tuple["Sample", str]]]]) -> None:
         for one, pairs in owed:
             tokens, pictures = prompt_size(pairs, one.benchmark)
             seconds = len(pairs) * client.pace()
@@ -427,52 +363,3 @@ def _announce(
 
 def _say(text: str) -> None:
     err_console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _show(
-    results: dict[str, Any], run: Path, as_json: bool, judged: list[str] | None = None
-) -> None:
-    """Print results; Failed where a sample of the benchmarks that were judged has no verdict."""
-    from mis_jax.evals.scoring import verdict_notes, without_verdict
-
-    if as_json:
-        print_json(results)
-    else:
-        console.print(_rates(results))
-        for benchmark, result in results.items():
-            for note in verdict_notes(result):
-                console.print(f"{benchmark}: {note}", highlight=False)
-    meant = {name: results[name] for name in judged or results}
-    missing = without_verdict(meant)
-    if missing:
-        states = {
-            state: sum(result["counts"][state] for result in meant.values())
-            for state in ("unparsed", "refused", "error", "missing")
-        }
-        shown = ", ".join(f"{count} {state}" for state, count in states.items() if count)
-        raise Failed(
-            f"{missing} sample(s) have no verdict ({shown}); see the counts in {run}/results.json"
-        )
-
-
-def _rates(results: dict[str, Any]) -> "Table":
-    """Rates with their intervals; what has no verdict stands beside what was judged."""
-    from rich.table import Table
-
-    table = Table(box=None)
-    for column in ("benchmark", "metric", "rate", "95 % interval", "judged", "no verdict"):
-        table.add_column(column, justify="left" if column in ("benchmark", "metric") else "right")
-    for benchmark, result in results.items():
-        states = (f"{n} {state}" for state, n in result["counts"].items() if n and state != "ok")
-        without = ", ".join(states) or "0"
-        for index, (metric, value) in enumerate(result["metrics"].items()):
-            known = value["value"] is not None
-            table.add_row(
-                "" if index else benchmark,
-                metric,
-                f"{100 * value['value']:.2f} %" if known else "-",
-                f"{100 * value['low']:.1f} to {100 * value['high']:.1f}" if known else "-",
-                str(value["n"]),
-                "" if index else without,
-            )
-    return table

@@ -73,15 +73,16 @@ def generate(
     from mis_jax.checkpoint.run_checkpoint import model_fingerprint
     from mis_jax.inference.batch_file import Settings, answer_file, ask_once, printed
     from mis_jax.inference.sampling import Sampling
-    from mis_jax.storage.folders import destination_path
+    from mis_jax.storage.files import make_folder
     from mis_jax.storage.hashing import digest
+    from mis_jax.storage.paths import destination_path
 
     if (prompt is None) == (batch is None):
         raise ValueError("give either --prompt TEXT or --batch FILE.jsonl")
     if batch is not None and (out is None or image):
         raise ValueError("--batch needs --out FILE.jsonl, and takes images from the file's rows")
     if out is not None:
-        destination_path(out, "--out").parent.mkdir(parents=True, exist_ok=True)
+        make_folder(destination_path(out, "--out").parent)
     network, processor = load_quietly(
         model, dtype, mesh, adapter=adapter, int8=int8_weights, check_digests=check_digests
     )

@@ -19,12 +19,13 @@ from mis_jax.cli.chat import chat
 from mis_jax.cli.checkpoints import convert, inspect, verify
 from mis_jax.cli.common import described, err_console, fail
 from mis_jax.cli.data import data_build, data_show
-from mis_jax.cli.evaluation import eval_, judge, merge, report
+from mis_jax.cli.evaluation import eval_, judge
 from mis_jax.cli.generation import generate
 from mis_jax.cli.planning import plan
+from mis_jax.cli.reporting import merge, report
 from mis_jax.cli.serving import serve
 from mis_jax.cli.training import quickstart, train
-from mis_jax.storage.folders import local_path
+from mis_jax.storage.paths import local_path
 
 VERBS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         handlers=[RichHandler(console=err_console, show_path=False)],
     )
     logging.getLogger("mis_jax").setLevel(logging.INFO)
-    for noisy in ("absl", "jax", "orbax", "PIL", "matplotlib", "h5py", "fontTools"):
+    for noisy in ("absl", "jax", "orbax", "PIL", "h5py"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if not debug:  # orbax tells the trace of an error there that it raises too
         logging.getLogger("absl").setLevel(logging.CRITICAL)

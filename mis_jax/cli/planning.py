@@ -97,7 +97,7 @@ def _show_step(made: Any, step: Any) -> None:
             f"{time.memory:.3g}, collectives {time.collectives:.3g})",
         )  # fmt: skip
         table.add_row("tokens", f"{step.tokens / time.step:,.0f}", "a second, padding included")
-        table.add_row("rows", f"{step.shape.rows / time.step:.2f}", "a second")
+        table.add_row("sequences", f"{step.sequences / time.step:.2f}", "a second")
     table.add_row("compiling", f"{step.seconds:.0f}", "s")
     console.print(table)
 
@@ -106,11 +106,14 @@ def _shape_words(step: Any) -> str:
     shape = step.shape
     if step.name == "train":
         return (
-            f"{shape.rows} rows of {shape.length} tokens and {shape.tiles} tiles, "
-            f"{shape.micro_rows} at a time ({shape.why})"
+            f"{shape.sequences} sequences of {shape.length} tokens and {shape.tiles} tiles, "
+            f"{shape.micro_sequences} at a time ({shape.why})"
         )
     read = f"read {shape.groups} x {shape.chunk} at a time"
-    return f"{shape.rows} rows, prompts of {shape.prompt} tokens {read}, {shape.slots} slots"
+    return (
+        f"{shape.slots} sequences, prompts of {shape.prompt} tokens {read}, "
+        f"{shape.cache_length} tokens of cache each"
+    )
 
 
 def _too_large(made: Any) -> str:

@@ -74,8 +74,7 @@ def serve(
         from mis_jax.inference.async_engine import EngineFailure
         from mis_jax.inference.memory import OutOfMemory
         from mis_jax.server import run
-        from mis_jax.server.hosts import allowed_hosts
-        from mis_jax.server.server import address_of, bind, is_local
+        from mis_jax.server.access import Settings, allowed_hosts
     except ImportError as error:
         raise ValueError(
             f"{error}; serving needs the extra 'serve': pip install 'mis-jax[serve]'"
@@ -95,9 +94,9 @@ def serve(
     if allow_image_folder is not None and not allow_image_folder.is_dir():
         raise ValueError(f"--allow-image-folder {allow_image_folder}: no such folder")
     key = _key(api_key_env)
-    with bind(host, port) as bound:  # before minutes of loading
-        url = address_of(bound)
-        if key is None and not is_local(bound):
+    with run.bind(host, port) as bound:  # before minutes of loading
+        url = run.address_of(bound)
+        if key is None and not run.is_local(bound):
             err_console.print(
                 f"warning: anybody who reaches {url} can use it; see --api-key-env",
                 style="yellow", markup=False,
@@ -105,7 +104,7 @@ def serve(
         network, processor = load_quietly(
             model, dtype, mesh, adapter=adapter, int8=int8_weights, check_digests=check_digests
         )
-        settings = run.Settings(
+        settings = Settings(
             model=name or model_name(model, adapter),
             context=processor.config.text.max_position,
             api_key=key,

@@ -42,7 +42,7 @@ def _train(config: Any) -> None:
 
     evaluate = None
     if config.evaluation.every:
-        from mis_jax.evals.validation import held_out
+        from mis_jax.evals.models import held_out
 
         evaluate = held_out(config.evaluation)
     first = processes.is_first()

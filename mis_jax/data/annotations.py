@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mis_jax.data.chat_template import IMAGE_MARKER, count_images, from_sharegpt
 from mis_jax.parsing import parse_json
+from mis_jax.storage.files import read_bytes
 
 _ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
 
@@ -47,6 +49,14 @@ def read_list(path: Path, *, pictured: bool = False) -> list[Entry]:
     Raises:
         ValueError: a file that is missing, unreadable, not JSON, or empty.
     """
+    return [
+        check_entry(sample, f"{path}, row {index}", index, pictured=pictured)
+        for index, sample in enumerate(read_samples(path))
+    ]
+
+
+def read_samples(path: Path) -> list[Any]:
+    """The samples of a JSON list, or of an object of them, unchecked; raises as `read_list`."""
     content = _read(path)  # says itself that a file is missing
     try:
         content = parse_json(content.decode("utf-8-sig"))  # Windows editors put a mark in front
@@ -60,11 +70,7 @@ def read_list(path: Path, *, pictured: bool = False) -> list[Entry]:
     samples = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(samples, list):
         raise ValueError(f"{path}: holds {type(content).__name__}; expected a list of samples")
-    entries = [
-        check_entry(sample, f"{path}, row {index}", index, pictured=pictured)
-        for index, sample in enumerate(samples)
-    ]
-    return _some(entries, path)
+    return _some(samples, path)
 
 
 def read_jsonl(path: Path) -> list[Entry]:
@@ -99,22 +105,61 @@ def check_entry(sample: Any, where: str, index: int, *, pictured: bool = False) 
         index: its place, which is its id where the file gives none.
         pictured: it must have images.
     """
+    name = entry_id(sample, index)
+    try:
+        fields, images = checked_fields(sample, pictured=pictured)
+    except ValueError as error:
+        fields = sample if isinstance(sample, dict) else {}
+        return Entry(where, name, fields, problem=f"{where}: {error}")
+    return Entry(where, name, fields, images)
+
+
+def entry_id(sample: Any, index: int) -> str:
+    """The id that a sample gives, or its place."""
+    names = sample if isinstance(sample, dict) else {}
+    name = next((str(names[key]) for key in ("id", "sample_id") if _has(names, key)), str(index))
+    # Halves of surrogate pairs (see below) as they are written: an id is for people and for files.
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def checked_fields(
+    sample: Any, *, pictured: bool = False
+) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """A sample under InternVL's names of fields, and the names of its images.
+
+    Raises:
+        ValueError: why it cannot be used, with the field and the remedy.
+    """
     if not isinstance(sample, dict):
-        problem = (
-            f"{where}: expected an object with 'conversations', found {sample!r:.60}; "
+        raise ValueError(
+            f"expected an object with 'conversations', found {sample!r:.60}; "
             "check that the source's kind fits the file"
         )
-        return Entry(where, str(index), problem=problem)
-    name = next((str(sample[key]) for key in ("id", "sample_id") if _has(sample, key)), str(index))
-    # Halves of surrogate pairs (see below) as they are written: an id is for people and for files.
-    name = name.encode("utf-8", "backslashreplace").decode()
-    try:
-        fields = _renamed(sample)
-        images = _images(fields, pictured)
-        _check_characters(images, fields["conversations"])
-    except ValueError as error:
-        return Entry(where, name, sample, problem=f"{where}: {error}")
-    return Entry(where, name, fields, images)
+    fields = _renamed(sample)
+    images = _images(fields, pictured)
+    _check_characters(images, fields["conversations"])
+    return fields, images
+
+
+def checked_messages(fields: Mapping[str, Any], images: int) -> list[dict[str, str]]:
+    """The messages of checked fields, which have a marker for each image; one needs none.
+
+    Raises:
+        ValueError: turns that `from_sharegpt` refuses, or another number of markers.
+    """
+    messages = from_sharegpt(fields)
+    markers = count_images(messages)
+    if images == markers or (images == 1 and markers == 0):
+        return messages
+    if images == 0:
+        raise ValueError(
+            f"field 'image' is missing but 'conversations' has {markers} {IMAGE_MARKER}; "
+            f"name the images or take the {IMAGE_MARKER} out"
+        )
+    raise ValueError(
+        f"field 'image' names {images} image(s) but the human turns of 'conversations' have "
+        f"{markers} {IMAGE_MARKER}; write one {IMAGE_MARKER} for each image"
+    )
 
 
 def _has(sample: Mapping[str, Any], name: str) -> bool:
@@ -194,14 +239,14 @@ def _check_characters(images: tuple[str, ...], conversations: Any) -> None:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; check the source's root, path and split") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give a file") from None
 
 
-def _some(entries: list[Entry], path: Path) -> list[Entry]:
+def _some(entries: list[Any], path: Path) -> list[Any]:
     if not entries:
         raise ValueError(f"{path}: holds no sample; take the source out or fill the file")
     return entries

@@ -114,10 +114,10 @@ def insert_image_markers(messages: Sequence[Message], n_images: int) -> list[Mes
     Raises:
         ValueError: the counts differ in any other way.
     """
-    found = count_images(messages)
-    if found == n_images:
+    n_markers = count_images(messages)
+    if n_markers == n_images:
         return list(messages)
-    if found == 0 and n_images == 1:
+    if n_markers == 0 and n_images == 1:
         for index, message in enumerate(messages):
             if message["role"] == "user":
                 content = message["content"]
@@ -129,10 +129,20 @@ def insert_image_markers(messages: Sequence[Message], n_images: int) -> list[Mes
                 return [*messages[:index], changed, *messages[index + 1 :]]
         raise ValueError("1 image but no user turn to show it in; add a user message")
     raise ValueError(
-        f"{n_images} image(s) given but {found} image marker(s) in the user turns; write one "
+        f"{n_images} image(s) given but {n_markers} image marker(s) in the user turns; write one "
         f"'{IMAGE_MARKER}' per image where it belongs, such as 'Image-1: {IMAGE_MARKER}\\n"
         f"Image-2: {IMAGE_MARKER}\\n...' (a '{IMAGE_MARKER}' meant as text goes into a text part)"
     )
+
+
+def with_image_markers(prompt: str, n_images: int) -> str:
+    """A prompt, its images named before it as InternVL's demo does where it has no marker."""
+    if not n_images or IMAGE_MARKER in prompt:
+        return prompt
+    if n_images == 1:
+        return f"{IMAGE_MARKER}\n{prompt}"
+    names = (f"Image-{number}: {IMAGE_MARKER}\n" for number in range(1, n_images + 1))
+    return "".join(names) + prompt
 
 
 def render(

@@ -34,43 +34,43 @@ def loss_weight(answer_tokens: int, reduction: LossReduction) -> float:
 
 
 def collate(
-    rows: Sequence[Sequence[Example]],
+    sequences: Sequence[Sequence[Example]],
     *,
     length: int,
-    tiles_per_row: int,
+    tiles_per_sequence: int,
     image_size: int,
     pad_id: int,
     reduction: LossReduction = "token",
 ) -> Batch:
-    """Right-padded rows of the examples packed into each; a row may be empty.
+    """Right-padded sequences of the examples packed into each; a sequence may be empty.
 
-    Segments count from 1 in every row and positions restart with each. Raises ValueError for a row
-    that does not fit.
+    Segments count from 1 in every sequence and positions restart with each. Raises ValueError for a
+    sequence that does not fit.
     """
-    shape = len(rows), length
+    shape = len(sequences), length
     ids = np.full(shape, pad_id, np.int32)
     positions, segments = np.zeros_like(ids), np.zeros_like(ids)
     weights = np.zeros(shape, np.float32)
-    tiles = np.zeros((len(rows), tiles_per_row, image_size, image_size, 3), np.uint8)
-    tile_mask = np.zeros((len(rows), tiles_per_row), bool)
-    for row, examples in enumerate(rows):
+    tiles = np.zeros((len(sequences), tiles_per_sequence, image_size, image_size, 3), np.uint8)
+    tile_mask = np.zeros((len(sequences), tiles_per_sequence), bool)
+    for sequence, examples in enumerate(sequences):
         start = tile = 0
         for segment, example in enumerate(examples, start=1):
             end, last_tile = start + len(example.input_ids), tile + len(example.tiles)
-            if end > length or last_tile > tiles_per_row:
+            if end > length or last_tile > tiles_per_sequence:
                 raise ValueError(
-                    f"sample {example.id}: {end} tokens and {last_tile} tiles do not fit a row of "
-                    f"{length} tokens and {tiles_per_row} tiles; raise data.max_length or lower "
-                    "data.max_tiles"
+                    f"sample {example.id}: {end} tokens and {last_tile} tiles do not fit a "
+                    f"sequence of {length} tokens and {tiles_per_sequence} tiles; raise "
+                    "data.max_length or lower data.max_tiles"
                 )
-            here = row, slice(start, end)
+            here = sequence, slice(start, end)
             ids[here] = example.input_ids
             positions[here] = np.arange(end - start)
             segments[here] = segment
             weight = loss_weight(int(example.loss_mask.sum()), reduction)
             weights[here] = example.loss_mask * np.float32(weight)
-            tiles[row, tile:last_tile] = example.tiles
-            tile_mask[row, tile:last_tile] = True
+            tiles[sequence, tile:last_tile] = example.tiles
+            tile_mask[sequence, tile:last_tile] = True
             start, tile = end, last_tile
     fields: dict[str, Any] = dict(  # host arrays, for whoever puts them on devices
         input_ids=ids,

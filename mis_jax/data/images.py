@@ -20,6 +20,8 @@ from typing import IO, BinaryIO, Protocol, cast
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from mis_jax.storage.files import open_binary
+
 #: Pillow's names of the formats that are opened; nothing else is ever decoded. Pillow knows 43, and
 #: some of those run a program (PostScript), open what they contain in any other format (IPTC, ICNS)
 #: or decode in full where only the size was asked (ICO, FITS). Of an animation the first frame.
@@ -35,9 +37,9 @@ _BLOCK = 1 << 20  # bytes read at once
 
 
 class EncodedImage(Protocol):
-    """An encoded image file: a `Path`, or one stored in a built data set. `str()` names it."""
+    """An encoded image that is stored in a built data set. `str()` names it."""
 
-    def read_bytes(self) -> bytes: ...
+    def encoded(self) -> bytes: ...
 
 
 ImageSource = str | os.PathLike[str] | EncodedImage | BinaryIO | Image.Image
@@ -195,10 +197,10 @@ def _other_format(name: str, found: str | None) -> str:
 
 
 def _stream(source: str | os.PathLike[str] | EncodedImage | BinaryIO) -> BinaryIO:
-    if hasattr(source, "read_bytes") and not isinstance(source, Path):
-        return io.BytesIO(cast(EncodedImage, source).read_bytes())
     if isinstance(source, str | os.PathLike):
-        return open(source, "rb")
+        return open_binary(Path(source))
+    if hasattr(source, "encoded"):
+        return io.BytesIO(cast(EncodedImage, source).encoded())
     return cast(BinaryIO, source)
 
 
@@ -272,6 +274,6 @@ def _name_of(source: ImageSource) -> str:
     """What to call an image in an error."""
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
-    if hasattr(source, "read_bytes"):
+    if isinstance(source, Path) or hasattr(source, "encoded"):
         return str(source)
     return str(getattr(source, "filename", "") or getattr(source, "name", "") or "(in memory)")

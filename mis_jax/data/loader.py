@@ -1,8 +1,8 @@
 """The samples of a run, batch by batch: planned before training, read ahead, resumed at any step.
 
-Everything is a function of the settings and of the files: which samples a row holds, which rows a
-step takes, which shape its batch has. So a run goes on at any step on any number of hosts and
-reading processes: each host takes its rows of every step out of the same plan.
+Everything is a function of the settings and of the files: which samples a sequence holds, which
+sequences a step takes, which shape its batch has. So a run goes on at any step on any number of
+hosts and reading processes: each host takes its sequences of every step out of one schedule.
 """
 
 import hashlib
@@ -20,26 +20,25 @@ from mis_jax.config import RunConfig
 from mis_jax.data.collate import Example, length_bucket, tiles_bucket
 from mis_jax.data.measure import Progress, save, survey
 from mis_jax.data.mixture import Annotation, read_mixture
-from mis_jax.data.packing import tiles_of_a_row
-from mis_jax.data.preprocess import PreprocessSample
+from mis_jax.data.packing import tiles_per_sequence
+from mis_jax.data.preprocess import PreprocessSample, TileCache
 from mis_jax.data.processor import Processor
 from mis_jax.data.readers import in_order
 from mis_jax.data.schedule import Capacity, SampleSchedule, make_schedule
-from mis_jax.data.tile_cache import TileCache
 from mis_jax.model.batch import Batch
-from mis_jax.storage.folders import replace_file
+from mis_jax.storage.files import make_folder, replace_file
 
 _log = logging.getLogger(__name__)
 MIXTURE, SURVEY, BAD_SAMPLES = "mixture.json", "survey.npz", "bad_samples.jsonl"
-_ROWS_AHEAD = 16  # that each reading process holds ready
-_TILES_AHEAD = 256  # at most, where rows are packed: 150 MB of tiles of 448 pixels
+_SEQUENCES_AHEAD = 16  # that each reading process holds ready
+_TILES_AHEAD = 256  # at most, where sequences are packed: 150 MB of tiles of 448 pixels
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """Stands in a row in the place of a bad sample."""
+    """Stands in a sequence in the place of a bad sample."""
 
-    place: int  # in the plan of the run
+    place: int  # in the schedule of the run
     id: str
     reason: str
 
@@ -48,9 +47,9 @@ class Rejected:
 class StepData:
     """What one optimizer step takes: fields of `batch` have a leading axis of micro-batches."""
 
-    batch: Batch  # the rows that were asked for
+    batch: Batch  # the sequences that were asked for
     ids: tuple[str, ...]  # of all samples of the step, on every host; without those rejected here
-    rejected: tuple[Rejected, ...] = ()  # bad samples that were left out of these rows
+    rejected: tuple[Rejected, ...] = ()  # bad samples that were left out of these sequences
 
 
 def without(ids: tuple[str, ...], rejected: Iterable[Rejected]) -> tuple[str, ...]:
@@ -63,31 +62,31 @@ def without(ids: tuple[str, ...], rejected: Iterable[Rejected]) -> tuple[str, ..
 
 
 @dataclass(frozen=True)
-class _LoadRow:
+class _LoadSequence:
     """What the readers run: a bad sample must not end a process that reads ahead."""
 
-    plan: SampleSchedule
-    rows: Sequence[Annotation]
+    schedule: SampleSchedule
+    annotations: Sequence[Annotation]
     render: PreprocessSample
     tokens: np.ndarray
     seed: int
 
     def __call__(self, number: int) -> list[Example | Rejected]:
-        return [self._load(place, sample) for place, sample in self.plan.row(number)]
+        return [self._load(place, sample) for place, sample in self.schedule.sequence(number)]
 
     def _load(self, place: int, sample: int) -> Example | Rejected:
-        row = self.rows[sample]
+        annotation = self.annotations[sample]
         try:
             # The same tiles whoever renders them, and others in the next epoch.
-            example = self.render(row, np.random.default_rng((self.seed, place)))
+            example = self.render(annotation, np.random.default_rng((self.seed, place)))
         except ValueError as error:
-            return Rejected(place, row.id, str(error))
+            return Rejected(place, annotation.id, str(error))
         if len(example.input_ids) != self.tokens[sample]:
             return Rejected(
                 place,
-                row.id,
-                f"{row.where}: its images have changed since the run began; restore them, or "
-                "choose another output",
+                annotation.id,
+                f"{annotation.where}: its images have changed since the run began; restore them, "
+                "or choose another output",
             )
         return example
 
@@ -104,57 +103,59 @@ class TrainingData:
         self.processor = processor
         data, train = config.data, config.train
         self.mixture = read_mixture(data.sources, config.seed)
-        self.rows = self.mixture.rows
-        self.render = render_row(config, processor)
+        self.annotations = self.mixture.annotations
+        self.render = make_preprocess(config, processor)
         self.survey = survey(
-            self.rows,
+            self.annotations,
             self.render,
             saved=Path(config.output) / SURVEY,
             workers=data.workers,
             progress=progress,
         )
-        _judge_problems(config, self.rows, self.survey.problems)
+        _judge_problems(config, self.annotations, self.survey.problems)
         sizes = self.survey.tokens, self.survey.tiles
         good = self.survey.good
         self.capacity = None
         if data.packing:
             tokens, tiles_of = (size[good] for size in sizes)
-            tiles = data.pack_tiles or tiles_of_a_row(tokens, tiles_of, data.max_length)
+            tiles = data.pack_tiles or tiles_per_sequence(tokens, tiles_of, data.max_length)
             if (largest := int(tiles_of.max())) > tiles:
                 raise ValueError(
                     f"data.pack_tiles is {tiles}, but a sample has {largest} tiles; raise it or "
                     "lower data.max_tiles"
                 )
             self.capacity = Capacity(data.max_length, tiles)
-        self.plan = make_schedule(
+        self.schedule = make_schedule(
             good,
             *sizes,
             seed=config.seed,
             epochs=train.epochs,
-            rows=None if train.steps is None else train.steps * train.global_batch,
+            sequences=None if train.steps is None else train.steps * train.global_batch,
             capacity=self.capacity,
         )
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the run; the last one may have empty rows."""
-        return -(-self.plan.rows // self.config.train.global_batch)
+        """Optimizer steps of the run; the last one may have empty sequences."""
+        return -(-self.schedule.sequences // self.config.train.global_batch)
 
     @property
     def fingerprint(self) -> str:
-        """Of which samples there are and of the rows they share.
+        """Of which samples there are and of the sequences they share.
 
         A run that goes on must find it unchanged; a corrected answer is welcome.
         """
-        names = "\n".join(f"{len(row.id)} {row.id}" for row in self.rows)
-        return f"{hashlib.sha256(names.encode()).hexdigest()[:16]}-{self.plan.fingerprint}"
+        names = "\n".join(
+            f"{len(annotation.id)} {annotation.id}" for annotation in self.annotations
+        )
+        return f"{hashlib.sha256(names.encode()).hexdigest()[:16]}-{self.schedule.fingerprint}"
 
     def ids(self, step: int) -> tuple[str, ...]:
-        """Ids of the samples of a step, row by row; steps count from 0."""
-        return tuple(self.rows[int(sample)].id for sample in self._samples(step))
+        """Ids of the samples of a step, sequence by sequence; steps count from 0."""
+        return tuple(self.annotations[int(sample)].id for sample in self._samples(step))
 
     def shape(self, step: int) -> tuple[int, int]:
-        """Tokens and tiles of every row of a step: one of a few shapes, the same on every host."""
+        """Tokens and tiles of a step's sequences: one of a few shapes, the same on every host."""
         if self.capacity is not None:
             return self.capacity.tokens, self.capacity.tiles
         samples = self._samples(step)
@@ -163,35 +164,40 @@ class TrainingData:
 
     def _samples(self, step: int) -> np.ndarray:
         first = step * self.config.train.global_batch
-        return self.plan.samples[self.plan.span(first, first + self.config.train.global_batch)]
+        return self.schedule.samples[
+            self.schedule.span(first, first + self.config.train.global_batch)
+        ]
 
-    def iterator(self, start: int = 0, rows: ArrayLike | None = None) -> "Steps":
-        """Steps `start` (from 0) to the last; of each the `rows` that this process trains on.
+    def iterator(self, start: int = 0, sequences: ArrayLike | None = None) -> "Steps":
+        """Steps `start` (from 0) to the last; of each the `sequences` that this process trains on.
 
-        `rows` are places in a step, equally many of every micro-batch, in order; all without it.
+        `sequences` are places in a step, equally many of every micro-batch, in order; all without
+        it.
         """
         count = self.config.train.global_batch
-        return Steps(self, start, np.arange(count) if rows is None else np.asarray(rows))
+        return Steps(self, start, np.arange(count) if sequences is None else np.asarray(sequences))
 
     def save(self, folder: Path) -> None:
         """Write what the run is made of into its folder: the mixture, sizes, bad samples."""
-        content = {"samples": len(self.rows), "sources": self.mixture.sources}
+        content = {"samples": len(self.annotations), "sources": self.mixture.sources}
         replace_file(folder / MIXTURE, json.dumps(content, indent=1, default=str) + "\n")
         save(self.survey, folder / SURVEY)
         if self.survey.problems:
-            _write_problems(folder / BAD_SAMPLES, self.rows, self.survey.problems)
+            _write_problems(folder / BAD_SAMPLES, self.annotations, self.survey.problems)
 
 
 class Steps:
     """Iterator of `StepData`; `close` ends the processes that read ahead."""
 
-    def __init__(self, data: TrainingData, start: int, rows: np.ndarray):
-        self._data, self._step, self._rows = data, start, rows
+    def __init__(self, data: TrainingData, start: int, sequences: np.ndarray):
+        self._data, self._step, self._sequences = data, start, sequences
         count = data.config.train.global_batch
         steps = np.arange(start, data.steps)
-        numbers = (steps[:, None] * count + rows[None]).reshape(-1)
-        load = _LoadRow(data.plan, data.rows, data.render, data.survey.tokens, data.config.seed)
-        ahead = _ROWS_AHEAD
+        numbers = (steps[:, None] * count + sequences[None]).reshape(-1)
+        load = _LoadSequence(
+            data.schedule, data.annotations, data.render, data.survey.tokens, data.config.seed
+        )
+        ahead = _SEQUENCES_AHEAD
         if data.capacity is not None:
             ahead = max(1, min(ahead, _TILES_AHEAD // max(1, data.capacity.tiles)))
         self._loaded = in_order(load, numbers, data.config.data.workers, ahead=ahead)
@@ -204,7 +210,7 @@ class Steps:
             raise StopIteration
         packed: list[list[Example]] = []
         bad: list[Rejected] = []
-        for _ in self._rows:
+        for _ in self._sequences:
             found = next(self._loaded)
             packed.append([item for item in found if isinstance(item, Example)])
             bad += [item for item in found if isinstance(item, Rejected)]
@@ -218,15 +224,15 @@ class Steps:
         return step
 
     def without_samples(self, step: int) -> StepData:
-        """A step (from 0) whose rows are empty, in the shapes that it has on every process."""
-        return StepData(self._stacked([[] for _ in self._rows], step), self._data.ids(step))
+        """A step (from 0) whose sequences are empty, in the shapes that it has on every process."""
+        return StepData(self._stacked([[] for _ in self._sequences], step), self._data.ids(step))
 
     def _stacked(self, packed: list[list[Example]], step: int) -> Batch:
         """Micro-batches of the shape of the step."""
         train = self._data.config.train
         length, tiles = self._data.shape(step)
         batch = self._data.processor.collate(
-            packed, length=length, tiles_per_row=tiles, reduction=train.loss_reduction
+            packed, length=length, tiles_per_sequence=tiles, reduction=train.loss_reduction
         )
         micro_batches = train.global_batch // (train.micro_batch or train.global_batch)
 
@@ -240,8 +246,8 @@ class Steps:
         self._loaded.close()
 
 
-def render_row(config: RunConfig, processor: Processor) -> PreprocessSample:
-    """How a run renders its rows."""
+def make_preprocess(config: RunConfig, processor: Processor) -> PreprocessSample:
+    """How a run renders its samples."""
     data = config.data
     return PreprocessSample(
         processor,
@@ -253,32 +259,40 @@ def render_row(config: RunConfig, processor: Processor) -> PreprocessSample:
 
 
 def _judge_problems(
-    config: RunConfig, rows: Sequence[Annotation], problems: dict[int, str]
+    config: RunConfig, annotations: Sequence[Annotation], problems: dict[int, str]
 ) -> None:
     """Stop at bad samples, or say how many are left out."""
     if not problems:
         return
     first = problems[min(problems)]
-    if len(problems) == len(rows):
-        raise ValueError(f"all {len(rows)} samples are bad; the first one: {first}")
+    if len(problems) == len(annotations):
+        raise ValueError(f"all {len(annotations)} samples are bad; the first one: {first}")
     if config.data.on_bad_sample == "skip":
         _log.warning(
             "%d of %d samples are bad and left out (see %s); the first one: %s",
-            len(problems), len(rows), Path(config.output) / BAD_SAMPLES, first,
+            len(problems), len(annotations), Path(config.output) / BAD_SAMPLES, first,
         )  # fmt: skip
         return
     if len(problems) == 1:
         raise ValueError(first)
     output = Path(config.output)
     report = output.with_name(f"{output.name}.{BAD_SAMPLES}")
-    report.parent.mkdir(parents=True, exist_ok=True)
-    _write_problems(report, rows, problems)
+    make_folder(report.parent)
+    _write_problems(report, annotations, problems)
     raise ValueError(f"{first} (the first of {len(problems)} bad samples, listed in {report})")
 
 
-def _write_problems(path: Path, rows: Sequence[Annotation], problems: dict[int, str]) -> None:
+def _write_problems(
+    path: Path, annotations: Sequence[Annotation], problems: dict[int, str]
+) -> None:
     lines = [
-        json.dumps({"id": rows[row].id, "where": rows[row].where, "reason": problems[row]})
-        for row in sorted(problems)
+        json.dumps(
+            {
+                "id": annotations[number].id,
+                "where": annotations[number].where,
+                "reason": problems[number],
+            }
+        )
+        for number in sorted(problems)
     ]
     replace_file(path, "\n".join(lines) + "\n")

@@ -1,4 +1,4 @@
-"""How large every sample of a run is, and which cannot be used, before a picture is decoded.
+"""How large every sample of a run is, and which cannot be used, before an image is decoded.
 
 Plans, shapes and statistics are made of it. All images are opened for their headers, which takes
 about a millisecond a sample; the outcome is kept in the run's folder.
@@ -6,8 +6,6 @@ about a millisecond a sample; the outcome is kept in the run's folder.
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,54 +20,60 @@ from mis_jax.data.mixture import Annotation
 from mis_jax.data.preprocess import PreprocessSample, Size
 from mis_jax.data.readers import in_order
 from mis_jax.parsing import parse_json
+from mis_jax.storage.files import read_arrays, read_bytes, write_arrays
 
 _VERSION = 1  # another way of measuring needs another
-_FEW = 5000  # rows that one process looks at in a few seconds
+_FEW = 5000  # annotations that one process looks at in a few seconds
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """Sizes by row; all 0 for a row that cannot be used, which `problems` tells."""
+    """Sizes by annotation; all 0 for one that cannot be used, which `problems` tells."""
 
-    tokens: Int[np.ndarray, " rows"]
-    loss_tokens: Int[np.ndarray, " rows"]
-    tiles: Int[np.ndarray, " rows"]
-    cut: Int[np.ndarray, " rows"]  # tokens that truncation takes away
-    problems: dict[int, str]  # row -> one line with file, row, field and remedy
+    tokens: Int[np.ndarray, " annotations"]
+    loss_tokens: Int[np.ndarray, " annotations"]
+    tiles: Int[np.ndarray, " annotations"]
+    cut: Int[np.ndarray, " annotations"]  # tokens that truncation takes away
+    problems: dict[int, str]  # number -> one line with file, line, field and remedy
     key: str  # of what it was made from
 
     @property
     def good(self) -> Int[np.ndarray, " good"]:
-        """Rows that can be used."""
+        """Annotations that can be used."""
         return np.flatnonzero(self.tokens > 0)
 
 
 def survey(
-    rows: Sequence[Annotation],
+    annotations: Sequence[Annotation],
     render: PreprocessSample,
     *,
     saved: Path | None = None,
     workers: int = 0,
     progress: Progress | None = None,
 ) -> Measurements:
-    """Measure every row, or take the outcome from the file `saved` if it is of the same rows."""
-    key = _key(rows, render)
+    """Measure every annotation, or take the outcome from the file `saved` if it is of the same."""
+    key = _key(annotations, render)
     if saved is not None and (known := _load(saved, key)) is not None:
         if progress:
-            progress(len(rows), len(rows))
+            progress(len(annotations), len(annotations))
         return known
-    sizes = np.zeros((4, len(rows)), np.int32)
+    sizes = np.zeros((4, len(annotations)), np.int32)
     problems: dict[int, str] = {}
-    workers = workers if len(rows) > _FEW else 0  # starting a process takes seconds
-    with closing(in_order(_Measure(render), rows, workers)) as measured:
-        for row, found in enumerate(measured):
-            if isinstance(found, Size):
-                sizes[:, row] = found.tokens, found.loss_tokens, found.tiles, found.cut
+    workers = workers if len(annotations) > _FEW else 0  # starting a process takes seconds
+    with closing(in_order(_Measure(render), annotations, workers)) as measured:
+        for number, outcome in enumerate(measured):
+            if isinstance(outcome, Size):
+                sizes[:, number] = (
+                    outcome.tokens,
+                    outcome.loss_tokens,
+                    outcome.tiles,
+                    outcome.cut,
+                )
             else:
-                problems[row] = found
+                problems[number] = outcome
             if progress:
-                progress(row + 1, len(rows))
+                progress(number + 1, len(annotations))
     return _survey(sizes, problems, key)
 
 
@@ -80,27 +84,16 @@ def _survey(sizes: np.ndarray, problems: dict[int, str], key: str) -> Measuremen
 
 def save(survey: Measurements, path: Path) -> None:
     """Write a survey for `survey(saved=path)`; whole or not at all."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(
-                file,
-                sizes=np.stack([survey.tokens, survey.loss_tokens, survey.tiles, survey.cut]),
-                text=np.frombuffer(
-                    json.dumps({"key": survey.key, "problems": survey.problems}).encode(), np.uint8
-                ),
-            )
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    text = json.dumps({"key": survey.key, "problems": survey.problems})
+    sizes = np.stack([survey.tokens, survey.loss_tokens, survey.tiles, survey.cut])
+    write_arrays(path, {"sizes": sizes, "text": np.frombuffer(text.encode(), np.uint8)})
 
 
 def _load(path: Path, key: str) -> Measurements | None:
-    """A saved survey; None when there is none, or one of other rows, or a damaged one."""
+    """A saved survey; None when there is none, or one of other annotations, or a damaged one."""
     try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            sizes, text = file["sizes"], parse_json(file["text"].tobytes())
+        arrays = read_arrays(path)
+        sizes, text = arrays["sizes"], parse_json(arrays["text"].tobytes())
         if text["key"] != key:
             return None
         return _survey(sizes, {int(r): p for r, p in text["problems"].items()}, key)
@@ -114,19 +107,19 @@ class _Measure:
 
     render: PreprocessSample
 
-    def __call__(self, row: Annotation) -> Size | str:
+    def __call__(self, annotation: Annotation) -> Size | str:
         try:
-            return self.render.size(row)
+            return self.render.size(annotation)
         except ValueError as error:
             return str(error)
 
 
-def _key(rows: Sequence[Annotation], render: PreprocessSample) -> str:
-    """Of everything that sizes depend on: rows, image files, tokenizer, settings."""
-    found = hashlib.sha256()
+def _key(annotations: Sequence[Annotation], render: PreprocessSample) -> str:
+    """Of everything that sizes depend on: annotations, image files, tokenizer, settings."""
+    hasher = hashlib.sha256()
 
     def add(value: Any) -> None:
-        found.update(json.dumps(value, sort_keys=True, default=str).encode() + b"\n")
+        hasher.update(json.dumps(value, sort_keys=True, default=str).encode() + b"\n")
 
     processor = render.processor
     config = processor.config
@@ -135,11 +128,11 @@ def _key(rows: Sequence[Annotation], render: PreprocessSample) -> str:
     add([config.dynamic_tiles, config.template, config.system_message])
     for path in sorted(processor.tokenizer.folder.glob("*")):
         if path.is_file() and path.suffix in (".json", ".model", ".txt"):
-            found.update(hashlib.sha256(path.read_bytes()).digest())
-    for row in rows:
-        images = [_file(image) for image in row.images]
-        add([row.id, images, row.problem, row.max_tiles, row.fields])
-    return found.hexdigest()
+            hasher.update(hashlib.sha256(read_bytes(path)).digest())
+    for annotation in annotations:
+        images = [_file(image) for image in annotation.images]
+        add([annotation.id, images, annotation.problem, annotation.max_tiles, annotation.fields])
+    return hasher.hexdigest()
 
 
 def _file(image: Any) -> list[Any]:

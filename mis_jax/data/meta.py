@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.parsing import parse_json
+from mis_jax.storage.files import read_text
 
 _MANY = 10**9  # samples
 _MOST_COPIES = 10_000  # rows of all copies are held
@@ -52,7 +53,7 @@ def read_meta(path: Path) -> list[MetaSet]:
             are named.
     """
     try:
-        content = parse_json(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(read_text(path, "utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; check the source's path") from None
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Training sources to rows by index, and how several sources mix into one epoch."""
+"""Training sources to annotations by index, and how several sources mix into one epoch."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from mis_jax.config import Source
 from mis_jax.data.annotations import Entry, check_entry, read_jsonl, read_list
 from mis_jax.data.images import EncodedImage
 from mis_jax.data.meta import read_meta
-from mis_jax.data.mis_annotations import PUBLISHED_SIZES
+from mis_jax.data.mis.annotations import PUBLISHED_SIZES
 
 _log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class Annotation:
 
     id: str
     where: str  # file and place in it, for errors
-    images: tuple[EncodedImage, ...]
+    images: tuple[Path | EncodedImage, ...]
     fields: Mapping[str, Any]  # as in the file; `conversations` is checked when rendered
     problem: str = ""  # why the file's entry cannot be read, with its place and the remedy
     max_tiles: int | None = None  # of its source, in the place of the run's
@@ -33,18 +33,18 @@ class Annotation:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The rows of an epoch and where they come from.
+    """The annotations of an epoch and where they come from.
 
     Attributes:
-        rows: one source after the other, each in the order of its file.
-        sources: of each source `file`, `kind`, `available` and `used` (rows); `copies` where it
-            has a weight; `ids` of the chosen rows, in order, where not all were taken (beside
+        annotations: one source after the other, each in the order of its file.
+        sources: of each source `file`, `kind`, `available` and `used`; `copies` where it
+            has a weight; `ids` of the chosen ones, in order, where not all were taken (beside
             `copies`, of those that come on top of the whole copies); `sets` of a meta file.
             Plain values, for a run folder's JSON.
         notes: what a reader of the run should know, such as a published set of another size.
     """
 
-    rows: list[Annotation]
+    annotations: list[Annotation]
     sources: list[dict[str, Any]]
     notes: list[str]
 
@@ -54,21 +54,21 @@ class _Found:
     """What one source holds."""
 
     file: Path
-    rows: list[Annotation]
+    annotations: list[Annotation]
     notes: list[str] = field(default_factory=list)
     sets: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read_mixture(sources: Sequence[Source], seed: int) -> Mixture:
-    """The rows of an epoch, the same in every epoch.
+    """The annotations of an epoch, the same in every epoch.
 
-    Without `count` and `weight` a source gives all its rows. With `count` it gives that many,
-    chosen by (seed, place of the source). With weights an epoch has as many rows as the sources
-    have together, and each source has its share of them, rounded so that the sum is kept: whole
-    copies of the source, and the rest chosen by (seed, place of the source).
+    Without `count` and `weight` a source gives all its annotations. With `count` it gives that
+    many, chosen by (seed, place of the source). With weights an epoch has as many samples as the
+    sources have together, and each source has its share of them, rounded so that the sum is kept:
+    whole copies of the source, and the rest chosen by (seed, place of the source).
 
     Raises:
-        ValueError: a source that cannot be read, more rows asked for than there are, or a weight
+        ValueError: a source that cannot be read, more asked for than there are, or a weight
             at some sources only.
     """
     found = [_read(source) for source in sources]
@@ -78,33 +78,33 @@ def read_mixture(sources: Sequence[Source], seed: int) -> Mixture:
     wanted = _wanted(sources, found)
     mixture = Mixture([], [], notes)
     for place, (source, one, count) in enumerate(zip(sources, found, wanted, strict=True)):
-        available = len(one.rows)
+        available = len(one.annotations)
         copies, rest = divmod(count, available)
         chosen = np.random.default_rng((seed, place)).permutation(available)[:rest]
-        picked = [one.rows[i] for i in sorted(chosen)]
-        mixture.rows.extend(one.rows * copies + picked)
+        picked = [one.annotations[i] for i in sorted(chosen)]
+        mixture.annotations.extend(one.annotations * copies + picked)
         told = {"file": str(one.file), "kind": source.kind, "available": available, "used": count}
         told |= {"copies": copies} if source.weight is not None else {}
-        told |= {"ids": [row.id for row in picked]} if picked else {}
+        told |= {"ids": [annotation.id for annotation in picked]} if picked else {}
         told |= {"sets": one.sets} if one.sets else {}
         mixture.sources.append(told)
     return mixture
 
 
 def read_sources(sources: Sequence[Source], seed: int) -> list[Annotation]:
-    """The rows of `read_mixture` alone."""
-    return read_mixture(sources, seed).rows
+    """The annotations of `read_mixture` alone."""
+    return read_mixture(sources, seed).annotations
 
 
 def read_source(source: Source) -> list[Annotation]:
-    """Every row of one source; the images it names are not opened yet.
+    """Every annotation of one source; the images it names are not opened yet.
 
-    An entry that cannot be used is a row with a `problem`.
+    An entry that cannot be used is one with a `problem`.
 
     Raises:
         ValueError: a file that cannot be read as a whole, or holds no sample.
     """
-    return _read(source).rows
+    return _read(source).annotations
 
 
 def annotation_file(source: Source) -> Path:
@@ -125,12 +125,12 @@ def size_note(source: Source, count: int, file: Path | None = None) -> str | Non
 
 
 def _wanted(sources: Sequence[Source], found: Sequence[_Found]) -> list[int]:
-    """How many rows each source gives to an epoch, copies included."""
+    """How many annotations each source gives to an epoch, copies included."""
     if any(source.weight is not None for source in sources):
-        return _shares(sources, sum(len(one.rows) for one in found))
+        return _shares(sources, sum(len(one.annotations) for one in found))
     wanted = []
     for place, (source, one) in enumerate(zip(sources, found, strict=True)):
-        available = len(one.rows)
+        available = len(one.annotations)
         if source.count is not None and source.count > available:
             raise ValueError(
                 f"{one.file}: count is {source.count} but the file has "
@@ -141,7 +141,7 @@ def _wanted(sources: Sequence[Source], found: Sequence[_Found]) -> list[int]:
 
 
 def _shares(sources: Sequence[Source], total: int) -> list[int]:
-    """Shares by weight of `total` rows, by the largest remainder."""
+    """Shares by weight of `total` samples, by the largest remainder."""
     weights = []
     for place, source in enumerate(sources):
         if source.weight is None:
@@ -159,7 +159,7 @@ def _shares(sources: Sequence[Source], total: int) -> list[int]:
         place = shares.index(0)
         raise ValueError(
             f"data.sources[{place}].weight {sources[place].weight} is less than one of the "
-            f"{total} rows of an epoch; raise it or take the source out"
+            f"{total} samples of an epoch; raise it or take the source out"
         )
     return shares
 
@@ -172,15 +172,17 @@ def _read(source: Source) -> _Found:
         found = _built(source, path)
         if found is None:
             entries = read_list(path, pictured=True)
-            found = _Found(path, _rows(entries, path.parent, source.max_tiles, source.augment))
-        note = size_note(source, len(found.rows), found.file)
-        return _Found(found.file, found.rows, [note] if note else [])
+            found = _Found(
+                path, _annotations(entries, path.parent, source.max_tiles, source.augment)
+            )
+        note = size_note(source, len(found.annotations), found.file)
+        return _Found(found.file, found.annotations, [note] if note else [])
     entries = read_jsonl(path) if source.kind == "jsonl" else read_list(path)
     root = source.root or path.parent
-    return _Found(path, _rows(entries, root, source.max_tiles, source.augment))
+    return _Found(path, _annotations(entries, root, source.max_tiles, source.augment))
 
 
-def _rows(
+def _annotations(
     entries: Sequence[Entry], root: Path, max_tiles: int | None, augment: bool
 ) -> list[Annotation]:
     return [
@@ -198,16 +200,16 @@ def _rows(
 
 
 def _built(source: Source, published: Path) -> _Found | None:
-    """The rows of a set that `mis-jax data build` wrote, None where `root` holds none."""
+    """The annotations of a set that `mis-jax data build` wrote, None where `root` holds none."""
     root = source.root
     assert root is not None
     if published.exists() or not root.is_dir():
         return None
-    from mis_jax.data import mis_dataset  # most runs do without it
+    from mis_jax.data.mis import dataset  # most runs do without it
 
-    if not mis_dataset.is_built(root):
+    if not dataset.is_built(root):
         return None
-    samples = mis_dataset.read_built(root, source.split)
+    samples = dataset.read_built(root, source.split)
     where = f"{root}, split {source.split}"
     if not samples:
         raise ValueError(f"{where}: holds no sample; build the set again")
@@ -215,16 +217,16 @@ def _built(source: Source, published: Path) -> _Found | None:
         check_entry(fields, f"{where}, row {index}", index, pictured=True)
         for index, (fields, _) in enumerate(samples)
     ]
-    rows = _rows(entries, root, source.max_tiles, source.augment)
-    for index, (row, (_, pictures)) in enumerate(zip(rows, samples, strict=True)):
-        problem = row.problem
-        if not problem and len(pictures) != len(row.images):
+    annotations = _annotations(entries, root, source.max_tiles, source.augment)
+    for index, (annotation, (_, images)) in enumerate(zip(annotations, samples, strict=True)):
+        problem = annotation.problem
+        if not problem and len(images) != len(annotation.images):
             problem = (
-                f"{row.where}: field 'image' names {len(row.images)} image(s) but "
-                f"{len(pictures)} are stored; build the set again"
+                f"{annotation.where}: field 'image' names {len(annotation.images)} image(s) but "
+                f"{len(images)} are stored; build the set again"
             )
-        rows[index] = replace(row, images=() if problem else pictures, problem=problem)
-    return _Found(root, rows)
+        annotations[index] = replace(annotation, images=() if problem else images, problem=problem)
+    return _Found(root, annotations)
 
 
 def _read_sets(source: Source, path: Path) -> _Found:
@@ -246,8 +248,8 @@ def _read_sets(source: Source, path: Path) -> _Found:
         copies, part = divmod(used, len(entries))
         max_tiles = source.max_tiles if one.max_tiles is None else one.max_tiles
         augment = source.augment if one.augment is None else one.augment
-        rows = _rows(entries, one.root, max_tiles, augment)
-        found.rows.extend(rows * copies + rows[:part])
+        annotations = _annotations(entries, one.root, max_tiles, augment)
+        found.annotations.extend(annotations * copies + annotations[:part])
         told = {"name": one.name, "file": str(one.annotation)}
         found.sets.append(told | {"available": len(entries), "used": used})
     return found

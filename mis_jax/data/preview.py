@@ -12,11 +12,12 @@ from rich.text import Text
 
 from mis_jax.config import RunConfig
 from mis_jax.data.collate import Example
-from mis_jax.data.loader import TrainingData, render_row
+from mis_jax.data.loader import TrainingData, make_preprocess
 from mis_jax.data.measure import Progress
 from mis_jax.data.mixture import read_sources
 from mis_jax.data.processor import Processor
-from mis_jax.tokenizer.tokenizer import IMG_CONTEXT, Tokenizer
+from mis_jax.tokenizer.files import IMG_CONTEXT
+from mis_jax.tokenizer.tokenizer import Tokenizer
 
 _GAP = 4  # pixels between the tiles of a contact sheet
 
@@ -85,10 +86,10 @@ class Shown:
 
 def show_sample(config: RunConfig, processor: Processor, index: int) -> Shown:
     """Sample `index` of a run's sources, before shuffling."""
-    rows = read_sources(config.data.sources, config.seed)
-    if not 0 <= index < len(rows):
-        raise ValueError(f"--index {index}: the run has samples 0 to {len(rows) - 1}")
-    return Shown(render_row(config, processor)(rows[index]), processor.tokenizer)
+    annotations = read_sources(config.data.sources, config.seed)
+    if not 0 <= index < len(annotations):
+        raise ValueError(f"--index {index}: the run has samples 0 to {len(annotations) - 1}")
+    return Shown(make_preprocess(config, processor)(annotations[index]), processor.tokenizer)
 
 
 def statistics(
@@ -104,11 +105,11 @@ def statistics(
     sizes, good = data.survey, data.survey.good
     batch = config.train.global_batch
     shapes = collections.Counter(data.shape(step) for step in range(data.steps))
-    used = [int(size[data.plan.samples].sum()) for size in (sizes.tokens, sizes.tiles)]
+    used = [int(size[data.schedule.samples].sum()) for size in (sizes.tokens, sizes.tiles)]
     places = [sum(shape[k] * n for shape, n in shapes.items()) * batch for k in (0, 1)]
     return {
-        "samples": len(data.rows),
-        "bad_samples": [sizes.problems[row] for row in sorted(sizes.problems)],
+        "samples": len(data.annotations),
+        "bad_samples": [sizes.problems[number] for number in sorted(sizes.problems)],
         "sources": [{k: v for k, v in s.items() if k != "ids"} for s in data.mixture.sources],
         "tokens": _spread(sizes.tokens[good]),
         "answer_tokens": _spread(sizes.loss_tokens[good]),
@@ -118,8 +119,8 @@ def statistics(
             "tokens": int(sizes.cut.sum()),
         },
         "steps": data.steps,
-        "rows": data.plan.rows,
-        "samples_per_row": round(len(data.plan.samples) / data.plan.rows, 3),
+        "rows": data.schedule.sequences,
+        "samples_per_row": round(len(data.schedule.samples) / data.schedule.sequences, 3),
         "shapes": [
             {"tokens": tokens, "tiles": tiles, "steps": n}
             for (tokens, tiles), n in sorted(shapes.items())

@@ -86,7 +86,7 @@ class Processor:
         batch = self.collate(
             [[example] for example in examples],
             length=-(-longest // pad_to) * pad_to,
-            tiles_per_row=max(len(example.tiles) for example in examples),
+            tiles_per_sequence=max(len(example.tiles) for example in examples),
             reduction=reduction,
         )
         return batch if train else _without_loss(batch)
@@ -178,14 +178,14 @@ class Processor:
         rows: Sequence[Sequence[Example]],
         *,
         length: int,
-        tiles_per_row: int,
+        tiles_per_sequence: int,
         reduction: LossReduction = "token",
     ) -> Batch:
         """`mis_jax.data.collate.collate` with this checkpoint's tile size and padding."""
         return collate(
             rows,
             length=length,
-            tiles_per_row=tiles_per_row,
+            tiles_per_sequence=tiles_per_sequence,
             image_size=self.config.vision.image_size,
             pad_id=self.tokenizer.pad_id,
             reduction=reduction,

@@ -1,7 +1,7 @@
-"""The rows of a run: which samples each holds, from the first step to the last.
+"""The sequences of a run: which samples each holds, from the first step to the last.
 
-Samples stand in an endless stream, epoch after epoch, each epoch in an order of its own that
-(seed, epoch) decides. A sample's place in the stream is its name in a plan. Epochs share no row.
+Samples stand in an endless stream, epoch after epoch, each epoch in an order of its own that (seed,
+epoch) decides. A sample's place in the stream is its name in a schedule. Epochs share no sequence.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from mis_jax.data.packing import pack
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a packed row holds at most."""
+    """What a packed sequence holds at most."""
 
     tokens: int
     tiles: int
@@ -25,68 +25,68 @@ class Capacity:
 
 @dataclass(frozen=True)
 class SampleSchedule:
-    """Rows of a run. Beyond the last one rows are empty, so that every step has as many."""
+    """Sequences of a run. Beyond the last one they are empty, so that every step has as many."""
 
-    places: Int[np.ndarray, " samples"]  # in the stream, row by row
+    places: Int[np.ndarray, " samples"]  # in the stream, sequence by sequence
     samples: Int[np.ndarray, " samples"]  # which sample of the run that is
-    starts: Int[np.ndarray, " rows+1"]  # where each row begins in the two above
+    starts: Int[np.ndarray, " sequences+1"]  # where each sequence begins in the two above
 
     @property
-    def rows(self) -> int:
+    def sequences(self) -> int:
         return len(self.starts) - 1
 
-    def row(self, number: int) -> list[tuple[int, int]]:
-        """(place, sample) of each sample of a row."""
+    def sequence(self, number: int) -> list[tuple[int, int]]:
+        """(place, sample) of each sample of a sequence."""
         here = self.span(number, number + 1)
         return [
             (int(p), int(s)) for p, s in zip(self.places[here], self.samples[here], strict=True)
         ]
 
     def span(self, first: int, last: int) -> slice:
-        """Where the samples of rows `first` to `last - 1` stand in `places` and `samples`."""
-        ends = [min(number, self.rows) for number in (first, last)]
+        """Where the samples of sequences `first` to `last - 1` stand in `places` and `samples`."""
+        ends = [min(number, self.sequences) for number in (first, last)]
         return slice(*(int(self.starts[end]) for end in ends))
 
     @property
     def fingerprint(self) -> str:
-        """The same for equal plans alone."""
-        found = hashlib.sha256()
+        """The same for equal schedules alone."""
+        hasher = hashlib.sha256()
         for array in (self.places, self.samples, self.starts):
-            found.update(np.ascontiguousarray(array, np.int64).tobytes())
-        return found.hexdigest()[:16]
+            hasher.update(np.ascontiguousarray(array, np.int64).tobytes())
+        return hasher.hexdigest()[:16]
 
 
 def make_schedule(
     samples: Int[np.ndarray, " samples"],
-    tokens: Int[np.ndarray, " rows"],
-    tiles: Int[np.ndarray, " rows"],
+    tokens: Int[np.ndarray, " annotations"],
+    tiles: Int[np.ndarray, " annotations"],
     *,
     seed: int,
     epochs: int | None = None,
-    rows: int | None = None,
+    sequences: int | None = None,
     capacity: Capacity | None = None,
 ) -> SampleSchedule:
-    """A plan of so many `epochs`, or of as many as fill so many `rows`.
+    """A schedule of so many `epochs`, or of as many as fill so many `sequences`.
 
     `samples` are those that take part; `tokens` and `tiles` are the sizes of all. Without a
-    `capacity` every row holds one sample.
+    `capacity` every sequence holds one sample.
     """
-    assert len(samples) and (epochs is None) != (rows is None)
-    found: list[np.ndarray] = []  # places of each row
+    assert len(samples) and (epochs is None) != (sequences is None)
+    packed_places: list[np.ndarray] = []  # of each sequence
     order_of: list[np.ndarray] = []  # samples of each epoch
     for epoch, order in enumerate(_orders(samples, seed)):
-        if epoch == epochs or (rows is not None and len(found) >= rows):
+        if epoch == epochs or (sequences is not None and len(packed_places) >= sequences):
             break
         if capacity is None:
             packed = [[place] for place in range(len(order))]
         else:
             sizes = tokens[order], tiles[order]
             packed = pack(*sizes, max_tokens=capacity.tokens, max_tiles=capacity.tiles)
-        found += [np.array(row, np.int64) + epoch * len(order) for row in packed]
+        packed_places += [np.array(sequence, np.int64) + epoch * len(order) for sequence in packed]
         order_of.append(order)
-    found = found[:rows]
-    places = np.concatenate(found)
-    starts = np.cumsum([0, *map(len, found)])
+    packed_places = packed_places[:sequences]
+    places = np.concatenate(packed_places)
+    starts = np.cumsum([0, *map(len, packed_places)])
     return SampleSchedule(places, np.concatenate(order_of)[places], starts)
 
 

@@ -23,7 +23,7 @@ class Stopped(RuntimeError):
 class Streaming(Generic[T, R]):
     """A function of a list that can also hand out each result when it comes.
 
-    A result that has cost money must be on disk before the next is waited for, hence ``stream``.
+    A result that has cost money must be on disk before the next is waited for, hence `stream`.
     Called like any other function, it gives the whole list in order.
     """
 
@@ -37,7 +37,7 @@ class Streaming(Generic[T, R]):
 def groups_of(
     function: Callable[[list[T]], list[R]] | Streaming[T, R], items: Sequence[T], size: int
 ) -> Groups[R]:
-    """The results of a function: streamed where it can, else in batches of ``size``."""
+    """The results of a function: streamed where it can, else in batches of `size`."""
     if isinstance(function, Streaming):
         yield from function.stream(items)
         return
@@ -54,7 +54,7 @@ def as_they_come(
     items: Sequence[T],
     concurrency: int,
 ) -> Groups[R]:
-    """The results of an asynchronous function, at most ``concurrency`` of them under way.
+    """The results of an asynchronous function, at most `concurrency` of them under way.
 
     Nothing runs while the caller has a group in hand. After an exception no item is begun, those
     under way are waited for and handed out, and then it is raised. An abandoned iterator, or

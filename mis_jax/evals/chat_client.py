@@ -1,7 +1,7 @@
 """A client of OpenAI-compatible chat endpoints: many requests at once, patient, within a budget.
 
 What can pass by itself is tried again: 408, 409, 425, 429, 5xx, timeouts, lost connections and
-replies that are no chat completion. ``Retry-After`` holds back every request, not only the one
+replies that are no chat completion. `Retry-After` holds back every request, not only the one
 that was told. All attempts count as calls.
 """
 
@@ -46,9 +46,9 @@ def _whole(value: Any) -> Any:
 class Reply:
     """What came back for one request.
 
-    ``refused`` is a refusal that the server marks as such; ``error`` is no reply at all.
-    ``status`` is the HTTP status of an error, ``parameter`` the field that it names, ``wait`` the
-    server's Retry-After; ``passing`` errors are worth another try, and ``lost`` tells those that
+    `refused` is a refusal that the server marks as such; `error` is no reply at all.
+    `status` is the HTTP status of an error, `parameter` the field that it names, `wait` the
+    server's Retry-After; `passing` errors are worth another try, and `lost` tells those that
     never reached the server.
     """
 
@@ -119,9 +119,9 @@ class ChatClient:
         return max(self.seconds_a_call / self.concurrency, slowest)
 
     def many(self, items: Sequence[T], build: Callable[[T], Fields]) -> Groups[Reply]:
-        """A reply to each item, as they come; ``build`` makes the fields of its request.
+        """A reply to each item, as they come; `build` makes the fields of its request.
 
-        An item for which ``build`` raises ValueError or OSError has a reply in state ``error``.
+        An item for which `build` raises ValueError or OSError has a reply in state `error`.
         Raises Stopped when the calls are used up, or when the server fails again and again.
         """
         return as_they_come(self._opened(build), items, self.concurrency)
@@ -158,7 +158,7 @@ class ChatClient:
         raise ValueError(self.explained(failed))
 
     def explained(self, failed: Reply) -> str:
-        """One line for a user about a reply in state ``error``."""
+        """One line for a user about a reply in state `error`."""
         if failed.status in (401, 403):
             reason = (
                 f"the server refuses the key (HTTP {failed.status}); name the environment variable "

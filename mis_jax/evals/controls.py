@@ -1,7 +1,7 @@
 """Controls of a benchmark: the same questions without what the pictures say.
 
-``mis_hard@black`` asks the questions of ``mis_hard`` over black pictures, ``@white`` over white
-ones, ``@text`` with no pictures at all, ``@swapped`` with the two pictures exchanged. A model that
+`mis_hard@black` asks the questions of `mis_hard` over black pictures, `@white` over white
+ones, `@text` with no pictures at all, `@swapped` with the two pictures exchanged. A model that
 answers a control as it answers the benchmark has not looked. Samples keep their ids, so that a
 control can be compared with its benchmark sample by sample; the protocol and the sample hashes
 differ, so no answer is ever taken over. A judge that looks at pictures sees those of the control.
@@ -22,14 +22,14 @@ from PIL import Image
 
 from mis_jax.data.images import image_size
 from mis_jax.evals.types import Benchmark, Sample
-from mis_jax.storage.folders import replace_file
+from mis_jax.storage.files import make_folder, replace_file
 
 _ANNOUNCED = re.compile(r"Image-\d+:\s*")
 _MARKER = re.compile(r"(?:Image-\d+:[ \t]*)?<image>\n*")
 
 
 def control_of(benchmark: Benchmark, control: str) -> Benchmark:
-    """The benchmark under one of ``CONTROLS``."""
+    """The benchmark under one of `CONTROLS`."""
     return replace(
         benchmark,
         name=f"{benchmark.name}@{control}",
@@ -99,7 +99,7 @@ def plain_picture(colour: str, size: tuple[int, int]) -> Path:
     cache_root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache_root / "mis-jax" / "plain" / f"{colour}-{size[0]}x{size[1]}.png"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         drawn = io.BytesIO()
         Image.new("RGB", size, colour).save(drawn, "PNG")
         replace_file(path, drawn.getvalue())  # another process never reads half a picture

@@ -1,9 +1,9 @@
 """Any OpenAI-compatible endpoint as the model under test.
 
-Pictures are sent as data URIs where the prompt has its ``<image>`` markers. Decoding is greedy.
+Pictures are sent as data URIs where the prompt has its `<image>` markers. Decoding is greedy.
 Two settings of a benchmark have no place in the chat API: tiles for each picture, and whether the
-checkpoint's own system turn is left out. Our server takes them as ``max_dynamic_patch`` and
-``system_prompt``; another one answers with settings of its own, which is a condition of the run.
+checkpoint's own system turn is left out. Our server takes them as `max_dynamic_patch` and
+`system_prompt`; another one answers with settings of its own, which is a condition of the run.
 Templates of InternVL, ours
 among them, write a line break behind every picture of the chat API, so there the prompt's own is
 left out.
@@ -21,9 +21,8 @@ from PIL import Image
 from mis_jax.data.chat_template import IMAGE_MARKER, insert_image_markers
 from mis_jax.evals.async_map import Groups, Streaming
 from mis_jax.evals.chat_client import ChatClient, Reply
-from mis_jax.evals.conditions import ENDPOINT_SETTINGS
-from mis_jax.evals.data_uris import picture_part
-from mis_jax.evals.pictures import shown_images
+from mis_jax.evals.images import image_part, shown_images
+from mis_jax.evals.run_dir import ENDPOINT_SETTINGS
 from mis_jax.evals.types import Answer, Benchmark, Sample
 from mis_jax.storage.hashing import digest
 
@@ -49,7 +48,7 @@ class Endpoint:
 
 
 def open_endpoint(client: ChatClient, *, takes_settings: bool = False) -> Endpoint:
-    """Look at ``/v1/models``; ValueError for an address, a key or a model that is wrong."""
+    """Look at `/v1/models`; ValueError for an address, a key or a model that is wrong."""
     owners = client.owners()
     if owners is not None and client.model not in owners:
         known = ", ".join(list(owners)[:8]) or "none"
@@ -102,7 +101,7 @@ def _answer(reply: Reply) -> Answer:
 def chat_messages(sample: Sample, *, breaks_lines: bool = False) -> list[dict[str, Any]]:
     """The conversation as the chat API has it; ValueError where markers and pictures differ.
 
-    ``breaks_lines`` says that the server writes a line break behind every picture.
+    `breaks_lines` says that the server writes a line break behind every picture.
     """
     images = iter(shown_images(sample))
     marked = insert_image_markers(sample.conversation, len(sample.images))
@@ -127,7 +126,7 @@ def _content(
         return first
     parts: list[dict[str, Any]] = [{"type": "text", "text": first}]
     for text in others:
-        parts.append(picture_part(next(images)))
+        parts.append(image_part(next(images)))
         parts.append({"type": "text", "text": text.removeprefix("\n") if breaks_lines else text})
     return [part for part in parts if part.get("text") != ""]
 

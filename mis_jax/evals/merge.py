@@ -7,18 +7,25 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from mis_jax.evals.conditions import conditions_of, same_conditions
-from mis_jax.evals.files import AppendLog, read_log, write_json
-from mis_jax.evals.manifest import expected, known_facts, manifest_path, read_manifest
+from mis_jax.evals.run_dir import (
+    conditions_of,
+    expected,
+    known_facts,
+    manifest_path,
+    read_manifest,
+    same_conditions,
+)
 from mis_jax.evals.scoring import summarise
-from mis_jax.storage.folders import destination_path
+from mis_jax.storage.json_files import replace_json
+from mis_jax.storage.jsonl import AppendLog, read_log
 from mis_jax.storage.locks import LOCK
+from mis_jax.storage.paths import destination_path
 
 LOGS = ("samples.jsonl", "verdicts.jsonl", "rechecks.jsonl")
 
 
 def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Copy runs of one model into the new run ``out``; returns its results.
+    """Copy runs of one model into the new run `out`; returns its results.
 
     Answers and verdicts keep all their rows. ValueError for runs of different models, protocols or
     judges, for samples that two runs share, and for shards that are not all there.
@@ -47,16 +54,16 @@ def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
         owed[name] = _expected(name, having)
         entries[name]["n"] = len(owed[name])
     for name in names:
-        write_json(out / name / "expected.json", owed[name])
+        replace_json(out / name / "expected.json", owed[name])
         facts = {key: known for run in runs for key, known in known_facts(run, name).items()}
-        write_json(out / name / "facts.json", facts)
+        replace_json(out / name / "facts.json", facts)
         for file in LOGS:
-            rows = [row for run in runs for row in read_log(run / name / file)]
-            if rows:
+            lines = [entry for run in runs for entry in read_log(run / name / file)]
+            if lines:
                 with AppendLog(out / name / file) as log:
-                    log.append(rows)
+                    log.append(lines)
     origin = {"resumed": _other_sessions(manifests), "merged": [str(run) for run in runs]}
-    write_json(manifest_path(out), first | {"benchmarks": entries} | origin)
+    replace_json(manifest_path(out), first | {"benchmarks": entries} | origin)
     return summarise(out)
 
 

@@ -1,9 +1,14 @@
 """A loaded model as the `answer_fn` of the runner."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from mis_jax.config import EvaluationConfig
 from mis_jax.data.processor import Processor
-from mis_jax.evals.pictures import shown_images
+from mis_jax.evals.benchmarks import get_benchmark
+from mis_jax.evals.images import shown_images
+from mis_jax.evals.judges import get_judge
+from mis_jax.evals.metrics import counted
+from mis_jax.evals.run_dir import facts_of
 from mis_jax.evals.runner import AnswerFn
 from mis_jax.evals.types import Answer, Benchmark, Sample
 from mis_jax.inference.offline import answer
@@ -51,3 +56,33 @@ def _by_tiles(benchmark: Benchmark, samples: Sequence[Sample]) -> dict[int | Non
     for index, sample in enumerate(samples):
         groups.setdefault(benchmark.tiles_for(sample), []).append(index)
     return groups
+
+
+def held_out(config: EvaluationConfig) -> Callable[[InternVL, Processor], dict[str, float]]:
+    """A function of a model that gives the benchmark's metrics on its first samples.
+
+    Of each metric there is the share and, as `<metric>_n`, how many samples it is a share of;
+    `unjudged` counts those without a verdict. Raises ValueError for an unknown benchmark or judge
+    and for files that are missing, before anything is trained.
+    """
+    benchmark, judge = get_benchmark(config.benchmark), get_judge(config.judge)
+    samples = benchmark.load(config.data_root)[: config.samples]
+
+    def evaluate(model: InternVL, processor: Processor) -> dict[str, float]:
+        ask = answers_of(model, processor, benchmark, max_new_tokens=config.max_new_tokens)
+        answers = ask(samples)
+        pairs = [(sample, answer.text) for sample, answer in zip(samples, answers, strict=True)]
+        verdicts = judge.judge(pairs)
+        outcomes = [
+            counted(benchmark, verdict.labels, facts_of(sample))
+            for sample, verdict in zip(samples, verdicts, strict=True)
+            if verdict.state == "ok"
+        ]
+        figures: dict[str, float] = {"unjudged": len(verdicts) - len(outcomes)}
+        for metric in benchmark.metrics:
+            votes = [outcome[metric] for outcome in outcomes if metric in outcome]
+            if votes:
+                figures |= {metric: sum(votes) / len(votes), f"{metric}_n": len(votes)}
+        return figures
+
+    return evaluate

@@ -8,6 +8,7 @@ drops what was derived from it without anything being deleted.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,17 +16,23 @@ from typing import Any
 
 from mis_jax.evals.async_map import Groups, Stopped, Streaming, groups_of
 from mis_jax.evals.benchmarks import get_benchmark
-from mis_jax.evals.files import AppendLog, read_log
-from mis_jax.evals.hashing import answer_hash, sample_hash
 from mis_jax.evals.judges import JUDGES
-from mis_jax.evals.manifest import expect, expected, read_manifest, update_benchmark, write_facts
+from mis_jax.evals.run_dir import (
+    answer_hash,
+    expect,
+    expected,
+    read_manifest,
+    sample_hash,
+    update_benchmark,
+    write_facts,
+)
 from mis_jax.evals.scoring import summarise
-from mis_jax.evals.self_consistency import drawn
 from mis_jax.evals.types import Answer, Benchmark, Judge, Sample, Verdict
 from mis_jax.evals.verdict_cache import VerdictCache
 from mis_jax.storage.hashing import digest
+from mis_jax.storage.jsonl import AppendLog, read_log
 
-__all__ = ["Generated", "JudgeOf", "Owed", "generate_answers", "judge_run", "summarise"]
+__all__ = ["Generated", "JudgeOf", "JudgingTask", "generate_answers", "judge_run", "summarise"]
 
 AnswerFn = Callable[[list[Sample]], list[Answer]] | Streaming[Sample, Answer]
 JudgeOf = Callable[[Benchmark, Sequence[Sample]], Judge]
@@ -34,7 +41,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Generated:
-    """What a generation stage did: ``failed`` answers are tried again by the next resume."""
+    """What a generation stage did: `failed` answers are tried again by the next resume."""
 
     total: int
     reused: int
@@ -70,18 +77,18 @@ def generate_answers(
     batch_size: int = 32,
     part: Mapping[str, Any] | None = None,
 ) -> Generated:
-    """Stage 1: append an answer for each sample to ``RUN/<benchmark>/samples.jsonl``.
+    """Stage 1: append an answer for each sample to `RUN/<benchmark>/samples.jsonl`.
 
-    The run must have been opened (``manifest.open_run``). Samples already answered with the same
-    content are skipped; failed ones are asked again. ``batch_size`` is how many samples
-    ``answer_fn`` gets at once and how many answers a kill can cost. ``part`` says in the manifest
-    which part of the benchmark ``samples`` is (see ``subsets.py``).
+    The run must have been opened (`run_dir.open_run`). Samples already answered with the same
+    content are skipped; failed ones are asked again. `batch_size` is how many samples
+    `answer_fn` gets at once and how many answers a kill can cost. `part` says in the manifest
+    which part of the benchmark `samples` is (see `Part`).
     """
     read_manifest(run_dir)  # an unopened run is an error before any work
     hashes = expect(run_dir, benchmark, samples)
     update_benchmark(run_dir, benchmark.name, part=dict(part) if part else None)
     with AppendLog(run_dir / benchmark.name / "samples.jsonl") as log:
-        done = {(row["id"], row["hash"]) for row in log.rows if row["state"] == "ok"}
+        done = {(row["id"], row["hash"]) for row in log.entries if row["state"] == "ok"}
         waiting = [sample for sample in samples if (sample.id, hashes[sample.id]) not in done]
         finished = reused = len(samples) - len(waiting)
         failed = 0
@@ -118,10 +125,10 @@ def _answer_row(answer: Answer) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Owed:
-    """What a judge owes to one benchmark of a run: a verdict on each of ``answers``.
+class JudgingTask:
+    """What a judge owes to one benchmark of a run: a verdict on each of `answers`.
 
-    ``keys`` are what a verdict must carry to count for an answer.
+    `keys` are what a verdict must carry to count for an answer.
     """
 
     benchmark: Benchmark
@@ -140,8 +147,8 @@ class Owed:
         return [key for key in self.answers if self.keys[key] not in settled]
 
     def drawn(self, among: Iterable[str], count: int) -> list[str]:
-        """``count`` of these answers, the same ones every time."""
-        return drawn({key: self.keys[key][1] for key in among}, count)
+        """`count` of these answers, the same ones every time."""
+        return draw_answers({key: self.keys[key][1] for key in among}, count)
 
     def pairs(self, keys: Sequence[str]) -> list[tuple[Sample, str]]:
         """What the judge gets."""
@@ -157,18 +164,18 @@ def judge_run(
     batch_size: int = 32,
     cache: VerdictCache | None = None,
     recheck: int = 0,
-    announce: Callable[[list[tuple[Owed, list[tuple[Sample, str]]]]], None] | None = None,
+    announce: Callable[[list[tuple[JudgingTask, list[tuple[Sample, str]]]]], None] | None = None,
     progress: Callable[[str], Progress] | None = None,
 ) -> dict[str, Any]:
-    """Stage 2: append a verdict for each answer to ``RUN/<benchmark>/verdicts.jsonl``.
+    """Stage 2: append a verdict for each answer to `RUN/<benchmark>/verdicts.jsonl`.
 
-    ``judge=None`` takes each benchmark's own; a function of a benchmark and its samples gives each
+    `judge=None` takes each benchmark's own; a function of a benchmark and its samples gives each
     a judge. Verdicts that exist for the same answer, judge and reference are kept; a judge's
-    refusal is one of them, while ``unparsed`` and ``error`` are asked again. What ``cache`` has of
-    earlier runs is not asked either, and what is asked goes into it. ``recheck`` answers of each
-    benchmark are then judged a second time, into ``rechecks.jsonl`` and by the judge alone: see
-    ``self_consistency.py``. ``announce`` learns what is about to be judged, before it is. Ends with
-    ``summarise`` and returns its results; a judge that stops does so too, and its ``Stopped`` is
+    refusal is one of them, while `unparsed` and `error` are asked again. What `cache` has of
+    earlier runs is not asked either, and what is asked goes into it. `recheck` answers of each
+    benchmark are then judged a second time, into `rechecks.jsonl` and by the judge alone: see
+    `scoring.self_agreement`. `announce` learns what is about to be judged before it is. Ends with
+    `summarise` and returns its results; a judge that stops does so too, and its `Stopped` is
     raised.
     """
     known = list(read_manifest(run_dir)["benchmarks"])
@@ -206,10 +213,10 @@ def _default_judge(benchmark: Benchmark) -> Judge:
     return JUDGES[benchmark.default_judge]
 
 
-_Found = tuple[Benchmark, dict[str, Sample], dict[str, str], dict[str, str]]
+_RunAnswers = tuple[Benchmark, dict[str, Sample], dict[str, str], dict[str, str]]
 
 
-def _read(benchmark: Benchmark, run_dir: Path, data_root: Path) -> _Found:
+def _read(benchmark: Benchmark, run_dir: Path, data_root: Path) -> _RunAnswers:
     """A benchmark with the samples, hashes and answers of a run."""
     hashes = expected(run_dir, benchmark.name)
     samples = {sample.id: sample for sample in benchmark.load(data_root) if sample.id in hashes}
@@ -229,7 +236,7 @@ def _owed(
     samples: dict[str, Sample],
     hashes: dict[str, str],
     answers: dict[str, str],
-) -> Owed:
+) -> JudgingTask:
     if judge is None:
         judge = _default_judge(benchmark)
     elif not isinstance(judge, Judge):
@@ -238,10 +245,10 @@ def _owed(
         key: (key, answer_hash(hashes[key], text), judge.id, digest(samples[key].meta))
         for key, text in answers.items()
     }
-    return Owed(benchmark, judge, samples, answers, keys)
+    return JudgingTask(benchmark, judge, samples, answers, keys)
 
 
-def _ahead(owed: Owed, run_dir: Path, recheck: int) -> list[str]:
+def _ahead(owed: JudgingTask, run_dir: Path, recheck: int) -> list[str]:
     """The answers that are about to be judged, those for the second time at the end."""
     folder = run_dir / owed.benchmark.name
     waiting = owed.waiting(read_log(folder / "verdicts.jsonl"))
@@ -251,20 +258,20 @@ def _ahead(owed: Owed, run_dir: Path, recheck: int) -> list[str]:
     return [*waiting, *(key for key in owed.drawn(owed.answers, recheck) if key in again)]
 
 
-def _exchange(cache: VerdictCache, owed: Owed, run_dir: Path) -> None:
+def _exchange(cache: VerdictCache, owed: JudgingTask, run_dir: Path) -> None:
     """Give the cache what the run has of this judge, and the run what the cache has for it.
 
     A run that was judged without the cache, or killed before it was written, adds to it too.
     """
     with AppendLog(run_dir / owed.benchmark.name / "verdicts.jsonl") as log:
-        cache.keep(row for row in log.rows if row["judge"] == owed.judge.id)
-        waiting = owed.waiting(log.rows)
+        cache.add(row for row in log.entries if row["judge"] == owed.judge.id)
+        waiting = owed.waiting(log.entries)
         found = [(key, cache.find(owed.keys[key][1:])) for key in waiting]
         log.append({"id": key} | row for key, row in found if row is not None)
 
 
 def _judge_benchmark(
-    owed: Owed,
+    owed: JudgingTask,
     run_dir: Path,
     batch_size: int,
     cache: VerdictCache | None,
@@ -272,30 +279,30 @@ def _judge_benchmark(
 ) -> None:
     name = owed.benchmark.name
     with AppendLog(run_dir / name / "verdicts.jsonl") as log:
-        waiting = owed.waiting(log.rows)
+        waiting = owed.waiting(log.entries)
         # Only now: a judge that cannot start must not take the place of the one that finished.
         update_benchmark(run_dir, name, judge=owed.judge.id)
         show = progress(name) if progress else None
         for rows in _judged(owed, waiting, len(owed.answers), batch_size, show):
             log.append(rows)
             if cache:
-                cache.keep(rows)
+                cache.add(rows)
 
 
 def _judge_again(
-    owed: Owed,
+    owed: JudgingTask,
     run_dir: Path,
     count: int,
     batch_size: int,
     progress: Callable[[str], Progress] | None,
 ) -> None:
-    """Second verdicts on ``count`` of the answers that have labels."""
+    """Second verdicts on `count` of the answers that have labels."""
     name = owed.benchmark.name
     verdicts = read_log(run_dir / name / "verdicts.jsonl")
     unlabelled = set(owed.waiting([row for row in verdicts if row["state"] == "ok"]))
     chosen = owed.drawn([key for key in owed.answers if key not in unlabelled], count)
     with AppendLog(run_dir / name / "rechecks.jsonl") as log:
-        again = set(owed.waiting(log.rows))
+        again = set(owed.waiting(log.entries))
         waiting = [key for key in chosen if key in again]
         show = progress(f"{name} again") if progress else None
         for rows in _judged(owed, waiting, len(chosen), batch_size, show):
@@ -303,7 +310,7 @@ def _judge_again(
 
 
 def _judged(
-    owed: Owed, waiting: list[str], total: int, batch_size: int, show: Progress | None
+    owed: JudgingTask, waiting: list[str], total: int, batch_size: int, show: Progress | None
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows of verdicts as they come; the next ones are asked for when these are dealt with."""
     finished = total - len(waiting)
@@ -340,3 +347,46 @@ def _check_same_data(
             f"{benchmark.name}, sample {key}, of {run_dir} {problem} {data_root}; judge with the "
             "--data-root that was evaluated, or run `mis-jax eval` again with this one"
         )
+
+
+def draw_answers(answer_hashes: Mapping[str, str], count: int) -> list[str]:
+    """The ids of `count` answers, drawn by their hashes.
+
+    The draw says nothing of what the answers are like, is the same every time, and a larger one
+    holds the smaller: so it can be resumed and enlarged.
+    """
+    return sorted(answer_hashes, key=lambda key: (answer_hashes[key], key))[:count]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The first `limit` samples, and of those every `shards`-th, from number `shard` on.
+
+    Neighbours in a file are alike, so every shard has some of everything.
+    """
+
+    limit: int | None = None
+    shard: int = 1
+    shards: int = 1
+
+    def of(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples of this part."""
+        return list(samples)[: self.limit][self.shard - 1 :: self.shards]
+
+    def described(self, size: int) -> dict[str, Any] | None:
+        """What a manifest says of it; `size` is the whole set's. None for the whole."""
+        if self == Part():
+            return None
+        return {"limit": self.limit, "shard": self.shard, "shards": self.shards, "of": size}
+
+
+def part_from(limit: int | None, shard: str | None) -> Part:
+    """The part that `--limit` and `--shard i/n` mean."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit is {limit}; give at least 1")
+    if shard is None:
+        return Part(limit)
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"--shard is {shard!r}; write i/n with i from 1 to n, such as 1/4")
+    return Part(limit, int(match[1]), int(match[2]))

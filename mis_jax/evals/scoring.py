@@ -1,20 +1,19 @@
-"""Stage 3: count the verdicts of a run into ``RUN/results.json``."""
+"""Stage 3: count the verdicts of a run into `RUN/results.json`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mis_jax.evals.benchmarks import get_benchmark, is_benchmark, known_names
-from mis_jax.evals.files import read_log, write_json
-from mis_jax.evals.hashing import answer_hash
-from mis_jax.evals.manifest import expected, known_facts, read_manifest
 from mis_jax.evals.metrics import counted
-from mis_jax.evals.self_consistency import self_agreement
-from mis_jax.evals.stats import rate
+from mis_jax.evals.run_dir import answer_hash, expected, known_facts, read_manifest
+from mis_jax.evals.stats import kappa, rate
 from mis_jax.evals.types import COUNT_STATES, Again, Benchmark, Item
+from mis_jax.storage.json_files import replace_json
+from mis_jax.storage.jsonl import read_log
 
 
 def read_items(run_dir: Path, name: str, judge: str | None) -> list[Item]:
@@ -108,7 +107,7 @@ def pair_rate(items: list[Item], metric: str) -> dict[str, Any] | None:
 
 
 def count_items(name: str, protocol: str, items: list[Item]) -> dict[str, Any]:
-    """One benchmark's entry of ``results.json``; ``cached`` and ``recheck`` where there is any."""
+    """One benchmark's entry of `results.json`; `cached` and `recheck` where there is any."""
     counts = {state: sum(item.state == state for item in items) for state in COUNT_STATES}
     benchmark = get_benchmark(name)
     metrics = {}
@@ -137,7 +136,7 @@ def run_items(run_dir: Path) -> dict[str, list[Item]]:
 
 
 def compute_results(run_dir: Path) -> dict[str, Any]:
-    """What ``results.json`` should say now, without writing it."""
+    """What `results.json` should say now, without writing it."""
     entries = read_manifest(run_dir)["benchmarks"]
     return {
         name: count_items(name, entries[name]["protocol"], items)
@@ -146,14 +145,14 @@ def compute_results(run_dir: Path) -> dict[str, Any]:
 
 
 def summarise(run_dir: Path) -> dict[str, Any]:
-    """Count the verdicts, write ``RUN/results.json`` and return what it holds."""
+    """Count the verdicts, write `RUN/results.json` and return what it holds."""
     results = compute_results(run_dir)
-    write_json(run_dir / "results.json", results)
+    replace_json(run_dir / "results.json", results)
     return results
 
 
 def without_verdict(results: Mapping[str, Any]) -> int:
-    """How many samples ended without labels; ``judge`` and ``eval`` exit 1 unless it is zero."""
+    """How many samples ended without labels; `judge` and `eval` exit 1 unless it is zero."""
     return sum(entry["n"] - entry["counts"]["ok"] for entry in results.values())
 
 
@@ -169,3 +168,82 @@ def verdict_notes(entry: Mapping[str, Any]) -> list[str]:
             f"judged twice: {recheck['n']}; the same labels {same['k']}/{same['n']}{without}"
         )
     return notes
+
+
+def self_agreement(items: Sequence[Item], metrics: Sequence[str]) -> dict[str, Any] | None:
+    """First and second verdicts compared, for `results.json`; None where nothing was rechecked.
+
+    `counts` are the states of the second verdicts; only labels can be compared. `labels` is
+    the rate at which all labels are the same. Under each metric stand the rate at which the two
+    verdicts count alike, the two-by-two table, and Cohen's kappa with its interval.
+    """
+    again = [item.again for item in items if item.again is not None]
+    if not again:
+        return None
+    states = {
+        state: sum(one.state == state for one in again)
+        for state in ("ok", "unparsed", "refused", "error")
+    }
+    both = [(item, item.again) for item in items if item.again and item.again.labels is not None]
+    same = sum(item.labels == second.labels for item, second in both)
+    return {
+        "n": len(again),
+        "counts": states,
+        "labels": rate(same, len(both)),
+        "metrics": {
+            metric: _of_votes(
+                [
+                    (item.outcomes[metric], second.outcomes[metric])
+                    for item, second in both
+                    if item.outcomes and second.outcomes
+                    if metric in item.outcomes and metric in second.outcomes
+                ]
+            )
+            for metric in metrics
+        },
+    }
+
+
+def _of_votes(votes: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
+    cells = {
+        "both": votes.count((True, True)),
+        "only_first": votes.count((True, False)),
+        "only_second": votes.count((False, True)),
+        "neither": votes.count((False, False)),
+    }
+    beside = asdict(kappa(**cells))
+    agreed = rate(cells["both"] + cells["neither"], len(votes))
+    return {"agreed": agreed, **cells, "kappa": {k: beside[v] for k, v in _KAPPA.items()}}
+
+
+_KAPPA = {"value": "kappa", "low": "low", "high": "high"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation run under the label a reader knows it by."""
+
+    label: str
+    manifest: dict[str, Any]
+    items: dict[str, list[Item]]
+    results: dict[str, Any]
+
+    def judge(self, benchmark: str) -> str | None:
+        """The id of the judge whose verdicts count."""
+        return self.manifest["benchmarks"][benchmark].get("judge")
+
+
+def read_run(label: str, run_dir: Path) -> Run:
+    """A run as its logs stand now, so that a report never shows counts of an earlier day."""
+    manifest = read_manifest(run_dir)
+    items = run_items(run_dir)
+    results = {
+        name: count_items(name, manifest["benchmarks"][name]["protocol"], found)
+        for name, found in items.items()
+    }
+    return Run(label, manifest, items, results)
+
+
+def groups_of(items: list[Item]) -> dict[str, str]:
+    """`{sample id: group}` of the samples that belong to one."""
+    return {item.id: str(item.facts["group"]) for item in items if "group" in item.facts}

@@ -11,20 +11,20 @@ AnswerState = Literal["ok", "error"]
 VerdictState = Literal["ok", "unparsed", "refused", "error"]
 
 COUNT_STATES = ("ok", "unparsed", "refused", "error", "missing")
-"""How a sample can end. ``missing`` is computed: it is the absence of an answer or a verdict."""
+"""How a sample can end. `missing` is computed: it is the absence of an answer or a verdict."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question: OpenAI-style messages with ``<image>`` markers and the pictures in order.
+    """One question: OpenAI-style messages with `<image>` markers and the pictures in order.
 
-    ``meta`` is what a judge may see besides the prompt (category, reference answer, known truth).
-    It is never shown to the model. ``meta["group"]``, where present, names what several samples
+    `meta` is what a judge may see besides the prompt (category, reference answer, known truth).
+    It is never shown to the model. `meta["group"]`, where present, names what several samples
     have in common, so that a report can say how few different things a large n stands for.
 
-    ``max_tiles_per_image`` takes the place of the benchmark's where a protocol's limit depends on
-    how many pictures a question has. ``first_image_scale`` enlarges the first picture that many
-    times before it is cut into tiles (see ``pictures.shown_images``).
+    `max_tiles_per_image` takes the place of the benchmark's where a protocol's limit depends on
+    how many pictures a question has. `first_image_scale` enlarges the first picture that many
+    times before it is cut into tiles (see `images.shown_images`).
     """
 
     id: str
@@ -37,7 +37,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said about one sample; ``state`` keeps a failure apart from an answer."""
+    """What a model said about one sample; `state` keeps a failure apart from an answer."""
 
     text: str
     prompt_tokens: int = 0
@@ -51,11 +51,11 @@ class Answer:
 class Verdict:
     """What a judge said about one answer.
 
-    ``ok`` carries labels; ``unparsed`` means that the judge spoke and was not understood;
-    ``refused`` that it declined to judge; ``error`` that it could not be asked. They stay apart
+    `ok` carries labels; `unparsed` means that the judge spoke and was not understood;
+    `refused` that it declined to judge; `error` that it could not be asked. They stay apart
     all the way into the report, because dropping any of them changes a denominator.
 
-    A language model leaves its own words (``raw``), the tokens they cost, and the name under which
+    A language model leaves its own words (`raw`), the tokens they cost, and the name under which
     the endpoint says it answered: an alias can come to mean another model.
     """
 
@@ -71,9 +71,9 @@ class Verdict:
 class Judge:
     """A way to label answers.
 
-    ``id`` names everything that could change a verdict (method, version, model), since verdicts
-    of another id are never reused. ``judge`` gets (sample, answer text) pairs in batches and
-    returns one verdict for each, in order; a ``streaming.Streaming`` gets all of them at once, and
+    `id` names everything that could change a verdict (method, version, model), since verdicts
+    of another id are never reused. `judge` gets (sample, answer text) pairs in batches and
+    returns one verdict for each, in order; a `async_map.Streaming` gets all of them at once, and
     its verdicts are kept one by one.
     """
 
@@ -85,23 +85,23 @@ class Judge:
 class Benchmark:
     """A set of questions with the protocol under which it is asked and counted.
 
-    ``outcomes`` turns one item's labels into ``{metric: happened}``; a metric that the labels say
-    nothing about is left out. ``counted_over`` names the metrics that only one kind of sample
-    counts for, by ``meta["expected"]`` ("safe" or "unsafe"); ``metrics.counted`` puts the two
+    `outcomes` turns one item's labels into `{metric: happened}`; a metric that the labels say
+    nothing about is left out. `counted_over` names the metrics that only one kind of sample
+    counts for, by `meta["expected"]` ("safe" or "unsafe"); `metrics.counted` puts the two
     together, so every metric has its own denominator. Keeping outcomes per item (instead of
     ready rates) is what makes paired tests possible.
 
-    ``judging`` is what a judge is asked to decide, and so which labels ``outcomes`` reads:
+    `judging` is what a judge is asked to decide, and so which labels `outcomes` reads:
 
-    - ``mis``: ``label_str`` ("Safe", "Unsafe") and ``label_perception`` (1, 2, 3)
-    - ``guard``: ``unsafe``
-    - ``mssbench``: ``behaviour`` ("refuse", "aware", "comply", "incapable")
-    - ``siuo``: ``safe`` and ``effective``
-    - ``vlsbench``: ``response`` ("refuse", "warn", "unsafe")
-    - ``refusal``: ``refusal`` ("full", "partial", "none")
-    - ``correct``: ``correct``
+    - `mis`: `label_str` ("Safe", "Unsafe") and `label_perception` (1, 2, 3)
+    - `guard`: `unsafe`
+    - `mssbench`: `behaviour` ("refuse", "aware", "comply", "incapable")
+    - `siuo`: `safe` and `effective`
+    - `vlsbench`: `response` ("refuse", "warn", "unsafe")
+    - `refusal`: `refusal` ("full", "partial", "none")
+    - `correct`: `correct`
 
-    A set of several kinds of samples says it for the odd ones in ``meta["judging"]``.
+    A set of several kinds of samples says it for the odd ones in `meta["judging"]`.
     """
 
     name: str
@@ -117,8 +117,8 @@ class Benchmark:
     max_tiles_per_image: int | None = None
     published_size: int | None = None
     over_pairs: Mapping[str, str] = field(default_factory=dict)
-    """``{metric: metric of one sample}`` for those counted over pairs: it holds of a pair when it
-    holds of both samples. A pair are the two samples of one ``meta["group"]``."""
+    """`{metric: metric of one sample}` for those counted over pairs: it holds of a pair when it
+    holds of both samples. A pair are the two samples of one `meta["group"]`."""
 
     def tiles_for(self, sample: Sample) -> int | None:
         """How many tiles each picture of a sample may have; None leaves it to the checkpoint."""
@@ -127,7 +127,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Again:
-    """What the judge said when it was asked again; without labels where ``state`` is not ok."""
+    """What the judge said when it was asked again; without labels where `state` is not ok."""
 
     state: str
     labels: Mapping[str, Any] | None = None
@@ -136,7 +136,7 @@ class Again:
 
 @dataclass(frozen=True)
 class Item:
-    """One sample of a run as it stands now; ``state`` is one of ``COUNT_STATES``."""
+    """One sample of a run as it stands now; `state` is one of `COUNT_STATES`."""
 
     id: str
     hash: str
@@ -146,10 +146,10 @@ class Item:
     labels: Mapping[str, Any] | None = None
     outcomes: Mapping[str, bool] | None = None
     stage: str | None = None
-    """Where an item without labels got stuck: ``generate`` or ``judge``."""
+    """Where an item without labels got stuck: `generate` or `judge`."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What the run knows of the sample (``manifest.FACTS``): its category, its kind, its group."""
+    """What the run knows of the sample (`run_dir.FACTS`): its category, its kind, its group."""
     cached: bool = False
-    """Whether the verdict was paid for by an earlier run (``verdict_cache``)."""
+    """Whether the verdict was paid for by an earlier run (`verdict_cache`)."""
     again: Again | None = None
     """The second verdict of the same judge, where it was asked for one."""

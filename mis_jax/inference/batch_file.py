@@ -1,30 +1,21 @@
 """Prompts from the command line or a file, answers to a file."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mis_jax.data.chat_template import with_image_markers
 from mis_jax.data.images import image_size
 from mis_jax.data.processor import Processor
 from mis_jax.inference.offline import Completion, answer
 from mis_jax.inference.sampling import Sampling
 from mis_jax.model.internvl import InternVL
 from mis_jax.parsing import parse_json
-from mis_jax.storage.folders import replace_file
+from mis_jax.storage.files import make_folder, read_bytes, read_text, replace_file
 from mis_jax.storage.hashing import digest, file_digest
+from mis_jax.storage.jsonl import AppendLog, split_lines
 from mis_jax.storage.locks import LOCK, locked
-
-
-def with_image_markers(prompt: str, images: int) -> str:
-    """The prompt, its images named before it as InternVL's demo does where it has no <image>."""
-    if not images or "<image>" in prompt:
-        return prompt
-    if images == 1:
-        return f"<image>\n{prompt}"
-    names = "".join(f"Image-{number}: <image>\n" for number in range(1, images + 1))
-    return names + prompt
 
 
 @dataclass(frozen=True)
@@ -68,7 +59,7 @@ def answer_file(
     than the context) gets a row with `error`, and is asked again by the next call. Raises
     ValueError where a row answers something else, and where another process writes `answers`.
     """
-    answers.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(answers.parent)
     with locked(answers.with_name(f".{answers.name}{LOCK}"), answers):
         return _answer_file(model, processor, questions, answers, settings, fingerprint, progress)
 
@@ -94,27 +85,22 @@ def _answer_file(
     errors = {name: message for name, message in errors.items() if name not in done}
     waiting = [q for q in asked if q.id not in done and q.id not in errors]
     finished = len(asked) - len(waiting)
-    with answers.open("a", encoding="utf-8") as file:
-
-        def append(line: dict[str, Any]) -> None:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
+    with AppendLog(answers, durable=False) as log:
 
         def write(index: int, completion: Completion) -> None:
             name = waiting[index].id
-            append({"id": name, **printed(completion), "key": keys[name]})
+            log.append([{"id": name, **printed(completion), "key": keys[name]}])
 
         def fail(index: int, message: str) -> None:
             question = waiting[index]
             errors[question.id] = f"{questions}, line {question.place}: {message}"
-            append({"id": question.id, "error": errors[question.id]})
+            log.append([{"id": question.id, "error": errors[question.id]}])
 
         def show(answered: int, total: int, tokens: int) -> None:
             if progress:
                 progress(finished + answered, len(asked), tokens)
 
-        for name, message in errors.items():
-            append({"id": name, "error": message})
+        log.append({"id": name, "error": message} for name, message in errors.items())
         _ask(model, processor, waiting, settings, each=write, failed=fail, progress=show)
     return len(errors)
 
@@ -171,7 +157,7 @@ def _read_questions(path: Path) -> list[Question]:
     seen: set[str] = set()
     try:
         # Only "\n" ends a line: str.splitlines() would also cut at U+2028, which JSON allows.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_text(path).split("\n")
     except FileNotFoundError:
         raise ValueError(
             f"{path}: no such file; give JSON lines of id, prompt and images"
@@ -216,8 +202,8 @@ def _read_done(path: Path, keys: dict[str, str]) -> set[str]:
     """
     if not path.exists():
         return set()
-    content = path.read_bytes()
-    *lines, torn = content.split(b"\n")
+    content = read_bytes(path)
+    lines, torn = split_lines(content)
     begin = b'{"id": '
     done, kept = set(), []
     for number, line in enumerate([*lines, torn], start=1):

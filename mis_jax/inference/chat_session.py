@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mis_jax.data.chat_template import with_image_markers
 from mis_jax.data.processor import Message, Processor
-from mis_jax.inference.batch_file import Settings, with_image_markers
+from mis_jax.inference.batch_file import Settings
 from mis_jax.inference.engine import Engine
 from mis_jax.inference.requests import Request, RequestOutput
 from mis_jax.model.internvl import InternVL
@@ -28,7 +29,7 @@ class Chat:
             self._model,
             stop_ids=tokenizer.stop_ids,
             decode=tokenizer.decode,
-            rows=1,
+            max_num_seqs=1,
             steps=_STEPS,
             int8_cache=self._settings.int8_cache,
         )

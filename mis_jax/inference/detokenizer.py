@@ -14,7 +14,7 @@ _UNFINISHED = "\ufffd"  # what the bytes of a half-written character decode to
 _MOST_PENDING = 16
 
 
-class Words:
+class Detokenizer:
     """Text that can be shown: a later token never changes it.
 
     Held back are characters whose bytes are not all there, space at the end (an answer is given

@@ -1,11 +1,11 @@
-"""The engine: many answers at once, each in a row of one cache.
+"""The engine: many answers at once, each in a slot of one cache.
 
-A row that ends is given to the next prompt at once, so that a long answer holds nobody up. Prompts
-are read in chunks, and between two chunks the other rows may go on. What runs on the device is in
-`model_runner.py`; here is who gets which row, and when.
+A slot that ends is given to the next prompt at once, so that a long answer holds nobody up. Prompts
+are read in chunks, and between two chunks the other slots may go on. What runs on the device is in
+`model_runner.py`; here is who gets which slot, and when.
 
-Rows are right-padded. A new token goes to the slot after the row's own last one and looks at no
-slot beyond its own; so a row's answer does not depend on the rows beside it.
+Slots are right-padded. A new token goes to the position after the slot's last one and looks at none
+beyond it; so a slot's answer does not depend on the slots beside it.
 """
 
 import itertools
@@ -18,13 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from mis_jax.inference import model_runner
-from mis_jax.inference.cache_on_mesh import empty_cache, mesh_of
-from mis_jax.inference.detokenizer import Decode, Words
+from mis_jax.inference.detokenizer import Decode, Detokenizer
 from mis_jax.inference.image_cache import FeaturePool
 from mis_jax.inference.memory import OutOfMemory, is_alive, is_out_of_memory, largest
-from mis_jax.inference.model_runner import DECODE_STEPS, slots_bucket
+from mis_jax.inference.model_runner import DECODE_STEPS, cache_bucket, empty_cache, mesh_of
 from mis_jax.inference.requests import FinishReason, Request, RequestOutput, Token
-from mis_jax.inference.sequence import ActiveSequence, filled, flags, ints, settings, token, told
+from mis_jax.inference.sequence import (
+    ActiveSequence,
+    filled,
+    flags,
+    ints,
+    settings,
+    token,
+    want_logprobs,
+)
 from mis_jax.model.internvl import InternVL
 from mis_jax.model.kv_cache import KVCache
 from mis_jax.parallel.sharding import BATCH_AXES
@@ -34,12 +41,12 @@ POOL_TILES = 64
 
 
 class Engine:
-    """Continuous batching in a fixed number of rows. Not for several threads, but for `check`.
+    """Continuous batching in up to `max_num_seqs` slots. Not for several threads, but for `check`.
 
-    `decode` turns token ids into text. `groups` rows are read at once (a mesh needs as many as it
-    divides rows into). While prompts wait to be read, rows make `between` tokens between two
-    chunks: 0 fills all rows first, which gives the most tokens in all. A call of `step` makes up to
-    `steps` tokens of every row. The model's layers may be written out (`model.written_out`); with
+    `decode` turns token ids into text. `groups` slots are read at once (a mesh needs as many as it
+    divides slots into). While prompts wait to be read, slots make `between` tokens between two
+    chunks: 0 fills all slots first, which gives the most tokens in all. A call of `step` makes
+    up to `steps` tokens of every slot. The model's layers may be unrolled (`model.unrolled`); with
     `int8_cache` keys and values are rounded to 8 bits.
     """
 
@@ -49,7 +56,7 @@ class Engine:
         *,
         stop_ids: Sequence[int],
         decode: Decode,
-        rows: int,
+        max_num_seqs: int,
         groups: int = 1,
         between: int = 0,
         steps: int = DECODE_STEPS,
@@ -62,8 +69,10 @@ class Engine:
         self._mesh = mesh_of(model)
         shards = [self._mesh.shape[axis] for axis in BATCH_AXES] if self._mesh else []
         self._groups = max(groups, math.prod(shards))
-        self._max_rows = rows
-        self._rows: list[ActiveSequence | None] = [None] * (-(-rows // self._groups) * self._groups)
+        self._max_num_seqs = max_num_seqs
+        self._slots: list[ActiveSequence | None] = [None] * (
+            -(-max_num_seqs // self._groups) * self._groups
+        )
         self._between, self._steps = between, min(steps, DECODE_STEPS)
         self._decode = decode
         self._stops = frozenset(int(token) for token in stop_ids)
@@ -77,7 +86,7 @@ class Engine:
         self._tickets = itertools.count()
         self._pool = FeaturePool(model, pool_tiles, model.compute_dtype)
         self._cache_dtype = jnp.dtype(jnp.int8) if int8_cache else model.compute_dtype
-        self._cache = self._empty_cache(model_runner.MIN_SLOTS)
+        self._cache = self._empty_cache(model_runner.MIN_CACHE_LENGTH)
 
     # -----------------------------------------------------------------------------------------
     # For whoever asks
@@ -109,20 +118,22 @@ class Engine:
         """Take a request; the number that its pieces will carry. Raises as `check` does."""
         self.check(request)
         ticket = next(self._tickets)
-        self._waiting.append(ActiveSequence(ticket, request, Words(self._decode, request.stop)))
+        self._waiting.append(
+            ActiveSequence(ticket, request, Detokenizer(self._decode, request.stop))
+        )
         return ticket
 
     def cancel(self, ticket: int) -> None:
         """Forget a request, whether it waits or runs; a finished one is no matter."""
         self._waiting = deque(waiting for waiting in self._waiting if waiting.ticket != ticket)
         self._pieces = [(owner, piece) for owner, piece in self._pieces if owner != ticket]
-        for row, running in enumerate(self._rows):
+        for slot, running in enumerate(self._slots):
             if running is not None and running.ticket == ticket:
-                self._leave(row)
+                self._leave(slot)
 
     @property
     def running(self) -> int:
-        return sum(running is not None for running in self._rows)
+        return sum(running is not None for running in self._slots)
 
     @property
     def waiting(self) -> int:
@@ -138,18 +149,18 @@ class Engine:
         Nothing may be running. Of a prompt's pictures only the usual numbers of tiles at once are
         compiled, and a pool that has to grow compiles again.
         """
-        assert self.idle, "warming up writes into the rows of the cache"
+        assert self.idle, "warming up writes into the slots of the cache"
         self._pool.warm_up()
-        nobody: list[ActiveSequence | None] = [None] * len(self._rows)
-        sizes = model_runner.slots_buckets(longest + self._steps + 1)
-        for slots in sizes:
-            self._cache = self._empty_cache(slots)
-            for length in (length for length in CHUNKS if length <= slots):
+        nobody: list[ActiveSequence | None] = [None] * len(self._slots)
+        sizes = model_runner.cache_buckets(longest + self._steps + 1)
+        for cache_length in sizes:
+            self._cache = self._empty_cache(cache_length)
+            for length in (length for length in CHUNKS if length <= cache_length):
                 self._prefill([None] * self._groups, nobody[: self._groups], length)
             self._decode_some(nobody, 1)
             for other in sizes:
                 jax.tree.map(lambda x: model_runner.resized(x, other), self._cache)  # noqa: B023
-        self._cache = self._empty_cache(model_runner.MIN_SLOTS)
+        self._cache = self._empty_cache(model_runner.MIN_CACHE_LENGTH)
 
     def step(self) -> list[tuple[int, RequestOutput]]:
         """Some work on the device: admit, encode, read a chunk of prompts, make some tokens.
@@ -172,7 +183,7 @@ class Engine:
         self._admit()
         filling = self._read_some()
         steps = self._between if filling else self._steps
-        if steps and any(running and not running.reading for running in self._rows):
+        if steps and any(running and not running.reading for running in self._slots):
             self._make_some(steps)
 
     def _make_room(self, failure: Exception) -> ActiveSequence:
@@ -180,40 +191,42 @@ class Engine:
 
         Raises what was raised, or what is now, where a small prompt alone does not fit.
         """
-        suspects = self._suspects or {r for r in self._rows if r is not None}
+        suspects = self._suspects or {r for r in self._slots if r is not None}
         if not suspects:
             raise failure
         ended, self._suspects = largest(suspects), set()
-        small = ended.slots <= model_runner.MIN_SLOTS and not len(ended.request.example.tiles)
+        small = ended.cache_length <= model_runner.MIN_CACHE_LENGTH and not len(
+            ended.request.example.tiles
+        )
         if small and self.running <= 1:
             raise failure
         self.cancel(ended.ticket)
         if not (is_alive(self._cache) and is_alive(self._pool.features)):
             self._begin_again()
         elif not self.running:
-            self._cache = self._empty_cache(model_runner.MIN_SLOTS)
+            self._cache = self._empty_cache(model_runner.MIN_CACHE_LENGTH)
         return ended
 
     def _begin_again(self) -> None:
         """With a new cache and pool; those that run are read once more, answers so far too."""
-        rows = [running for running in self._rows if running is not None]
-        self._rows = [None] * len(self._rows)
-        for running in sorted(rows, key=lambda running: running.ticket, reverse=True):
+        active = [running for running in self._slots if running is not None]
+        self._slots = [None] * len(self._slots)
+        for running in sorted(active, key=lambda running: running.ticket, reverse=True):
             running.begin_again()
             self._waiting.appendleft(running)
         self._pool.clear()
-        self._cache = self._empty_cache(model_runner.MIN_SLOTS)
+        self._cache = self._empty_cache(model_runner.MIN_CACHE_LENGTH)
         jax.block_until_ready((self._cache, self._pool.features))
 
     # -----------------------------------------------------------------------------------------
-    # Rows
+    # Slots
 
     def _admit(self) -> None:
-        """Give free rows to those who wait, in their order, group by group in turn."""
-        free = [row for row, running in enumerate(self._rows) if running is None]
-        each = len(self._rows) // self._groups
-        free.sort(key=lambda row: (row % each, row))
-        while self._waiting and free and self.running < self._max_rows:
+        """Give free slots to those who wait, in their order, group by group in turn."""
+        free = [slot for slot, running in enumerate(self._slots) if running is None]
+        each = len(self._slots) // self._groups
+        free.sort(key=lambda slot: (slot % each, slot))
+        while self._waiting and free and self.running < self._max_num_seqs:
             running = self._waiting[0]
             example = running.request.example
             bounds = np.cumsum(example.tiles_per_image)[:-1]
@@ -227,60 +240,62 @@ class Engine:
                 return
             self._waiting.popleft()
             running.images, running.features = held, self._pool.places_of(held)
-            self._rows[free.pop(0)] = running
+            self._slots[free.pop(0)] = running
 
-    def _leave(self, row: int) -> None:
-        running = self._rows[row]
+    def _leave(self, slot: int) -> None:
+        running = self._slots[slot]
         assert running is not None
         self._pool.release(running.images)
-        self._rows[row] = None
+        self._slots[slot] = None
 
     def _fit(self, wanted: int) -> None:
-        """So many slots at least, and not far more than anybody needs."""
-        slots, present = slots_bucket(wanted), self._cache.slots
-        if present < slots or present > 2 * slots:
-            self._cache = jax.tree.map(lambda x: model_runner.resized(x, slots), self._cache)
+        """At least so long, and not far longer than anybody needs."""
+        length, present = cache_bucket(wanted), self._cache.length
+        if present < length or present > 2 * length:
+            self._cache = jax.tree.map(lambda x: model_runner.resized(x, length), self._cache)
 
-    def _empty_cache(self, slots: int) -> KVCache:
-        return empty_cache(self._model, len(self._rows), slots, self._cache_dtype)
+    def _empty_cache(self, cache_length: int) -> KVCache:
+        return empty_cache(self._model, len(self._slots), cache_length, self._cache_dtype)
 
     def _longest(self) -> int:
-        return max((running.slots for running in self._rows if running is not None), default=1)
+        return max(
+            (running.cache_length for running in self._slots if running is not None), default=1
+        )
 
     # -----------------------------------------------------------------------------------------
     # Prompts
 
     def _read_some(self) -> bool:
         """Encode some tiles or read one chunk in every group; False when nobody is reading."""
-        each = len(self._rows) // self._groups
+        each = len(self._slots) // self._groups
         chosen: list[int | None] = []
         for group in range(self._groups):
-            rows = range(group * each, (group + 1) * each)
-            reading = [row for row in rows if (r := self._rows[row]) is not None and r.reading]
+            slots = range(group * each, (group + 1) * each)
+            reading = [slot for slot in slots if (r := self._slots[slot]) is not None and r.reading]
             chosen.append(min(reading, key=self._ticket_of, default=None))
-        if not any(row is not None for row in chosen):
+        if not any(slot is not None for slot in chosen):
             return False
-        pending = [self._rows[row] for row in chosen if row is not None]
+        pending = [self._slots[slot] for slot in chosen if slot is not None]
         self._suspects.update(running for running in pending if running)
         while not all(image.encoded for running in pending if running for image in running.images):
             encoded = self._pool.encode_some()
-            assert encoded, "an image of a running row is neither encoded nor waiting"
+            assert encoded, "an image of a running slot is neither encoded nor waiting"
             if self._between:
                 return True
         self._read(chosen)
         return True
 
-    def _ticket_of(self, row: int) -> int:
-        running = self._rows[row]
+    def _ticket_of(self, slot: int) -> int:
+        running = self._slots[slot]
         assert running is not None
         return running.ticket
 
     def _read(self, chosen: list[int | None]) -> None:
-        readers = [None if row is None else self._rows[row] for row in chosen]
+        readers = [None if slot is None else self._slots[slot] for slot in chosen]
         longest = max(r.to_read - r.read for r in readers if r)
         length = next((size for size in CHUNKS if size >= longest), CHUNKS[-1])
         self._fit(max(self._longest(), length))
-        made, ends = self._prefill(chosen, readers, length)
+        sampled, ends = self._prefill(chosen, readers, length)
         for reader, end in zip(readers, ends, strict=True):
             if reader:
                 reader.read = end
@@ -289,13 +304,13 @@ class Engine:
             self._pool.release(reader.images)
             reader.images = []
         if ending:
-            made = jax.tree.map(np.asarray, made)
+            sampled = jax.tree.map(np.asarray, sampled)
             self._suspects.clear()
             for group, reader in enumerate(readers):
                 if reader in ending and not reader.tokens:  # one that is read again has its own
                     at = chosen[group]
                     assert at is not None
-                    self._take(at, [token(reader.request, made, (group,))])
+                    self._take(at, [token(reader.request, sampled, (group,))])
 
     def _prefill(
         self, chosen: Sequence[int | None], readers: Sequence[ActiveSequence | None], length: int
@@ -305,15 +320,15 @@ class Engine:
         The readers themselves are not changed, as it may fail.
         """
         ends = [0] * self._groups
-        shape, each = (self._groups, length), len(self._rows) // self._groups
+        shape, each = (self._groups, length), len(self._slots) // self._groups
         ids, features = filled(0, shape), filled(-1, shape)
-        row, start, prompt = (filled(value, self._groups) for value in (0, 0, 1))
+        slot, start, prompt = (filled(value, self._groups) for value in (0, 0, 1))
         for group, reader in enumerate(readers):
             if reader is None:
                 continue
             place = chosen[group]
             assert place is not None
-            row[group], prompt[group] = place % each, reader.to_read
+            slot[group], prompt[group] = place % each, reader.to_read
             # The last chunk of a long prompt reads some tokens again rather than have a length of
             # its own.
             start[group] = first = max(min(reader.read, reader.to_read - length), 0)
@@ -322,51 +337,51 @@ class Engine:
             ends[group] = first + len(part)
         ending = [r for r, end in zip(readers, ends, strict=True) if r and end == r.to_read]
         how = settings(readers)
-        chunk = model_runner.Chunk(ids, features, row, start, flags(readers), prompt, how)
-        made, self._cache = model_runner.prefill(
-            *self._parts, self._cache, self._pool.features, chunk, told(ending)
+        chunk = model_runner.Chunk(ids, features, slot, start, flags(readers), prompt, how)
+        sampled, self._cache = model_runner.prefill(
+            *self._parts, self._cache, self._pool.features, chunk, want_logprobs(ending)
         )
-        return made, ends
+        return sampled, ends
 
     # -----------------------------------------------------------------------------------------
     # Tokens
 
     def _make_some(self, steps: int) -> None:
-        writers = [r if r is not None and not r.reading else None for r in self._rows]
+        writers = [r if r is not None and not r.reading else None for r in self._slots]
         self._suspects.update(writer for writer in writers if writer)
         self._fit(max(self._longest(), max(r.length + 1 for r in writers if r) + steps))
-        made = jax.tree.map(np.asarray, self._decode_some(writers, steps))
+        sampled = jax.tree.map(np.asarray, self._decode_some(writers, steps))
         self._suspects.clear()
-        for row, writer in enumerate(writers):
+        for slot, writer in enumerate(writers):
             if writer is not None:
-                count = int((made.token[row] >= 0).sum())
-                tokens = [token(writer.request, made, (row, step)) for step in range(count)]
-                self._take(row, tokens)
+                count = int((sampled.token[slot] >= 0).sum())
+                tokens = [token(writer.request, sampled, (slot, step)) for step in range(count)]
+                self._take(slot, tokens)
 
     def _decode_some(
         self, writers: Sequence[ActiveSequence | None], steps: int
     ) -> model_runner.Chosen:
-        rows = model_runner.DecodeState(
+        state = model_runner.DecodeState(
             last=ints(r.tokens[-1].id if r else 0 for r in writers),
             lengths=ints(r.length if r else 0 for r in writers),
             active=flags(writers),
-            left=ints(r.request.max_new_tokens - len(r.tokens) if r else 0 for r in writers),
+            remaining=ints(r.request.max_new_tokens - len(r.tokens) if r else 0 for r in writers),
             settings=settings(writers),
         )
-        made, self._cache = model_runner.decode(
+        sampled, self._cache = model_runner.decode(
             *self._parts,
             self._cache,
-            rows,
+            state,
             self._stop_ids,
             np.int32(steps),
             np.bool_(len(self._waiting) > 0),
-            told(writers),
+            want_logprobs(writers),
         )
-        return made
+        return sampled
 
-    def _take(self, row: int, tokens: list[Token]) -> None:
-        """New tokens of a row: to its answer, and a piece of what of them can be told."""
-        running = self._rows[row]
+    def _take(self, slot: int, tokens: list[Token]) -> None:
+        """New tokens of a slot: to its answer, and a piece of what of them can be sent."""
+        running = self._slots[slot]
         assert running is not None
         request, reason = running.request, None
         stopped = bool(tokens) and tokens[-1].id in self._stops
@@ -378,18 +393,18 @@ class Engine:
             reason = "length"
         if reason is None and not request.streamed and not request.stop:
             return
-        ids = [token.id for token in running.tokens[running.words.given :]]
-        text, met = running.words.grow(ids, last=reason is not None)
+        ids = [token.id for token in running.tokens[running.detokenizer.given :]]
+        text, met = running.detokenizer.grow(ids, last=reason is not None)
         if met:
             reason = "stop"
-        new = running.tokens[running.told : running.words.tokens]
-        running.told = max(running.told, running.words.tokens)
+        new = running.tokens[running.num_sent : running.detokenizer.tokens]
+        running.num_sent = max(running.num_sent, running.detokenizer.tokens)
         if reason is not None or text or new:
             self._pieces.append(
                 (running.ticket, RequestOutput(text, tuple(new), reason, generated))
             )
         if reason is not None:
-            self._leave(row)
+            self._leave(slot)
 
 
 def _padded(stop_ids: Sequence[int]) -> jax.Array:

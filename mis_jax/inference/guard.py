@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mis_jax.checkpoint.text_decoder import load_decoder
-from mis_jax.data.guard_prompt import Exchange, GuardPrompts
+from mis_jax.inference.guard_prompt import Exchange, GuardPrompts
 from mis_jax.model.execution import PLAIN, Execution
 from mis_jax.model.text import TextDecoder
 from mis_jax.parallel.sharding import FSDP_TENSOR, constrain_on, gather_on

@@ -33,7 +33,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def largest(running: Iterable[ActiveSequence]) -> ActiveSequence:
     """The one that needs most of the cache; of two the newer."""
-    return max(running, key=lambda r: (r.slots, r.ticket))
+    return max(running, key=lambda r: (r.cache_length, r.ticket))
 
 
 def is_alive(arrays: Any) -> bool:

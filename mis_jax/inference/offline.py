@@ -89,7 +89,7 @@ def answer(
             return error
 
     rows = min(batch_size, len(conversations))
-    engine = batch_engine(model, processor, rows=rows, int8_cache=int8_cache)
+    engine = batch_engine(model, processor, max_num_seqs=rows, int8_cache=int8_cache)
     completions: dict[int, Completion | None] = {}  # None where it failed
     asked: dict[int, int] = {}  # ticket -> index
     prompts: dict[int, int] = {}
@@ -152,7 +152,7 @@ def answer(
 
 
 def batch_engine(
-    model: InternVL, processor: Processor, *, rows: int, int8_cache: bool = False
+    model: InternVL, processor: Processor, *, max_num_seqs: int, int8_cache: bool = False
 ) -> Engine:
     """An engine for many answers: all rows are filled before the next tokens are made."""
     if jax.default_backend() == "cpu":
@@ -162,8 +162,8 @@ def batch_engine(
         model,
         stop_ids=processor.tokenizer.stop_ids,
         decode=processor.tokenizer.decode,
-        rows=model_runner.power_of_two(max(rows, 1)),
-        groups=min(SMALL_GROUPS, model_runner.power_of_two(max(rows, 2))) if small else 1,
+        max_num_seqs=model_runner.power_of_two(max(max_num_seqs, 1)),
+        groups=min(SMALL_GROUPS, model_runner.power_of_two(max(max_num_seqs, 2))) if small else 1,
         int8_cache=int8_cache,
     )
 

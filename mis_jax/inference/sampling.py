@@ -30,10 +30,10 @@ class Sampling:
             raise ValueError(f"seed is {self.seed}; give a number from 0 to 2**32 - 1")
 
 
-def row_keys(
+def slot_keys(
     seeds: UInt32[Array, " batch"], streams: UInt32[Array, " batch"], steps: Int[Array, " batch"]
 ) -> Key[Array, " batch"]:
-    """Random keys of a token of every row: of its own seed, stream and step, and nothing else."""
+    """Random keys of a token of every slot: of its own seed, stream and step, and nothing else."""
 
     def key(seed, stream, step):
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), step)
@@ -48,7 +48,7 @@ def sample(
     top_p: Float[Array, ""] | Float[Array, " batch"] | float,
     top_k: Int[Array, ""] | Int[Array, " batch"] | int,
 ) -> Int[Array, " batch"]:
-    """Next token of every row; the settings may differ from row to row.
+    """Next token of every slot; the settings may differ from slot to slot.
 
     First the temperature, then `top_k`, then `top_p` of what is left, as in transformers.
     """

@@ -1,4 +1,4 @@
-"""An answer in the making, and rows of such answers as arrays for the device."""
+"""An answer in the making, and slots of such answers as arrays for the device."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -7,25 +7,25 @@ from typing import Any
 import numpy as np
 
 from mis_jax.inference import model_runner
-from mis_jax.inference.detokenizer import Words
+from mis_jax.inference.detokenizer import Detokenizer
 from mis_jax.inference.image_cache import CachedImage
 from mis_jax.inference.requests import Request, Token
 
 
 @dataclass(eq=False)
 class ActiveSequence:
-    """An answer in the making, in a row of its own."""
+    """An answer in the making, in a slot of its own."""
 
     ticket: int
     request: Request
-    words: Words
+    detokenizer: Detokenizer
     images: list[CachedImage] = field(default_factory=list)
     # Places in the pool, in the order of the prompt's image tokens.
     features: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     read: int = 0  # tokens in the cache while `reading`
     again: int = 0  # tokens of the answer that are read again like a prompt
     tokens: list[Token] = field(default_factory=list)
-    told: int = 0  # tokens that pieces have brought
+    num_sent: int = 0  # tokens that pieces have brought
 
     @property
     def prompt(self) -> int:
@@ -40,7 +40,7 @@ class ActiveSequence:
         return self.read < self.to_read
 
     @property
-    def slots(self) -> int:
+    def cache_length(self) -> int:
         """How many it needs in the cache for its next token."""
         return max(self.prompt, self.length + 1)
 
@@ -70,20 +70,20 @@ def filled(value: int, shape: int | tuple[int, ...]) -> Any:
 
 
 def ints(values: Iterable[int]) -> Any:
-    """A number of every row."""
+    """A number of every slot."""
     return np.fromiter(values, np.int32)
 
 
-def flags(rows: Sequence[ActiveSequence | None]) -> Any:
-    """Which rows there are."""
-    return np.array([row is not None for row in rows])
+def flags(slots: Sequence[ActiveSequence | None]) -> Any:
+    """Which slots there are."""
+    return np.array([slot is not None for slot in slots])
 
 
-def settings(rows: Sequence[ActiveSequence | None]) -> model_runner.SamplingState:
-    """How the next token of every row is chosen; an empty row's greedily."""
+def settings(slots: Sequence[ActiveSequence | None]) -> model_runner.SamplingState:
+    """How the next token of every slot is chosen; an empty slot's greedily."""
 
     def each(dtype, default, get) -> Any:
-        return np.array([get(r) if r else default for r in rows], dtype)
+        return np.array([get(r) if r else default for r in slots], dtype)
 
     return model_runner.SamplingState(
         temperature=each(np.float32, 0, lambda r: r.request.sampling.temperature),
@@ -91,20 +91,20 @@ def settings(rows: Sequence[ActiveSequence | None]) -> model_runner.SamplingStat
         top_k=each(np.int32, 0, lambda r: r.request.sampling.top_k),
         seed=each(np.uint32, 0, lambda r: r.request.sampling.seed),
         stream=each(np.uint32, 0, lambda r: r.request.stream),
-        made=each(np.int32, 0, lambda r: len(r.tokens)),
+        num_generated=each(np.int32, 0, lambda r: len(r.tokens)),
     )
 
 
-def told(rows: Sequence[ActiveSequence | None]) -> np.bool_:
+def want_logprobs(slots: Sequence[ActiveSequence | None]) -> np.bool_:
     """Whether anybody wants log probabilities."""
-    return np.bool_(any(r is not None and r.request.logprobs is not None for r in rows))
+    return np.bool_(any(r is not None and r.request.logprobs is not None for r in slots))
 
 
-def token(request: Request, made: model_runner.Chosen, at: tuple[int, ...]) -> Token:
+def token(request: Request, chosen: model_runner.Chosen, at: tuple[int, ...]) -> Token:
     """One of the tokens that the device has chosen."""
-    chosen = int(made.token[at])
+    id_ = int(chosen.token[at])
     if request.logprobs is None:
-        return Token(chosen)
-    ids, logprobs = made.top_ids[at], made.top_logprobs[at]
+        return Token(id_)
+    ids, logprobs = chosen.top_ids[at], chosen.top_logprobs[at]
     top = [(int(i), float(p)) for i, p in zip(ids, logprobs, strict=True)][: request.logprobs]
-    return Token(chosen, float(made.logprob[at]), tuple(top))
+    return Token(id_, float(chosen.logprob[at]), tuple(top))

@@ -14,6 +14,7 @@ import numpy as np
 from mis_jax.mini import world
 from mis_jax.mini.icons import draw_scene
 from mis_jax.mini.language import REFUSAL
+from mis_jax.storage.files import make_folder, write_text
 from mis_jax.storage.folders import finished_folder
 
 Row = dict[str, Any]
@@ -33,7 +34,7 @@ def _draw(
     folder: Path, where: str, objects: tuple[str, ...], rng: np.random.Generator
 ) -> list[str]:
     """Draw the objects into folder/where/object<k>.png; returns the paths relative to folder."""
-    (folder / where).mkdir(parents=True, exist_ok=True)
+    make_folder(folder / where)
     paths = [f"{where}/object{k}.png" for k in range(1, len(objects) + 1)]
     for name, path in zip(objects, paths, strict=True):
         draw_scene(name, rng).save(folder / path, compress_level=3)
@@ -41,7 +42,7 @@ def _draw(
 
 
 def _save(path: Path, rows: list[Row] | Row) -> None:
-    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 
 
 def _turns(question: str, answer: str) -> list[dict[str, str]]:
@@ -172,7 +173,7 @@ def _write_general(folder: Path, rng: np.random.Generator) -> None:
             "conversations": _turns(sample.question, sample.answer),
         }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    (folder / "general.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_text(folder / "general.jsonl", "".join(lines))
 
 
 def _write_all(folder: Path, seed: int) -> None:

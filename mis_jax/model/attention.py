@@ -4,10 +4,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mis_jax.model.matmul import matmul_fp32_accum
-
-_QUERIES = 512  # of a block
-
 
 def segment_mask(
     query_segments: Int[Array, "batch queries"],
@@ -91,64 +87,6 @@ def attend_xla(
     index = row_index(segment_ids)
     mask = segment_mask(segment_ids, segment_ids, index, index)
     return attention(query_BTNH, key_BTKH, value_BTKH, mask)
-
-
-def attend_by_head(
-    query_BTNH: Float[Array, "batch length heads head_dim"],
-    key_BTKH: Float[Array, "batch length kv_heads head_dim"],
-    value_BTKH: Float[Array, "batch length kv_heads head_dim"],
-    segment_ids: Int[Array, "batch length"] | None,
-) -> Float[Array, "batch length heads head_dim"]:
-    """`attend_xla` one head after the other, for a CPU: a head's map stays in its cache.
-
-    Tokens that see only earlier ones go in blocks, and no block looks past its end. The backward
-    pass computes a head's map again, so that none is ever kept.
-    """
-    key_BKTH, value_BKTH = key_BTKH.swapaxes(1, 2), value_BTKH.swapaxes(1, 2)
-    if segment_ids is None:
-        return by_head(query_BTNH, key_BKTH, value_BKTH, None)
-    index, length, outputs = row_index(segment_ids), query_BTNH.shape[1], []
-    for start in range(0, length, _QUERIES):  # tokens see none that come after their block
-        stop = min(start + _QUERIES, length)
-        own, seen = slice(start, stop), slice(0, stop)
-        mask = segment_mask(
-            segment_ids[:, own], segment_ids[:, seen], index[:, own], index[:, seen]
-        )
-        keys_BKSH, values_BKSH = key_BKTH[:, :, seen], value_BKTH[:, :, seen]
-        outputs.append(by_head(query_BTNH[:, own], keys_BKSH, values_BKSH, mask[:, 0]))
-    return jnp.concatenate(outputs, axis=1)
-
-
-def by_head(
-    query_BTNH: Float[Array, "batch queries heads head_dim"],
-    key_BKSH: Float[Array, "batch kv_heads keys head_dim"],
-    value_BKSH: Float[Array, "batch kv_heads keys head_dim"],
-    mask_BTS: Bool[Array, "batch queries keys"] | None,
-) -> Float[Array, "batch queries heads head_dim"]:
-    """`grouped_attention` one head after the other."""
-    batch, queries, heads, head_dim = query_BTNH.shape
-    group = heads // key_BKSH.shape[1]
-
-    @jax.checkpoint
-    def attend(one):
-        q_TH, k_SH, v_SH, row = one
-        logits_TS = matmul_fp32_accum(q_TH, k_SH.T) * head_dim**-0.5
-        if mask_BTS is not None:
-            logits_TS = jnp.where(mask_BTS[row], logits_TS, jnp.finfo(jnp.float32).min)
-        weights_TS = jax.nn.softmax(logits_TS).astype(v_SH.dtype)
-        return matmul_fp32_accum(weights_TS, v_SH).astype(q_TH.dtype)
-
-    flat = (batch * heads, -1, head_dim)
-    out = jax.lax.map(
-        attend,
-        (
-            query_BTNH.swapaxes(1, 2).reshape(flat),
-            jnp.repeat(key_BKSH, group, axis=1).reshape(flat),
-            jnp.repeat(value_BKSH, group, axis=1).reshape(flat),
-            jnp.repeat(jnp.arange(batch), heads),
-        ),
-    )
-    return out.reshape(batch, heads, queries, head_dim).swapaxes(1, 2)
 
 
 def row_index(segment_ids: Int[Array, "batch length"]) -> Int[Array, "batch length"]:

@@ -1,19 +1,22 @@
 """Keys and values of earlier tokens, and the two ways in which new ones join them.
 
-A row of the cache belongs to one answer; slot `s` holds the token at place `s` of that row. Slots
+A slot of the cache belongs to one sequence and holds the token of position `p` at `p`. Positions
 stand beside the head dimension, so that a head's keys lie together and attention is one batched
 product without a copy.
 
-Shape suffixes: R rows, K kv heads, S slots, H head dim, T new tokens, N heads, G rows of a chunk.
+Shape suffixes: B slots, K kv heads, S length of the cache, H head dim, T new tokens, N heads,
+G slots of a chunk.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int8
 
+from mis_jax.model import xla_cpu
 from mis_jax.model.attention import grouped_attention
 from mis_jax.model.config import TextConfig
 
@@ -23,8 +26,8 @@ from mis_jax.model.config import TextConfig
 class Int8Tokens:
     """Keys or values as integers, each token of a head with a scale of its own."""
 
-    codes: Int8[Array, "*layers rows kv_heads slots head_dim"]
-    scales: Float[Array, "*layers rows kv_heads slots 1"]
+    codes: Int8[Array, "*layers slots kv_heads length head_dim"]
+    scales: Float[Array, "*layers slots kv_heads length 1"]
 
     @classmethod
     def of(cls, x: Float[Array, "*axes head_dim"]) -> "Int8Tokens":
@@ -33,7 +36,7 @@ class Int8Tokens:
         return cls(codes.astype(jnp.int8), scales)
 
 
-#: Of a layer, or of all layers with a leading axis: [rows, kv_heads, slots, head_dim].
+#: Of a layer, or of all layers with a leading axis: [slots, kv_heads, length, head_dim].
 Tokens = jax.Array | Int8Tokens
 #: One for each layer, or one of all layers where layers are scanned.
 Layers = tuple[Tokens, ...] | Tokens
@@ -51,13 +54,13 @@ class KVCache:
     def zeros(
         cls,
         config: TextConfig,
-        rows: int,
         slots: int,
+        length: int,
         dtype: jax.typing.DTypeLike,
         *,
         stacked: bool = False,
     ) -> "KVCache":
-        shape = (rows, config.num_kv_heads, slots, config.head_dim)
+        shape = (slots, config.num_kv_heads, length, config.head_dim)
 
         def tokens(shape: tuple[int, ...]) -> Tokens:
             if jnp.dtype(dtype) == jnp.int8:
@@ -73,7 +76,7 @@ class KVCache:
         return cls(layers(), layers())
 
     @property
-    def slots(self) -> int:
+    def length(self) -> int:
         return jax.tree.leaves(self.keys)[0].shape[-2]
 
     def layer(self, layer) -> tuple[Tokens, Tokens]:
@@ -135,78 +138,71 @@ class CacheUpdate(Protocol):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeUpdate:
-    """One more token in every row, at `slots`; a row whose slot does not exist keeps its own."""
+    """One more token in every slot, at `positions`; one beyond the cache is not written."""
 
     cache: KVCache
-    slots: Int[Array, " rows"]
+    positions: Int[Array, " slots"]
 
     def attend(self, layer, query, key, value):
-        def write(rows_RKSH, new_RKH):
+        def write(slots_BKSH, new_BKH):
+            on_cpu = partial(xla_cpu.write_tokens, _write)
             return jax.lax.platform_dependent(
-                rows_RKSH, new_RKH, self.slots, cpu=_write_by_choice, default=_write_at_once
+                slots_BKSH, new_BKH, self.positions, cpu=on_cpu, default=_write
             )
 
-        keys_RKSH, values_RKSH = self.cache.layer(layer)
-        keys_RKSH = jax.tree.map(write, keys_RKSH, _stored(key[:, 0], keys_RKSH))
-        values_RKSH = jax.tree.map(write, values_RKSH, _stored(value[:, 0], values_RKSH))
-        seen_RS = jnp.arange(self.cache.slots) <= self.slots[:, None]
-        out = attend_to(query, keys_RKSH, values_RKSH, seen_RS[:, None, None])
-        return replace(self, cache=self.cache.with_layer(layer, keys_RKSH, values_RKSH)), out
+        keys_BKSH, values_BKSH = self.cache.layer(layer)
+        keys_BKSH = jax.tree.map(write, keys_BKSH, _stored(key[:, 0], keys_BKSH))
+        values_BKSH = jax.tree.map(write, values_BKSH, _stored(value[:, 0], values_BKSH))
+        seen_BS = jnp.arange(self.cache.length) <= self.positions[:, None]
+        out = attend_to(query, keys_BKSH, values_BKSH, seen_BS[:, None, None])
+        return replace(self, cache=self.cache.with_layer(layer, keys_BKSH, values_BKSH)), out
 
 
-def _write_at_once(rows_RKSH, new_RKH, slots_R):
-    def write(row_KSH, new_KH, slot):
-        return row_KSH.at[:, slot].set(new_KH, mode="drop")
+def _write(slots_BKSH, new_BKH, positions_B):
+    def write(slot_KSH, new_KH, position):
+        return slot_KSH.at[:, position].set(new_KH, mode="drop")
 
-    return jax.vmap(write)(rows_RKSH, new_RKH, slots_R)
-
-
-def _write_by_choice(rows_RKSH, new_RKH, slots_R):
-    """On a CPU, XLA would scatter into a float32 copy of a bfloat16 cache; this passes it once."""
-    if rows_RKSH.dtype != jnp.bfloat16:
-        return _write_at_once(rows_RKSH, new_RKH, slots_R)
-    here_RS = jnp.arange(rows_RKSH.shape[2]) == slots_R[:, None]
-    return jnp.where(here_RS[:, None, :, None], new_RKH[:, :, None], rows_RKSH)
+    return jax.vmap(write)(slots_BKSH, new_BKH, positions_B)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PrefillUpdate:
-    """A stretch of a prompt in one row of each group; rows are divided into groups in order.
+    """A stretch of a prompt in one slot of each group; slots are divided into groups in order.
 
-    Groups are what a mesh divides rows into, so that no device writes into another's rows. A group
-    with nothing to write has `valid` False.
+    Groups are what a mesh divides slots into, so that no device writes into another's slots. A
+    group with nothing to write has `valid` False.
     """
 
     cache: KVCache
-    row: Int[Array, " groups"]  # within its group
+    slot: Int[Array, " groups"]  # within its group
     start: Int[Array, " groups"]  # slot of the chunk's first token
     valid: Bool[Array, " groups"]
 
     def attend(self, layer, query, key, value):
         groups, length = query.shape[:2]
 
-        def write(rows_RKSH, new_TKH, row, start, valid):
+        def write(slots_BKSH, new_TKH, slot, start, valid):
             new = new_TKH.swapaxes(0, 1)[None]
-            old = jax.lax.dynamic_slice(rows_RKSH, (row, 0, start, 0), new.shape)
-            rows_RKSH = jax.lax.dynamic_update_slice(
-                rows_RKSH, jnp.where(valid, new, old), (row, 0, start, 0)
+            old = jax.lax.dynamic_slice(slots_BKSH, (slot, 0, start, 0), new.shape)
+            slots_BKSH = jax.lax.dynamic_update_slice(
+                slots_BKSH, jnp.where(valid, new, old), (slot, 0, start, 0)
             )
-            return rows_RKSH, jax.lax.dynamic_index_in_dim(rows_RKSH, row, keepdims=False)
+            return slots_BKSH, jax.lax.dynamic_index_in_dim(slots_BKSH, slot, keepdims=False)
 
-        def written(rows: jax.Array, new: jax.Array):
-            grouped = rows.reshape(groups, -1, *rows.shape[1:])
-            grouped, own = jax.vmap(write)(grouped, new, self.row, self.start, self.valid)
-            return grouped.reshape(rows.shape), own
+        def written(slots: jax.Array, new: jax.Array):
+            grouped = slots.reshape(groups, -1, *slots.shape[1:])
+            grouped, own = jax.vmap(write)(grouped, new, self.slot, self.start, self.valid)
+            return grouped.reshape(slots.shape), own
 
-        def joined(rows: Tokens, new: jax.Array) -> tuple[Tokens, Tokens]:
-            pairs = jax.tree.map(written, rows, _stored(new, rows))
-            return jax.tree.transpose(jax.tree.structure(rows), jax.tree.structure((0, 0)), pairs)
+        def joined(slots: Tokens, new: jax.Array) -> tuple[Tokens, Tokens]:
+            pairs = jax.tree.map(written, slots, _stored(new, slots))
+            return jax.tree.transpose(jax.tree.structure(slots), jax.tree.structure((0, 0)), pairs)
 
-        keys_RKSH, values_RKSH = self.cache.layer(layer)
-        keys_RKSH, own_keys_GKSH = joined(keys_RKSH, key)
-        values_RKSH, own_values_GKSH = joined(values_RKSH, value)
+        keys_BKSH, values_BKSH = self.cache.layer(layer)
+        keys_BKSH, own_keys_GKSH = joined(keys_BKSH, key)
+        values_BKSH, own_values_GKSH = joined(values_BKSH, value)
         places_GT = self.start[:, None] + jnp.arange(length)
-        seen_GTS = jnp.arange(self.cache.slots) <= places_GT[..., None]
+        seen_GTS = jnp.arange(self.cache.length) <= places_GT[..., None]
         out = attend_to(query, own_keys_GKSH, own_values_GKSH, seen_GTS[:, None])
-        return replace(self, cache=self.cache.with_layer(layer, keys_RKSH, values_RKSH)), out
+        return replace(self, cache=self.cache.with_layer(layer, keys_BKSH, values_BKSH)), out

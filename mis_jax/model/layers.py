@@ -7,6 +7,7 @@ leading "layers"); `mis_jax.parallel.sharding` maps them to mesh axes. Nothing h
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from mis_jax.model import xla_cpu
 from mis_jax.model.config import Llama3Scaling
 from mis_jax.model.execution import Axes, Execution
 from mis_jax.model.matmul import matmul_fp32_accum
@@ -36,7 +38,7 @@ _REMAT_POLICY = {
 }
 
 
-class Verbatim(nnx.Param):
+class UncastParam(nnx.Param):
     """A parameter that is used in the dtype in which it is stored."""
 
 
@@ -60,19 +62,22 @@ class Linear(nnx.Module):
         self.stored_out_in = False  # `mis_jax.model.unrolled` turns kernels round
 
     def __call__(self, x: Float[Array, "... in_size"]) -> Float[Array, "... out_size"]:
-        y = self._from_left(x) if self.stored_out_in else matmul_fp32_accum(x, self.weight(x.dtype))
+        if self.stored_out_in:
+            y = self._weight_first(x)
+        else:
+            y = matmul_fp32_accum(x, self.weight(x.dtype))
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         if self.adapter is not None:
             y = y + self.adapter(x)
         return checkpoint_name(y.astype(x.dtype), PRODUCT)
 
-    def _from_left(self, x):
+    def _weight_first(self, x):
         if not isinstance(self.kernel, nnx.Module):
-            return from_left(self.kernel[...].astype(x.dtype), x)
+            return matmul_weight_first(self.kernel[...].astype(x.dtype), x)
         # The scale of an output comes after the product: integers are converted as they are read.
         codes_OI, scale_O = self.kernel.parts()  # pyright: ignore[reportAttributeAccessIssue]
-        return from_left(codes_OI.astype(x.dtype), x) * scale_O
+        return matmul_weight_first(codes_OI.astype(x.dtype), x) * scale_O
 
     def weight(self, dtype: jnp.dtype) -> Float[Array, "in_size out_size"]:
         """The kernel; `mis_jax.model.lora` may have put a quantised one in its place."""
@@ -81,46 +86,26 @@ class Linear(nnx.Module):
         return self.kernel[...].astype(dtype)
 
 
-def from_left(
+def matmul_weight_first(
     table: Float[Array, "out_size in_size"], x: Float[Array, "... in_size"]
 ) -> Float[Array, "... out_size"]:
     """`x @ table.T`, float32, computed as `table @ x.T`.
 
-    With few rows in `x` it takes as long as reading the table does, and XLA's products on a CPU
-    read a left side two to three times as fast as a right one.
+    With few rows in `x` it takes as long as reading the table does, which is quicker from the left
+    on a CPU (two to three times).
     """
     rows = x.reshape(-1, x.shape[-1])
-    y = jax.lax.platform_dependent(table, rows, cpu=_from_left_on_cpu, default=_from_left)
+    on_cpu = partial(xla_cpu.matmul_weight_first, _weight_first)
+    y = jax.lax.platform_dependent(table, rows, cpu=on_cpu, default=_weight_first)
     return y.reshape(*x.shape[:-1], table.shape[0])
 
 
-def _from_left(table, rows):
+def _weight_first(table, rows):
     contracted = (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(table, rows, contracted, preferred_element_type=jnp.float32).T
 
 
-def _from_left_on_cpu(table, rows):
-    """Measured with jaxlib 0.10.2, see `benchmarks/NOTES.md`.
-
-    bfloat16 products with a single row are thirty times as slow as with two. Those of float32 with
-    2 to 32 rows read a table of two halves (a batch of two products) twice as fast as a whole one.
-    """
-    count, (out_size, in_size) = rows.shape[0], table.shape
-    if count == 1 and table.dtype == jnp.bfloat16:
-        return _from_left(table, jnp.concatenate([rows, rows]))[:1]
-    halves = table.dtype == jnp.float32 or in_size > out_size
-    if not halves or not 1 < count <= 32 or out_size % 2:
-        return _from_left(table, rows)
-    y_2OR = jax.lax.dot_general(
-        table.reshape(2, out_size // 2, in_size),
-        jnp.broadcast_to(rows, (2, *rows.shape)),
-        (((2,), (2,)), ((0,), (0,))),
-        preferred_element_type=jnp.float32,
-    )
-    return y_2OR.reshape(out_size, count).T
-
-
-def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+def remat(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps the inputs of a function for the backward pass, and nothing it computes on the way.
 
     For maps of single values that lead into a product: they are cheaper to compute again than to
@@ -139,7 +124,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... size"]) -> Float[Array, "... size"]:
-        return recomputed(self._norm)(x, self.scale[...], self.bias[...])
+        return remat(self._norm)(x, self.scale[...], self.bias[...])
 
     def _norm(self, x, scale, bias):
         x32 = x.astype(jnp.float32)
@@ -157,7 +142,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... size"]) -> Float[Array, "... size"]:
-        return recomputed(self._norm)(x, self.scale[...])
+        return remat(self._norm)(x, self.scale[...])
 
     def _norm(self, x, scale):
         x32 = x.astype(jnp.float32)
@@ -248,7 +233,7 @@ class Stack(nnx.Module):
             if not isinstance(parameter, nnx.Param):  # the keys of adapters
                 return parameter
             value = parameter.get_value()
-            kept = value.dtype if isinstance(parameter, Verbatim) else dtype
+            kept = value.dtype if isinstance(parameter, UncastParam) else dtype
             return parameter.replace(execution.gather(value, parameter.axes[1:], kept))
 
         def body(carry, scanned):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int8, PRNGKeyArray
 
 from mis_jax.config import LoraConfig
 from mis_jax.model.internvl import InternVL
-from mis_jax.model.layers import Linear, Verbatim
+from mis_jax.model.layers import Linear, UncastParam
 from mis_jax.model.matmul import matmul_fp32_accum
 
 _TILE = 64  # values along the inputs of a kernel that share a scale of nf4
@@ -59,7 +59,7 @@ class Adapter(nnx.Module):
 class QuantisedKernel(nnx.Module):
     """A kernel that is never trained: integers of 8 or 4 bits, and their scales."""
 
-    def __init__(self, values: Verbatim, scale: Verbatim, base: str):
+    def __init__(self, values: UncastParam, scale: UncastParam, base: str):
         self.values, self.scale = values, scale
         self.base = base
 
@@ -131,7 +131,7 @@ def _abstract_quantised(kernel: nnx.Param, base: str) -> QuantisedKernel:
     shapes = jax.eval_shape(lambda x: quantise(x, base), kernel.get_value())
     axes = kernel.axes if base == "nf4" else (*kernel.axes[:-2], None, kernel.axes[-1])
     return QuantisedKernel(
-        Verbatim(shapes.qvalue, axes=kernel.axes), Verbatim(shapes.scale, axes=axes), base
+        UncastParam(shapes.qvalue, axes=kernel.axes), UncastParam(shapes.scale, axes=axes), base
     )
 
 

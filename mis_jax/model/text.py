@@ -12,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from mis_jax.model import xla_cpu
 from mis_jax.model.config import TextConfig
 from mis_jax.model.execution import PLAIN, Execution
 from mis_jax.model.kv_cache import CacheUpdate
@@ -20,8 +21,8 @@ from mis_jax.model.layers import (
     Linear,
     RMSNorm,
     Stack,
-    from_left,
-    recomputed,
+    matmul_weight_first,
+    remat,
     rotary_angles,
     rotate,
 )
@@ -96,10 +97,10 @@ class TextBlock(nnx.Module):
         def out_of_mlp(gate_BTF, up_BTF):
             return self.down(jax.nn.silu(gate_BTF) * up_BTF)
 
-        qkv = recomputed(into_attention)(x_BTD)
+        qkv = remat(into_attention)(x_BTD)
         branch, cache = attention(qkv, rotary, segment_ids, cache, layer, execution)
         x_BTD = constrain(x_BTD + branch, "rows", "length", None)
-        branch = recomputed(out_of_mlp)(*recomputed(into_mlp)(x_BTD))
+        branch = remat(out_of_mlp)(*remat(into_mlp)(x_BTD))
         return constrain(x_BTD + branch, "rows", "length", None), cache
 
 
@@ -108,19 +109,12 @@ def lookup(
     table_VD: Float[Array, "rows width"], ids_BT: Int[Array, "batch length"]
 ) -> Float[Array, "batch length width"]:
     """Rows of a table; its gradient is summed in float32, however narrow the table is."""
-    return jax.lax.platform_dependent(table_VD, ids_BT, cpu=_rows_of_bits, default=_rows_at_once)
+    on_cpu = partial(xla_cpu.gather_rows, _gather)
+    return jax.lax.platform_dependent(table_VD, ids_BT, cpu=on_cpu, default=_gather)
 
 
-def _rows_at_once(table_VD, ids_BT):
+def _gather(table_VD, ids_BT):
     return table_VD.at[ids_BT].get(mode="clip")
-
-
-def _rows_of_bits(table_VD, ids_BT):
-    """On a CPU, XLA would gather from a float32 copy of a bfloat16 table."""
-    if table_VD.dtype != jnp.bfloat16:
-        return _rows_at_once(table_VD, ids_BT)
-    bits_VD = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)
-    return jax.lax.bitcast_convert_type(_rows_at_once(bits_VD, ids_BT), table_VD.dtype)
 
 
 def _lookup_forward(table_VD, ids_BT):
@@ -156,7 +150,7 @@ class TextDecoder(nnx.Module):
         table = (vocab_rows or config.vocab_size, config.hidden_size)
         normal = jax.nn.initializers.normal(0.02)
         self.embedding = nnx.Param(normal(rngs.params(), table, dtype), axes=("vocab", "embed"))
-        self.layers = Stack(  # or `WrittenOut`, for generation
+        self.layers = Stack(  # or `UnrolledStack`, for generation
             lambda r: TextBlock(config, dtype=dtype, rngs=r), config.num_layers, rngs
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, axes=("embed",), dtype=dtype)
@@ -235,6 +229,6 @@ class TextDecoder(nnx.Module):
         return logits[..., : self.config.vocab_size]
 
     def next_logits(self, h_BD: Float[Array, "batch width"]) -> Float[Array, "batch vocab"]:
-        """`logits` of a few tokens, as a product from the left: see `layers.from_left`."""
-        logits_BV = from_left(self.table[...].astype(h_BD.dtype), h_BD)
+        """`logits` of a few tokens; the table is the left side of the product."""
+        logits_BV = matmul_weight_first(self.table[...].astype(h_BD.dtype), h_BD)
         return logits_BV[:, : self.config.vocab_size]

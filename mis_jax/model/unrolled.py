@@ -2,7 +2,7 @@
 
 A stack that is scanned reads its parameters through a slice, which some compilers copy: a step of
 decoding would move every weight twice more. Here nothing is sliced, and kernels are stored as
-[out, in] (see `layers.from_left`).
+[out, in] (see `layers.matmul_weight_first`).
 """
 
 import jax
@@ -12,7 +12,7 @@ import qwix
 from flax import nnx
 
 from mis_jax.model.internvl import InternVL
-from mis_jax.model.layers import Linear, Stack, UnrolledStack, Verbatim
+from mis_jax.model.layers import Linear, Stack, UncastParam, UnrolledStack
 from mis_jax.model.lora import QuantisedKernel
 
 
@@ -80,8 +80,8 @@ def _quantised(kernel):
 
 def _as_int8(kernel: nnx.Param) -> QuantisedKernel:
     values, scale = _quantised(kernel.get_value())
-    kept = Verbatim(scale, axes=(kernel.axes[0], None))
-    return QuantisedKernel(Verbatim(values, axes=kernel.axes), kept, "int8")
+    kept = UncastParam(scale, axes=(kernel.axes[0], None))
+    return QuantisedKernel(UncastParam(values, axes=kernel.axes), kept, "int8")
 
 
 def _turn_round(kernel: nnx.Param) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from mis_jax.model.config import VisionConfig
 from mis_jax.model.execution import PLAIN, Execution
-from mis_jax.model.layers import ATTENTION_OUTPUT, LayerNorm, Linear, RMSNorm, Stack, recomputed
+from mis_jax.model.layers import ATTENTION_OUTPUT, LayerNorm, Linear, RMSNorm, Stack, remat
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -93,11 +93,11 @@ class VisionBlock(nnx.Module):
         def out_of_mlp(hidden):
             return self.down(jax.nn.gelu(hidden, approximate=False))
 
-        branch = attention(recomputed(into_attention)(x_ISD), execution)
+        branch = attention(remat(into_attention)(x_ISD), execution)
         branch = branch * self.attention_scale[...].astype(x_ISD.dtype)
         x_ISD = constrain(x_ISD + _kept(branch, keep_2I, 0), "tiles", None, None)
-        hidden = recomputed(lambda x_ISD: self.up(self.mlp_norm(x_ISD)))(x_ISD)
-        branch = recomputed(out_of_mlp)(constrain(hidden, "tiles", None, "mlp"))
+        hidden = remat(lambda x_ISD: self.up(self.mlp_norm(x_ISD)))(x_ISD)
+        branch = remat(out_of_mlp)(constrain(hidden, "tiles", None, "mlp"))
         branch = branch * self.mlp_scale[...].astype(x_ISD.dtype)
         return constrain(x_ISD + _kept(branch, keep_2I, 1), "tiles", None, None)
 

@@ -10,8 +10,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
-from mis_jax.model.attention import attend_by_head, attend_xla
+from mis_jax.model.attention import attend_xla
 from mis_jax.model.execution import Attend
+from mis_jax.model.xla_cpu import attend_by_head
 
 Kernel = Literal["xla", "cudnn", "splash", "by_head"]
 _TILE_AXES = ("data", "fsdp", "context")

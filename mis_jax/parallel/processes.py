@@ -20,7 +20,7 @@ from mis_jax import stopping
 from mis_jax.config import DistributedConfig
 from mis_jax.parallel.launcher import supervise
 from mis_jax.stopping import RESUMABLE
-from mis_jax.storage.folders import newest_step
+from mis_jax.storage.paths import newest_step
 
 CHECKPOINTS = "checkpoints"  # in a run's folder
 _FAILED = "mis_jax/failed"

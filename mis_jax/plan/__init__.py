@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mis_jax import flops
 from mis_jax.checkpoint import nnx_state
-from mis_jax.checkpoint.hf_config import read_config
+from mis_jax.checkpoint.hf.config import read_config
 from mis_jax.checkpoint.run_checkpoint import model_files
 from mis_jax.config import RunConfig
 from mis_jax.model.config import InternVLConfig
@@ -55,10 +55,15 @@ class StepPlan:
     def tokens(self) -> int:
         """Positions that a step goes through, padding included."""
         if isinstance(self.shape, Shape):
-            return self.shape.rows * self.shape.length
+            return self.shape.sequences * self.shape.length
         if self.name == "prefill":
             return self.shape.groups * self.shape.chunk
-        return self.shape.rows
+        return self.shape.slots
+
+    @property
+    def sequences(self) -> int:
+        """How many it works on."""
+        return self.shape.sequences if isinstance(self.shape, Shape) else self.shape.slots
 
 
 @dataclass(frozen=True)
@@ -145,16 +150,16 @@ def model_config(path: Path) -> tuple[InternVLConfig, str]:
 def _train_plan(config, model, topology: Topology, mesh, length, tiles) -> StepPlan:
     shape = training_shape(config, model, length, tiles)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if shape.micro_rows % shards:
+    if shape.micro_sequences % shards:
         raise ValueError(
-            f"{shape.micro_rows} rows of a forward pass cannot be split over data x fsdp = {shards}"
-            " devices; change train.micro_batch, train.global_batch or mesh"
+            f"{shape.micro_sequences} sequences of a forward pass cannot be split over data x fsdp "
+            f"= {shards} devices; change train.micro_batch, train.global_batch or mesh"
         )
     program = make_train_program(config, model, mesh, config.train.steps or _STEPS_OF_A_RUN)
-    batch = program.batch(shape.rows, shape.length, shape.tiles, model.vision.image_size)
+    batch = program.batch(shape.sequences, shape.length, shape.tiles, model.vision.image_size)
     compiled = compile_for(topology, program.step, program.state, batch)
-    count = dict(tokens=shape.rows * shape.length, tiles=shape.rows * shape.tiles)
-    squares = float(shape.rows * shape.length**2)
+    count = dict(tokens=shape.sequences * shape.length, tiles=shape.sequences * shape.tiles)
+    squares = float(shape.sequences * shape.length**2)
     freeze, lora = config.train.freeze, config.lora.targets if config.lora.rank else ()
 
     def trained(causal: bool) -> float:
@@ -179,17 +184,17 @@ def _generation_plan(
     compiled = make(topology, config, model, mesh, shape)
     if name == "prefill":
         # The last chunk of a prompt: every token looks at all before it, and as the whole square
-        # at every slot there is.
+        # at all of the cache.
         groups, before = shape.groups, shape.prompt - shape.chunk
         seen = float(groups * (shape.prompt**2 - before**2))
-        square = float(groups * shape.chunk * shape.slots)
+        square = float(groups * shape.chunk * shape.cache_length)
         count: Any = dict(tokens=groups * shape.chunk, tiles=0, head_tokens=groups)
         work = flops.forward(model, squares=seen, **count)
         whole = flops.forward(model, squares=square, causal=False, **count)
     else:
-        squares = float(shape.rows * shape.slots)
+        squares = float(shape.slots * shape.cache_length)
         whole = work = flops.forward(
-            model, tokens=shape.rows, tiles=0, squares=squares, causal=False
+            model, tokens=shape.slots, tiles=0, squares=squares, causal=False
         )
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     moved = _weight_bytes(config, model, mesh)
@@ -247,7 +252,7 @@ def _step_json(step: StepPlan, whole: Plan) -> dict[str, Any]:
             "bound": time.bound,
             "seconds": asdict(time),
             "tokens_per_s": step.tokens / time.step,
-            "rows_per_s": step.shape.rows / time.step,
+            "rows_per_s": step.sequences / time.step,
             "mfu": step.operations / (peak * time.step),
         }
     return result

@@ -9,16 +9,21 @@ from mis_jax.plan.memory import Memory
 def advice(config: RunConfig, step: str, memory: Memory, mesh: Mesh | AbstractMesh) -> list[str]:
     """Fields to change for a step; first those of what fills more than half of the memory."""
     if step != "train":
-        return ["evaluation.samples: fewer rows at once", "mesh.fsdp or mesh.tensor: more devices"]
+        return [
+            "evaluation.samples: fewer samples at once",
+            "mesh.fsdp or mesh.tensor: more devices",
+        ]
     state, work = _for_state(config, mesh), _for_activations(config, mesh)
     return state + work if memory.arguments > memory.limit / 2 else work + state
 
 
 def _for_activations(config: RunConfig, mesh: Mesh | AbstractMesh) -> list[str]:
     tips = []
-    rows, shards = config.train.micro_batch or config.train.global_batch, _row_shards(mesh)
-    if rows > shards:
-        tips.append(f"train.micro_batch: {shards} instead of {rows} (one row a device at a time)")
+    sequences, shards = config.train.micro_batch or config.train.global_batch, _row_shards(mesh)
+    if sequences > shards:
+        tips.append(
+            f"train.micro_batch: {shards} instead of {sequences} (one sequence a device at a time)"
+        )
     if config.train.remat not in ("full", "offload"):
         tips.append(f"train.remat: full instead of {config.train.remat}")
     elif config.train.remat == "full":
@@ -28,7 +33,7 @@ def _for_activations(config: RunConfig, mesh: Mesh | AbstractMesh) -> list[str]:
     if config.train.loss_chunk > 512:
         tips.append("train.loss_chunk: 512")
     tips.append("mesh.context: 2 or more (each device holds a part of a row)")
-    tips.append("data.max_length or data.max_tiles: shorter rows")
+    tips.append("data.max_length or data.max_tiles: shorter sequences")
     return tips
 
 

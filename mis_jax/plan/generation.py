@@ -9,16 +9,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mis_jax.checkpoint import nnx_state
 from mis_jax.config import RunConfig
-from mis_jax.inference.cache_on_mesh import cache_place
 from mis_jax.inference.engine import CHUNKS, POOL_TILES
 from mis_jax.inference.model_runner import (
     Chunk,
     SamplingState,
+    cache_bucket,
+    cache_place,
     decode_step,
     power_of_two,
     prefill_chunk,
     sample_next,
-    slots_bucket,
 )
 from mis_jax.model.config import InternVLConfig
 from mis_jax.model.kv_cache import KVCache
@@ -31,15 +31,15 @@ from mis_jax.train.compiled_step import execution_on
 
 @dataclass(frozen=True)
 class GenerationShape:
-    """Rows of `evaluation.samples`, spread over the devices; slots are those of the cache.
+    """Slots of `evaluation.samples`, spread over the devices.
 
-    Prompts are read `chunk` tokens at a time, one in each of as many `groups` as rows are split in.
+    Prompts are read `chunk` tokens at a time, one in each of `groups` groups of slots.
     """
 
-    rows: int
-    prompt: int
     slots: int
-    tiles: int  # of a row
+    prompt: int
+    cache_length: int
+    tiles: int  # of a slot
     groups: int
     chunk: int
 
@@ -47,17 +47,17 @@ class GenerationShape:
 def generation_shape(config: RunConfig, model: InternVLConfig, mesh: Mesh) -> GenerationShape:
     """Questions about two images, answered at `evaluation.max_new_tokens`."""
     tiles = sample_tiles(config.data, model)
-    prompt = slots_bucket(tiles * model.tokens_per_tile + QUESTION_TOKENS)
+    prompt = cache_bucket(tiles * model.tokens_per_tile + QUESTION_TOKENS)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = -(-power_of_two(config.evaluation.samples) // shards) * shards
-    slots = slots_bucket(prompt + config.evaluation.max_new_tokens)
-    return GenerationShape(rows, prompt, slots, tiles, shards, min(CHUNKS[-1], prompt))
+    slots = -(-power_of_two(config.evaluation.samples) // shards) * shards
+    cache_length = cache_bucket(prompt + config.evaluation.max_new_tokens)
+    return GenerationShape(slots, prompt, cache_length, tiles, shards, min(CHUNKS[-1], prompt))
 
 
 def compile_prefill(
     topology: Topology, config: RunConfig, model: InternVLConfig, mesh: Mesh, shape: GenerationShape
 ) -> Compiled:
-    """The last chunk of a prompt in every group of rows: its first token, and the cache written."""
+    """The last chunk of a prompt in every group of slots: its first token, and the cache."""
     dtype = jnp.dtype(config.dtype.compute)
     groups, length = shape.groups, shape.chunk
     how = _how(config, model, mesh)
@@ -69,9 +69,9 @@ def compile_prefill(
 
     tiles = max(POOL_TILES, groups * shape.tiles)
     pool = _whole(mesh, dtype, tiles, model.tokens_per_tile, model.text.hidden_size)
-    number = _rows(mesh, jnp.int32, groups)
-    tokens = _rows(mesh, jnp.int32, groups, length)
-    valid = _rows(mesh, jnp.bool_, groups)
+    number = _slots(mesh, jnp.int32, groups)
+    tokens = _slots(mesh, jnp.int32, groups, length)
+    valid = _slots(mesh, jnp.bool_, groups)
     chunk = Chunk(tokens, tokens, number, number, valid, number, _settings(mesh, groups))
     jitted = jax.jit(run, donate_argnums=1)
     values, cache = _parameters(model, mesh, dtype), _cache(mesh, model, shape, dtype)
@@ -81,7 +81,7 @@ def compile_prefill(
 def compile_decode(
     topology: Topology, config: RunConfig, model: InternVLConfig, mesh: Mesh, shape: GenerationShape
 ) -> Compiled:
-    """One more token of every row; the cache is written in place."""
+    """One more token of every slot; the cache is written in place."""
     dtype = jnp.dtype(config.dtype.compute)
     how = _how(config, model, mesh)
 
@@ -89,17 +89,17 @@ def compile_decode(
         built = nnx_state.build(model, values, **how)
         return decode_step(built, tokens, lengths, active, cache)
 
-    tokens, active = _rows(mesh, jnp.int32, shape.rows), _rows(mesh, jnp.bool_, shape.rows)
+    tokens, active = _slots(mesh, jnp.int32, shape.slots), _slots(mesh, jnp.bool_, shape.slots)
     jitted = jax.jit(run, donate_argnums=1)
     values, cache = _parameters(model, mesh, dtype), _cache(mesh, model, shape, dtype)
     return compile_for(topology, jitted, values, cache, tokens, tokens, active)
 
 
 def cache_bytes(config: RunConfig, model: InternVLConfig, shape: GenerationShape) -> float:
-    """Keys and values of all rows."""
+    """Keys and values of all slots."""
     text = model.text
     each = 2 * text.num_layers * text.num_kv_heads * text.head_dim
-    return float(each * shape.rows * shape.slots * jnp.dtype(config.dtype.compute).itemsize)
+    return float(each * shape.slots * shape.cache_length * jnp.dtype(config.dtype.compute).itemsize)
 
 
 def _how(config: RunConfig, model: InternVLConfig, mesh: Mesh) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _parameters(model: InternVLConfig, mesh: Mesh, dtype: Any) -> dict[str, Any]
     }
 
 
-def _rows(mesh: Mesh, dtype: Any, *shape: int) -> Any:
+def _slots(mesh: Mesh, dtype: Any, *shape: int) -> Any:
     return jax.ShapeDtypeStruct(
         shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     )
@@ -129,16 +129,16 @@ def _whole(mesh: Mesh, dtype: Any, *shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
 
-def _settings(mesh: Mesh, rows: int) -> SamplingState:
-    number, real = _rows(mesh, jnp.int32, rows), _rows(mesh, jnp.float32, rows)
-    name = _rows(mesh, jnp.uint32, rows)
+def _settings(mesh: Mesh, slots: int) -> SamplingState:
+    number, real = _slots(mesh, jnp.int32, slots), _slots(mesh, jnp.float32, slots)
+    name = _slots(mesh, jnp.uint32, slots)
     return SamplingState(real, real, number, name, name, number)
 
 
 def _cache(mesh: Mesh, model: InternVLConfig, shape: GenerationShape, dtype: Any) -> KVCache:
     """Layers are scanned here: they compile once, and lie no differently than one by one."""
     made = jax.eval_shape(
-        lambda: KVCache.zeros(model.text, shape.rows, shape.slots, dtype, stacked=True)
+        lambda: KVCache.zeros(model.text, shape.slots, shape.cache_length, dtype, stacked=True)
     )
     place = cache_place(mesh, model.text, stacked=True)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), made)

@@ -14,40 +14,40 @@ TEXT_TOKENS = 600  # of a training sample: question, template and a label like M
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows of a step in all, and what each of them holds; `why` says where the sizes come from."""
+    """Sequences of a step, and what each holds; `why` says where the sizes come from."""
 
-    rows: int
+    sequences: int
     length: int
     tiles: int
-    micro_rows: int  # of one forward pass
+    micro_sequences: int  # of one forward pass
     why: str
 
     @property
     def passes(self) -> int:
-        return self.rows // self.micro_rows
+        return self.sequences // self.micro_sequences
 
 
 def training_shape(
     config: RunConfig, model: InternVLConfig, length: int | None, tiles: int | None
 ) -> Shape:
-    """Rows of `data.max_length`, or of `length`, with the tiles that they may hold."""
+    """Sequences of `data.max_length`, or of `length`, with the tiles that they may hold."""
     data = config.data
     given = length or data.max_length
     if tiles is not None:
-        why = f"{tiles} tiles a row as asked"
+        why = f"{tiles} tiles a sequence as asked"
     elif data.pack_tiles:
-        tiles, why = data.pack_tiles, "packed rows with data.pack_tiles"
+        tiles, why = data.pack_tiles, "packed sequences with data.pack_tiles"
     elif data.packing:
         sample = sample_tiles(data, model)
         tokens = sample * model.tokens_per_tile + TEXT_TOKENS
         tiles = max(given * sample // tokens, sample)
-        why = f"packed rows full of samples of {sample} tiles and {TEXT_TOKENS} tokens of text"
+        why = f"packed sequences full of samples of {sample} tiles and {TEXT_TOKENS} tokens of text"
     else:
         sample = sample_tiles(data, model)
         tiles = tiles_bucket(sample)
         why = f"the largest batch: {IMAGES} images share {data.max_tiles} tiles, {sample} in all"
-    rows = config.train.global_batch
-    return Shape(rows, given, tiles, config.train.micro_batch or rows, why)
+    sequences = config.train.global_batch
+    return Shape(sequences, given, tiles, config.train.micro_batch or sequences, why)
 
 
 def sample_tiles(data: DataConfig, model: InternVLConfig) -> int:

@@ -1,7 +1,8 @@
 """An OpenAI-compatible HTTP server over the engine; needs the extra `serve`.
 
-    request --bodies.py--> bytes --schemas.py, inputs.py, images.py--> Request --Service--> pieces
-    pieces --engine_stream.py--> one JSON document or server-sent events
+    request --bodies.py--> bytes --inputs.py, protocol.py--> Request --Service--> pieces
+    pieces --chat_completions.py--> one JSON document or server-sent events
 
-`app.py` has the routes, `server.py` the process. Only `mis_jax.cli` imports this folder.
+`app.py` has the routes, `access.py` who may use them, `run.py` the process. Only `mis_jax.cli`
+imports this folder.
 """

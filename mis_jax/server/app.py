@@ -1,26 +1,27 @@
-"""The routes, and who may use them."""
+"""The routes, and the OpenAPI document that describes them."""
 
-import hmac
-from importlib.resources import files
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
 
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mis_jax.data.processor import Processor
 from mis_jax.inference.async_engine import Service
+from mis_jax.server import protocol
+from mis_jax.server.access import HostCheck, KeyCheck, Settings
+from mis_jax.server.bodies import DrainBody
 from mis_jax.server.chat_completions import ChatCompletions
-from mis_jax.server.drain_body import Lingering
-from mis_jax.server.errors import ApiError, as_api_error
-from mis_jax.server.hosts import HostCheck
 from mis_jax.server.metrics import CONTENT_TYPE, Metrics
-from mis_jax.server.openapi import document
-from mis_jax.server.schemas import Health, Model, Models
-from mis_jax.server.settings import Settings
+from mis_jax.server.protocol import ApiError, Health, Model, Models, as_api_error
+from mis_jax.storage.files import package_text
 
 # The page runs its own script and talks to this server alone; pictures are those it was given.
 _PAGE_POLICY = (
@@ -33,9 +34,9 @@ _PAGE_POLICY = (
 def create_app(service: Service, processor: Processor, settings: Settings) -> Starlette:
     """The server as an ASGI application; closing the service is the caller's."""
     metrics = Metrics(service)
-    page = files("mis_jax.server").joinpath("page.html").read_text(encoding="utf-8")
+    page = package_text("mis_jax.server", "page.html")
     model = Model(id=settings.model)
-    api = document(settings)
+    document = openapi_document(settings)
 
     async def chat_page(request: Request) -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
@@ -51,20 +52,20 @@ def create_app(service: Service, processor: Processor, settings: Settings) -> St
 
     async def health(request: Request) -> Response:
         refusal, full = service.refusal, service.full
-        taken = f"all {service.places} places are taken; a request gets 429 now" if full else ""
+        busy = f"all {service.places} places are taken; a request gets 429 now" if full else ""
         content = Health(
             status="unavailable" if refusal else "busy" if full else "ok",
-            reason=refusal or taken,
+            reason=refusal or busy,
             running=service.running,
             waiting=service.waiting,
         )
         return JSONResponse(content.model_dump(), 503 if refusal else 200)
 
-    async def figures(request: Request) -> Response:
+    async def prometheus(request: Request) -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
     async def openapi(request: Request) -> Response:
-        return JSONResponse(api)
+        return JSONResponse(document)
 
     async def as_json(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
@@ -74,50 +75,97 @@ def create_app(service: Service, processor: Processor, settings: Settings) -> St
             refusal = as_api_error(error, settings.timeout)
         return refusal.response()
 
+    chat = ChatCompletions(service, processor, settings, metrics)
     v1 = [
-        Route(
-            "/chat/completions",
-            ChatCompletions(service, processor, settings, metrics),
-            methods=["POST"],
-        ),
+        Route("/chat/completions", chat, methods=["POST"]),
         Route("/models", models),
         Route("/models/{model:path}", one_model),
     ]
     return Starlette(
         routes=[
-            Mount("/v1", routes=v1, middleware=[Middleware(_KeyCheck, key=settings.api_key)]),
+            Mount("/v1", routes=v1, middleware=[Middleware(KeyCheck, key=settings.api_key)]),
             Route("/", chat_page),
             Route("/health", health),
-            Route("/metrics", figures),
+            Route("/metrics", prometheus),
             Route("/openapi.json", openapi),
         ],
-        middleware=[Middleware(Lingering), Middleware(HostCheck, hosts=settings.hosts)],
+        middleware=[Middleware(DrainBody), Middleware(HostCheck, hosts=settings.hosts)],
         exception_handlers={ApiError: as_json, HTTPException: as_json, Exception: as_json},
     )
 
 
-class _KeyCheck:
-    """Lets only requests with the server's key through."""
-
-    def __init__(self, app: ASGIApp, key: str | None):
-        self._app = app
-        self._key = key
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._key is None or scope["type"] != "http" or _same(scope, self._key):
-            await self._app(scope, receive, send)
-            return
-        refusal = ApiError(
-            401,
-            "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-        await refusal.response()(scope, receive, send)
+_REFERENCES = "#/components/schemas/{model}"
+_REFUSALS = {
+    400: "What was sent is malformed, too long for the model, or asks for what is not supported.",
+    401: "The API key is missing or wrong.",
+    404: "There is no such model.",
+    408: "The body did not come in time.",
+    413: "The body is too long.",
+    415: "The content type is not application/json.",
+    421: "The server does not answer to this name; see its option --allow-host.",
+    429: "As many requests run and wait as may; try again after Retry-After seconds.",
+    500: "A fault of the server.",
+    503: "The server is shutting down, or its engine has failed.",
+    504: "The answer took longer than the server's limit.",
+    507: "The request needs more memory than the server has.",
+}
 
 
-def _same(scope: Scope, key: str) -> bool:
-    given = dict(scope["headers"]).get(b"authorization", b"")
-    kind, _, token = given.partition(b" ")
-    # In a time that tells nothing of how much of it was right.
-    return hmac.compare_digest(token.strip(), key.encode()) and kind.lower() == b"bearer"
+def openapi_document(settings: Settings) -> dict[str, Any]:
+    """The API of a server with these settings, of the schemas that requests are checked against."""
+    answers = (
+        protocol.ChatCompletion, protocol.ChatCompletionChunk, Models, Model, Health,
+        protocol.Error,
+    )  # fmt: skip
+    _, definitions = models_json_schema(
+        [(protocol.ChatRequest, "validation"), *((answer, "serialization") for answer in answers)],
+        ref_template=_REFERENCES,
+    )
+    components: dict[str, Any] = {"schemas": definitions["$defs"]}
+    components["schemas"]["ChatRequest"]["properties"]["model"]["enum"] = [settings.model]
+    guarded: dict[str, Any] = {}
+    if settings.api_key is not None:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        guarded = {"security": [{"key": []}]}
+    completion = _json("The answer; events where 'stream' is true.", protocol.ChatCompletion)
+    completion["content"]["text/event-stream"] = {}  # of chunks; 3.1 has no words for it
+    body = {"required": True, "content": _json("", protocol.ChatRequest)["content"]}
+    chat = {"summary": "Answer a conversation.", "requestBody": body}
+    chat["responses"] = {"200": completion} | _refusals(*_REFUSALS)
+    health = _get("Whether requests are taken.", _json, Health)
+    health["responses"]["503"] = _json("They are not; 'reason' says why.", Health)
+    name = {"name": "model", "in": "path", "required": True}
+    name["schema"] = {"type": "string", "minLength": 1}
+    models = _get("The model that is served.", _json, Models, 401)
+    one_model = _get("One model.", _json, Model, 401, 404) | guarded | {"parameters": [name]}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "mis-jax", "version": version("mis-jax")},
+        "paths": {
+            "/v1/chat/completions": {"post": chat | guarded},
+            "/v1/models": {"get": models | guarded},
+            "/v1/models/{model}": {"get": one_model},
+            "/health": {"get": health},
+            "/metrics": {"get": _get("Figures in Prometheus' format.", _text, "text/plain")},
+            "/": {"get": _get("A chat page.", _text, "text/html")},
+        },
+        "components": components,
+    }
+
+
+def _get(summary: str, response: Callable[..., Any], of: Any, *refusals: int) -> dict[str, Any]:
+    responses = {"200": response(summary, of)} | _refusals(*refusals)
+    return {"summary": summary, "responses": responses}
+
+
+def _refusals(*statuses: int) -> dict[str, Any]:
+    return {str(status): _json(_REFUSALS[status], protocol.Error) for status in statuses}
+
+
+def _json(text: str, model: type[BaseModel]) -> dict[str, Any]:
+    schema = {"$ref": _REFERENCES.format(model=model.__name__)}
+    return {"description": text, "content": {"application/json": {"schema": schema}}}
+
+
+def _text(text: str, kind: str) -> dict[str, Any]:
+    return {"description": text, "content": {kind: {"schema": {"type": "string"}}}}

@@ -1,17 +1,32 @@
-"""A request's body -> what the engine is asked. Runs in threads, never on the event loop."""
+"""A request's body -> what the engine is asked. Runs in threads, never on the event loop.
 
+Images are data URIs, or files below the one folder that the server allows. Nothing is ever fetched:
+a server that opens addresses for its clients opens its own network to them.
+"""
+
+import base64
+import binascii
+import io
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
+from PIL import Image
+
+from mis_jax.data.collate import Example
+from mis_jax.data.images import MAX_PIXELS, image_size, open_image
 from mis_jax.data.processor import Processor
 from mis_jax.inference.requests import Request
 from mis_jax.inference.sampling import Sampling
-from mis_jax.server import images, schemas
-from mis_jax.server.engine_stream import ClientGone
-from mis_jax.server.errors import ApiError, bad_request
-from mis_jax.server.settings import Settings
+from mis_jax.server import protocol
+from mis_jax.server.access import Settings
+from mis_jax.server.protocol import ApiError, bad_request
+
+NamedUrl = tuple[str, str]  # the field it stands in, and its value
+Source = Path | io.BytesIO
 
 _GREEDY_BELOW = 1e-4  # a temperature that float32 arithmetic would turn into noise
 # Tokens of ordinary text are far shorter; refusing here keeps megabytes from the tokenizer, and
@@ -20,6 +35,11 @@ _CHARACTERS_PER_TOKEN = 64
 _MARKS_PER_TOKEN = 16
 _FEW_MARKS = 500_000
 _TOKENS_PER_TURN = 3  # its two control tokens and its role
+_LONGEST_PATH = 4096  # of the system
+
+
+class ClientGone(Exception):
+    """The client closed its connection."""
 
 
 @dataclass(frozen=True)
@@ -53,65 +73,65 @@ class Prompts:
         marks = sum(map(body.count, (b"[", b"{", b",")))
         if marks > _FEW_MARKS:
             self._check_length(marks // _MARKS_PER_TOKEN)
-        content = schemas.parse(body)
-        self._check_length(schemas.count_parts(content))
-        asked = schemas.checked(content)
-        if asked.model != self._settings.model:
+        content = protocol.parse(body)
+        self._check_length(protocol.count_parts(content))
+        chat = protocol.checked(content)
+        if chat.model != self._settings.model:
             raise ApiError(
                 404,
-                f"the model {asked.model!r} does not exist here; this server has "
+                f"the model {chat.model!r} does not exist here; this server has "
                 f"{self._settings.model!r}",
                 param="model",
                 code="model_not_found",
             )
-        if asked.top_logprobs and not asked.logprobs:
+        if chat.top_logprobs and not chat.logprobs:
             raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
-        if asked.stream_options and not asked.stream:
+        if chat.stream_options and not chat.stream:
             raise bad_request("stream_options needs stream to be true", "stream_options")
-        example = self._example(asked, gone)
+        example = self._example(chat, gone)
         request = Request(
             example,
-            max_new_tokens=self._max_new_tokens(asked, len(example.input_ids)),
-            sampling=self._sampling(asked),
-            stop=_stop(asked),
-            logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
-            streamed=bool(asked.stream),
+            max_new_tokens=self._max_new_tokens(chat, len(example.input_ids)),
+            sampling=self._sampling(chat),
+            stop=_stop(chat),
+            logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+            streamed=bool(chat.stream),
         )
-        options = asked.stream_options
-        return ParsedRequest(request, bool(asked.stream), bool(options and options.include_usage))
+        options = chat.stream_options
+        return ParsedRequest(request, bool(chat.stream), bool(options and options.include_usage))
 
-    def _example(self, asked: schemas.ChatRequest, gone: Callable[[], bool]) -> Any:
-        self._check_text(asked)
-        messages, urls = _conversation(asked.messages)
+    def _example(self, chat: protocol.ChatRequest, gone: Callable[[], bool]) -> Example:
+        self._check_text(chat)
+        messages, urls = _conversation(chat.messages)
         processor, settings = self._processor, self._settings
-        sources = images.sources_of(urls, settings.image_folder)
+        sources = sources_of(urls, settings.image_folder)
         per_tile = processor.config.tokens_per_tile
         self._check_length(len(sources) * per_tile)
-        sizes = images.sizes_of(urls, sources, settings.max_pixels)
-        budget = processor.budget(len(sizes), max_tiles_per_image=asked.max_dynamic_patch)
+        sizes = sizes_of(urls, sources, settings.max_pixels)
+        budget = processor.budget(len(sizes), max_tiles_per_image=chat.max_dynamic_patch)
         self._check_length(sum(processor.tile_count(size, budget) for size in sizes) * per_tile)
-        system = asked.system_prompt or "default"
+        system = chat.system_prompt or "default"
         _stop_if(gone())
         try:
             return processor.example(
                 messages,
-                images.decoded(urls, sources),
+                decoded(urls, sources),
                 system="none" if system == "off" else system,
-                max_tiles_per_image=asked.max_dynamic_patch,
+                max_tiles_per_image=chat.max_dynamic_patch,
             )
         except ValueError as error:
             raise bad_request(str(error), "messages") from None
 
-    def _check_text(self, asked: schemas.ChatRequest) -> None:
+    def _check_text(self, chat: protocol.ChatRequest) -> None:
         """The one bound of everything that becomes tokens or is compared with them."""
-        characters = sum(map(len, [asked.system_prompt or "", *_stop(asked)]))
-        for message in asked.messages:
+        characters = sum(map(len, [chat.system_prompt or "", *_stop(chat)]))
+        for message in chat.messages:
             content = message.content
             if isinstance(content, str):
                 characters += len(content)
             else:
-                characters += sum(len(p.text) for p in content if isinstance(p, schemas.TextPart))
-        turns = _TOKENS_PER_TURN * len(asked.messages)
+                characters += sum(len(p.text) for p in content if isinstance(p, protocol.TextPart))
+        turns = _TOKENS_PER_TURN * len(chat.messages)
         self._check_length(turns + characters // _CHARACTERS_PER_TOKEN)
 
     def _check_length(self, tokens: int) -> None:
@@ -124,30 +144,30 @@ class Prompts:
                 "context_length_exceeded",
             )
 
-    def _max_new_tokens(self, asked: schemas.ChatRequest, prompt: int) -> int:
+    def _max_new_tokens(self, chat: protocol.ChatRequest, prompt: int) -> int:
         self._check_length(prompt)
         context = self._settings.context
-        left = context - prompt
-        wanted = asked.max_completion_tokens or asked.max_tokens
+        room = context - prompt
+        wanted = chat.max_completion_tokens or chat.max_tokens
         if wanted is None:
-            return min(self._settings.max_new_tokens, left)
-        if wanted > left:
-            name = "max_completion_tokens" if asked.max_completion_tokens else "max_tokens"
+            return min(self._settings.max_new_tokens, room)
+        if wanted > room:
+            name = "max_completion_tokens" if chat.max_completion_tokens else "max_tokens"
             raise bad_request(
                 f"{name} is {wanted}, but beside the {prompt} tokens of the prompt the model's "
-                f"context of {context} leaves {left}; lower it",
+                f"context of {context} leaves {room}; lower it",
                 name,
                 "context_length_exceeded",
             )
         return wanted
 
-    def _sampling(self, asked: schemas.ChatRequest) -> Sampling:
-        temperature = asked.temperature or 0.0
+    def _sampling(self, chat: protocol.ChatRequest) -> Sampling:
+        temperature = chat.temperature or 0.0
         return Sampling(
             temperature=temperature if temperature >= _GREEDY_BELOW else 0.0,
-            top_p=1.0 if asked.top_p is None else asked.top_p,
-            top_k=min(max(asked.top_k or 0, 0), self._processor.config.text.vocab_size),
-            seed=secrets.randbits(32) if asked.seed is None else asked.seed % 2**32,
+            top_p=1.0 if chat.top_p is None else chat.top_p,
+            top_k=min(max(chat.top_k or 0, 0), self._processor.config.text.vocab_size),
+            seed=secrets.randbits(32) if chat.seed is None else chat.seed % 2**32,
         )
 
 
@@ -156,31 +176,31 @@ def _stop_if(gone: bool) -> None:
         raise ClientGone
 
 
-def _stop(asked: schemas.ChatRequest) -> tuple[str, ...]:
-    if asked.stop is None:
+def _stop(chat: protocol.ChatRequest) -> tuple[str, ...]:
+    if chat.stop is None:
         return ()
-    return (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop)
+    return (chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop)
 
 
 def _conversation(
-    messages: list[schemas.Message],
-) -> tuple[list[dict[str, Any]], list[images.NamedUrl]]:
+    messages: list[protocol.Message],
+) -> tuple[list[dict[str, Any]], list[NamedUrl]]:
     """The processor's messages, and the images in their order.
 
     All text goes in as parts, in which nothing is an image marker, and parts of text that follow
     one another as one: the template joins them one by one, which is quadratic.
     """
     turns: list[dict[str, Any]] = []
-    urls: list[images.NamedUrl] = []
+    urls: list[NamedUrl] = []
     for number, message in enumerate(messages):
         parts: list[dict[str, str]] = []
         text: list[str] = []
         where = f"messages[{number}].content"
         content = message.content
         if isinstance(content, str):
-            content = [schemas.TextPart(type="text", text=content)]
+            content = [protocol.TextPart(type="text", text=content)]
         for place, part in enumerate(content):
-            if isinstance(part, schemas.TextPart):
+            if isinstance(part, protocol.TextPart):
                 text.append(part.text)
             else:
                 parts += [{"type": "text", "text": "".join(text)}, {"type": "image"}]
@@ -195,3 +215,96 @@ def _conversation(
             f"messages[{len(messages) - 1}].role",
         )
     return turns, urls
+
+
+# Images
+
+
+def sources_of(urls: Sequence[NamedUrl], folder: Path | None) -> list[Source]:
+    """Where every image is read from; ApiError 400 for a URL that is not allowed."""
+    return [_source(url, name, folder) for name, url in urls]
+
+
+def sizes_of(
+    urls: Sequence[NamedUrl], sources: Sequence[Source], max_pixels: int
+) -> list[tuple[int, int]]:
+    """Widths and heights, from the headers alone; ApiError 400 for no image or too many pixels."""
+    sizes = []
+    for (name, _), source in zip(urls, sources, strict=True):
+        try:
+            sizes.append(image_size(source, name=name, max_pixels=min(max_pixels, MAX_PIXELS)))
+        except ValueError as error:
+            raise bad_request(str(error), name) from None
+        if isinstance(source, io.BytesIO):
+            source.seek(0)
+    total = sum(width * height for width, height in sizes)
+    if total > max_pixels:
+        raise bad_request(
+            f"the images have {total} pixels together; this server takes {max_pixels} in a "
+            "request: scale them down",
+            "messages",
+        )
+    return sizes
+
+
+def decoded(urls: Sequence[NamedUrl], sources: Sequence[Source]) -> list[Image.Image]:
+    """The images as RGB; ApiError 400 for one that is damaged."""
+    images = []
+    for (name, _), source in zip(urls, sources, strict=True):
+        try:
+            images.append(open_image(source, name=name))
+        except ValueError as error:
+            raise bad_request(str(error), name) from None
+    return images
+
+
+def _source(url: str, name: str, folder: Path | None) -> Source:
+    scheme = url[: url.find(":")].lower() if ":" in url[:16] else ""
+    if scheme == "data":
+        return _data(url, name)
+    if scheme in ("http", "https", "ftp"):
+        raise bad_request(
+            f"{name}: this server fetches nothing; send the image as a data URI "
+            "(data:image/png;base64,...)",
+            name,
+        )
+    return _file(url, name, folder)
+
+
+def _data(url: str, name: str) -> io.BytesIO:
+    head, comma, content = url.partition(",")
+    kind, *options = head[len("data:") :].lower().split(";")
+    if not comma or not kind.startswith("image/") or "base64" not in options:
+        shown = head[:40]
+        raise bad_request(f"{name} must start with 'data:image/...;base64,', not {shown!r}", name)
+    try:
+        return io.BytesIO(base64.b64decode(content, validate=True))
+    except (binascii.Error, ValueError) as error:
+        raise bad_request(f"{name} is no valid base64 ({error})", name) from None
+
+
+def _file(url: str, name: str, folder: Path | None) -> Path:
+    if folder is None:
+        raise bad_request(
+            f"{name}: this server opens no files; send the image as a data URI, or start the "
+            "server with --allow-image-folder",
+            name,
+        )
+    # One message whatever lies outside the folder: nobody learns which files there are.
+    outside = bad_request(f"{name} names no file inside the folder that this server allows", name)
+    path = url
+    if len(url) > _LONGEST_PATH:
+        raise outside
+    if url.lower().startswith("file:"):
+        parts = urlsplit(url)
+        if parts.netloc not in ("", "localhost"):
+            raise outside
+        path = unquote(parts.path)
+    try:
+        root = folder.resolve(strict=True)
+        file = (root / path).resolve(strict=True)  # links are followed before the comparison
+    except (OSError, ValueError, RuntimeError):  # absent, too long, a null byte, a loop of links
+        raise outside from None
+    if not (file.is_relative_to(root) and file.is_file()):
+        raise outside
+    return file

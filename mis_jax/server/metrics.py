@@ -1,4 +1,4 @@
-"""What /metrics tells, in Prometheus' format."""
+"""The metrics at /metrics, in Prometheus' format."""
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -28,11 +28,11 @@ class Metrics:
             Gauge(name, text, registry=registry).set_function(value)
 
         gauge(
-            "mis_jax_requests_running", "Requests with a row in the engine.",
+            "mis_jax_requests_running", "Requests that the engine is answering.",
             lambda: service.running,
         )  # fmt: skip
         gauge(
-            "mis_jax_requests_waiting", "Requests taken and not yet running.",
+            "mis_jax_requests_waiting", "Requests accepted and not yet running.",
             lambda: service.waiting,
         )  # fmt: skip
         self._requests = Counter(
@@ -54,15 +54,15 @@ class Metrics:
         )  # fmt: skip
 
     def prompt(self, tokens: int) -> None:
-        """A prompt was taken."""
+        """A prompt was accepted."""
         self._prompt.inc(tokens)
 
     def generated(self, tokens: int) -> None:
-        """So many more tokens were made."""
+        """Count newly generated tokens."""
         self._generated.inc(tokens)
 
     def first_piece(self, seconds: float) -> None:
-        """The first piece of an answer came after so long."""
+        """Observe the time to an answer's first piece."""
         self._first.observe(seconds)
 
     def ended(self, status: int, seconds: float) -> None:

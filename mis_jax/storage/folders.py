@@ -1,6 +1,5 @@
 """Folders and files that are whole or plainly not: never half-written under their final name."""
 
-import hashlib
 import json
 import os
 import re
@@ -9,73 +8,30 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mis_jax.parsing import parse_json
+from mis_jax.storage.files import replace_file
+from mis_jax.storage.jsonl import append_shared, dump_line, read_log
 from mis_jax.storage.locks import LOCK, boot_id, locked
+from mis_jax.storage.paths import destination_path, is_mount
 
 NOTICE = "INCOMPLETE.json"
 JOURNAL = "journal.jsonl"
-_MOUNTS = Path("/proc/self/mountinfo")
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
-
-
-def local_path(path: Path | str, what: str) -> Path:
-    """A path of this machine's file system; ValueError names the scheme of another one.
-
-    `Path` makes one slash of two, and a write would then go into a local folder called `gs:`.
-    """
-    if scheme := _SCHEME.match(str(path)):
-        raise ValueError(
-            f"{what} {path}: {scheme[1]}:// paths are not supported; give a folder of this machine "
-            "or of a network disk, and copy from there"
-        )
-    return Path(path)
-
-
-def destination_path(path: Path | str, what: str = "destination") -> Path:
-    """Where something to be written will lie: without `..`, and a link's target in its place.
-
-    ValueError, before anything is written, for another file system's scheme, for links that lead
-    round in a circle, and for a path below a file.
-    """
-    resolved = Path(os.path.realpath(local_path(path, what)))
-    there = next(place for place in (resolved, *resolved.parents) if os.path.lexists(place))
-    if there.is_symlink():  # any other one is resolved
-        raise ValueError(f"{what} {path}: {there} is a link to itself; remove it")
-    if there != resolved and not there.is_dir():
-        raise ValueError(
-            f"{what} {path}: {there} is a file, nothing can be written below it; choose another "
-            "folder"
-        )
-    return resolved
 
 
 def _new_folder(path: Path) -> Path:
     """`destination_path` of a folder that is to be renamed into place, its parents made."""
     destination = destination_path(path)
     _refuse_existing(destination)
-    if destination.is_dir() and _is_mount(destination):
+    if destination.is_dir() and is_mount(destination):
         raise ValueError(
             f"destination {path}: is a mount point, and a finished folder cannot be renamed over "
             f"one; give a folder inside it, such as {path / 'model'}"
         )
     destination.parent.mkdir(parents=True, exist_ok=True)
     return destination
-
-
-def _is_mount(folder: Path) -> bool:
-    """Also of a bind mount within one disk, which `os.path.ismount` does not see."""
-    if os.path.ismount(folder):
-        return True
-    try:
-        lines = _MOUNTS.read_bytes().splitlines()
-    except OSError:  # no Linux
-        return False
-    escaped = re.sub(rb"[ \t\n\\]", lambda c: b"\\%03o" % c[0][0], os.fsencode(folder))
-    return any(line.split()[4] == escaped for line in lines)
 
 
 def remove_abandoned(destination: Path) -> None:
@@ -122,24 +78,17 @@ class Journal:
         self._path = path
         self._lock = threading.Lock()
         self.done: dict[str, Any] = {}
-        whole = 0
         if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    self.done |= parse_json(line)
-                except (ValueError, TypeError):  # damaged: what follows is done again
-                    break
-                whole += len(line)
-            os.truncate(path, whole)
+            entries = read_log(path, damaged="end")  # what follows damage is done again
+            replace_file(path, b"".join(map(dump_line, entries)))
+            for entry in entries:
+                self.done |= entry
 
     def record(self, name: str, value: Any) -> None:
         """Enter one thing that is done."""
         with self._lock:
             self.done[name] = value
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({name: value}) + "\n")
+            append_shared(self._path, [{name: value}])
 
     def write_again(self) -> None:
         """Enter everything once more, where the file was taken away."""
@@ -273,101 +222,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@dataclass(frozen=True)
-class Region:
-    """Bytes that lie in a file from `offset` on; the file has `length` bytes in all."""
-
-    path: Path
-    offset: int
-    size: int
-    length: int
-
-
-def region_digest(region: Region) -> str | None:
-    """The sha256 of what lies there; None where the file is absent or has another length."""
-    digest = hashlib.sha256()
-    try:
-        with region.path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size != region.length:
-                return None
-            file.seek(region.offset)
-            left = region.size
-            while left and (part := file.read(min(left, 8 * 2**20))):
-                digest.update(part)
-                left -= len(part)
-    except FileNotFoundError:
-        return None
-    return None if left else digest.hexdigest()
-
-
-def reserve_file(path: Path, size: int) -> None:
-    """Make a file `size` bytes long, where it is not; OSError when the disk has no room."""
-    with _writing(path) as descriptor:
-        os.posix_fallocate(descriptor, 0, size)
-
-
-def write_file(
-    path: Path, content: bytes | memoryview, size: int | None = None, *, offset: int = 0
-) -> None:
-    """Write bytes at a place of a file, which gets zeros up to `size` behind them."""
-    with _writing(path) as descriptor:
-        view = memoryview(content)
-        while view:
-            written = os.pwrite(descriptor, view, offset)
-            view, offset = view[written:], offset + written
-        if size is not None and size != offset:
-            os.truncate(descriptor, size)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[int]:
-    """A descriptor; errors name the file."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-    try:
-        yield descriptor
-    except OSError as error:
-        raise OSError(error.errno, f"{path}: {error.strerror}") from error
-    finally:
-        os.close(descriptor)
-
-
-def replace_file(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part.
-
-    Where a link leads to it, that stays.
-
-    It is on the disk when this returns. Without `durable` that is left to the system: after a
-    loss of power the name may stand there with a part of the content.
-    """
-    path = Path(os.path.realpath(path))
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        Path(name).chmod(0o644)  # mkstemp makes private files
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def complete_steps(checkpoints: Path) -> list[int]:
-    """Steps of the complete checkpoints of a run's `checkpoints` folder; strays are passed over."""
-    if not checkpoints.is_dir():
-        return []
-    names = (path.name for path in checkpoints.iterdir() if path.is_dir())
-    return sorted(int(name) for name in names if is_step(name))
-
-
-def is_step(name: str) -> bool:
-    """Whether a folder's name is the number of a step."""
-    return re.fullmatch(r"0|[1-9][0-9]*", name) is not None
-
-
-def newest_step(checkpoints: Path) -> int | None:
-    """Step of the newest complete checkpoint of a run's `checkpoints` folder."""
-    return max(complete_steps(checkpoints), default=None)

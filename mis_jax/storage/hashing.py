@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from mis_jax.storage.paths import files_below, is_inside
+
 _AT_ONCE = min(8, os.cpu_count() or 1)  # files; hashing lets other threads run
 _PART = 16 * 2**20
 _BLOCKS, _BLOCK = 64, 2**16  # of a sampled file: 4 MiB in all
@@ -54,16 +56,6 @@ def changed_files(folder: Path, saved: Mapping[str, str]) -> list[str]:
         for name in sorted(saved)
         if found.get(name) != saved[name]
     ]
-
-
-def is_inside(name: str) -> bool:
-    """Whether a name out of a list that may have been downloaded stays below its folder."""
-    return not Path(name).is_absolute() and ".." not in Path(name).parts
-
-
-def files_below(folder: Path) -> list[str]:
-    """The path of every file below a folder, relative to it, in their order."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def sampled_digest(path: Path) -> str:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.model.config import InternVLConfig
-from mis_jax.storage.json_fields import MOST, Fields, read_json, token_number
+from mis_jax.storage.json_files import MOST, Fields, read_json, token_number
 from mis_jax.tokenizer.sentencepiece import Kind, SentencePieceFile, read_sentencepiece
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 IMG_START, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
-#: Tokens every prompt is built of.
+#: Tokens that structure a prompt; they are never made out of typed text.
 CONTROL_TOKENS = (IM_START, IM_END, IMG_START, IMG_END, IMG_CONTEXT)
 #: Fields of tokenizer_config.json that name a token in every tokenizer.
 STANDARD_TOKENS = (
@@ -27,6 +27,8 @@ STANDARD_TOKENS = (
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 #: What InternLM2's own class has where tokenizer_config.json is silent.
 _INTERNLM2: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+_Listed = list[tuple[str, Any]]  # added tokens as files list them, each with the file's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,21 +52,26 @@ class TokenizerFiles:
     pieces: SentencePieceFile | None = None
 
     @functools.cached_property
-    def taken(self) -> frozenset[int]:
+    def added_ids(self) -> frozenset[int]:
         """Ids of added tokens."""
         return frozenset(entry["id"] for entry in self.added.values())
 
     @property
     def size(self) -> int:
         """Highest id + 1: the rows an embedding table needs."""
-        return max([*self.vocab.values(), *self.taken], default=-1) + 1
+        return max([*self.vocab.values(), *self.added_ids], default=-1) + 1
 
     def find(self, token: str | None) -> int | None:
         """The id of a token; None when there is no such token, or its id is another's now."""
         if token in self.added:
             return self.added[token]["id"]
         i = self.vocab.get(token) if token is not None else None
-        return None if i in self.taken else i
+        return None if i in self.added_ids else i
+
+    def is_user_defined(self, token: str) -> bool:
+        """Whether an added token is a piece of tokenizer.model that text is cut at."""
+        i, pieces = self.added[token]["id"], self.pieces.pieces if self.pieces else []
+        return i < len(pieces) and (pieces[i].kind, pieces[i].plain) == (Kind.USER_DEFINED, token)
 
     def named(self, name: str) -> str | None:
         """The token that goes by a name such as `eos_token`."""
@@ -75,13 +82,23 @@ class TokenizerFiles:
         """The token in front of every prompt, if any.
 
         A tokenizer.json's template decides, as in transformers 5, then the field `add_bos_token`.
+
+        Raises:
+            ValueError: there is no such token.
         """
         template = single_template((self.description or {}).get("post_processor"))
         if template is not None:
-            return template[0].get("SpecialToken", {}).get("id") if template else None
-        adds = self.settings.get("add_bos_token")
-        adds = self.pieces is not None if adds is None else adds  # InternLM2's default
-        return self.named("bos_token") if adds else None
+            bos = template[0].get("SpecialToken", {}).get("id") if template else None
+        else:
+            adds = self.settings.get("add_bos_token")
+            adds = self.pieces is not None if adds is None else adds  # InternLM2's default
+            bos = self.named("bos_token") if adds else None
+        if bos is not None and self.find(bos) is None:
+            raise ValueError(
+                f"{self.folder}: tokenizer_config.json puts {bos!r} in front of every prompt, but "
+                "there is no such token; add it to added_tokens.json or set add_bos_token to false"
+            )
+        return bos
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles | None:
@@ -92,24 +109,28 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles | None:
     """
     settings = _optional(folder / "special_tokens_map.json")
     settings |= _optional(folder / "tokenizer_config.json")
-    listed: list[tuple[str, dict[str, Any]]] = []  # by file
+    listed: _Listed = []
     description = pieces = None
-    if (folder / "tokenizer.json").is_file():
-        description = read_json(folder / "tokenizer.json")
-        vocab = _described_vocab(folder / "tokenizer.json", description)
-        listed += [("tokenizer.json", entry) for entry in description.get("added_tokens") or []]
-    elif (folder / "tokenizer.model").is_file():
+    if (path := folder / "tokenizer.json").is_file():
+        description = read_json(path)
+        vocab = _described_vocab(path, description)
+        entries = description.get("added_tokens") or []
+        if not isinstance(entries, list):
+            raise ValueError(
+                f"{path}: field 'added_tokens' is {entries!r:.60}, no list; download the file again"
+            )
+        listed += [(path.name, entry) for entry in entries]
+    elif (path := folder / "tokenizer.model").is_file():
         settings = _INTERNLM2 | settings
-        pieces = read_sentencepiece(folder / "tokenizer.model")
+        pieces = read_sentencepiece(path)
         vocab = {piece.text: i for i, piece in enumerate(pieces.pieces)}
-        apart = (Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED)  # never made by merging
+        never_merged = (Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED)
         for i, piece in enumerate(pieces.pieces):
-            if piece.kind in apart:
-                text = piece.text.replace("\u2581", " ")
+            if piece.kind in never_merged:
                 special = piece.kind != Kind.USER_DEFINED
-                listed.append(("tokenizer.model", {"id": i, "content": text, "special": special}))
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        vocab = _checked_vocab(folder / "vocab.json", read_json(folder / "vocab.json"))
+                listed.append((path.name, {"id": i, "content": piece.plain, "special": special}))
+    elif (path := folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        vocab = _checked_vocab(path, read_json(path))
     else:
         return None
     config = Fields(folder / "tokenizer_config.json", settings)
@@ -120,16 +141,8 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles | None:
         )
     added_tokens = _optional(folder / "added_tokens.json")
     listed += [("added_tokens.json", dict(id=i, content=t)) for t, i in added_tokens.items()]
-    added = _merged(folder, listed)
-    taken = {entry["id"] for entry in added.values()}
-    for token in (*CONTROL_TOKENS, *declared_special(settings)):
-        if len(token) == 1:  # such as "!" named as the padding: still text
-            continue
-        if token not in added and token in vocab and vocab[token] not in taken:
-            added[token] = {"id": vocab[token], "content": token, **_FLAGS}
-        if token in added:
-            added[token]["special"] = True
-    return TokenizerFiles(folder, settings, vocab, added, description, pieces)
+    files = TokenizerFiles(folder, settings, vocab, _merged(folder, listed), description, pieces)
+    return dataclasses.replace(files, added=_declared(files))
 
 
 def tokenizer_problems(folder: Path, config: InternVLConfig) -> list[str]:
@@ -158,10 +171,10 @@ def control_token_problems(files: TokenizerFiles, config: InternVLConfig) -> lis
             lines.append(f"tokenizer has no token {token}")
         elif i >= rows:
             lines.append(f"token {token} has id {i}, embedding {rows} rows")
-    found = files.find(IMG_CONTEXT)
-    if found is not None and found != config.image_token_id:
+    image_token = files.find(IMG_CONTEXT)
+    if image_token is not None and image_token != config.image_token_id:
         lines.append(
-            f"{IMG_CONTEXT} has id {found} in the tokenizer and {config.image_token_id} in "
+            f"{IMG_CONTEXT} has id {image_token} in the tokenizer and {config.image_token_id} in "
             "config.json"
         )
     return lines
@@ -173,22 +186,13 @@ def content(token: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def declared_special(settings: dict[str, Any]) -> Iterator[str]:
-    """Tokens that tokenizer_config.json calls special, by any of its fields."""
-    values = [settings.get(name) for name in STANDARD_TOKENS]
-    for field in ("additional_special_tokens", "extra_special_tokens"):
-        listed = settings.get(field) or []
-        values += listed.values() if isinstance(listed, dict) else listed
-    yield from filter(None, map(content, values))
-
-
 def single_template(step: Any) -> list[dict[str, Any]] | None:
     """The items a tokenizer.json puts around one text; None when it has no template."""
     if not isinstance(step, dict):
         return None
     if step.get("type") == "Sequence":
-        found = map(single_template, step.get("processors", []))
-        return next((template for template in found if template is not None), None)
+        templates = map(single_template, step.get("processors", []))
+        return next((template for template in templates if template is not None), None)
     return step.get("single") if step.get("type") == "TemplateProcessing" else None
 
 
@@ -197,9 +201,10 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _described_vocab(path: Path, description: dict[str, Any]) -> dict[str, int]:
-    vocab = (description.get("model") or {}).get("vocab")
-    if isinstance(vocab, list):  # Unigram: pieces with their scores, in order of ids
-        return {piece: i for i, (piece, _) in enumerate(vocab)}
+    model = description.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, list) and all(isinstance(e, list) and e for e in vocab):
+        return {str(piece): i for i, (piece, *_) in enumerate(vocab)}  # Unigram, in order of ids
     if not isinstance(vocab, dict):
         raise ValueError(f"{path}: field 'model.vocab' is missing; download the file again")
     return _checked_vocab(path, vocab)
@@ -215,26 +220,51 @@ def _checked_vocab(path: Path, vocab: dict[str, Any]) -> dict[str, int]:
     return vocab
 
 
-def _merged(folder: Path, listed: list[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+def _merged(folder: Path, listed: _Listed) -> dict[str, dict[str, Any]]:
     """Added tokens by content, in order of ids; a later file takes over ids."""
     by_id: dict[int, dict[str, Any]] = {}
     ids: dict[str, int] = {}
     for file, entry in listed:
         token, i = content(entry), entry.get("id") if isinstance(entry, dict) else None
-        if token is None or type(i) is not int or not 0 <= i <= MOST:
+        if not token or type(i) is not int or not 0 <= i <= MOST:
             raise ValueError(
                 f"{folder / file}: an added token is {entry!r:.100}, not a text with a whole "
                 f"number up to {MOST} as its id; download the file again"
             )
         if ids.setdefault(token, i) != i:
             raise ValueError(
-                f"{folder / file}: {token!r} has id {i}, and {ids[token]} in another file; "
-                "restore the published files"
+                f"the tokenizer files disagree on {token!r}: {folder / file}: {token!r} has id "
+                f"{i}, and {ids[token]} in another file; restore the published files"
             )
         before = by_id.get(i, {})
         if before and before["content"] != token:
             del ids[before["content"]]
             before = {}
         flags = {"special": False, **_FLAGS} | before | entry
-        by_id[i] = flags | {"special": flags["special"] or before.get("special", False)}
+        by_id[i] = flags | {"special": bool(flags["special"] or before.get("special"))}
     return {by_id[i]["content"]: by_id[i] for i in sorted(by_id)}
+
+
+def _declared(files: TokenizerFiles) -> dict[str, dict[str, Any]]:
+    """The added tokens, with those the settings or the vocabulary alone know of as special."""
+    added = dict(files.added)
+    for token in (*CONTROL_TOKENS, *filter(None, [files.bos]), *_special_names(files)):
+        if len(token) == 1:  # such as "!" named as the padding: still text
+            continue
+        if token not in added and (i := files.find(token)) is not None:
+            added[token] = {"id": i, "content": token, **_FLAGS}
+        if token in added:
+            added[token] = added[token] | {"special": True}
+    return added
+
+
+def _special_names(files: TokenizerFiles) -> Iterator[str]:
+    """Tokens that tokenizer_config.json calls special, by any of its fields."""
+    config = Fields(files.folder / "tokenizer_config.json", files.settings)
+    values = [config.get(name, None) for name in STANDARD_TOKENS]
+    for field in ("additional_special_tokens", "extra_special_tokens"):
+        listed = config.get(field, [])
+        if not isinstance(listed, list | dict):
+            config.refuse(field, "a list of tokens, or an object of them")
+        values += listed.values() if isinstance(listed, dict) else listed
+    yield from filter(None, map(content, values))

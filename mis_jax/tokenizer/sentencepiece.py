@@ -1,18 +1,25 @@
-"""What a sentencepiece `.model` file says: its pieces, and whether it is of the kind we convert.
+"""A sentencepiece `.model` file, read without the library, as a pipeline of `tokenizers`.
 
 The library tells neither which pieces are user-defined nor how text is normalised, and the protobuf
 module it ships refuses a protobuf older than the newest, which other packages of an installation
-may hold back. So the file is read by its wire format.
+may hold back. So the few fields that count are described here.
 
-Source: sentencepiece `src/sentencepiece_model.proto`, field numbers and defaults; wire format:
-protobuf.dev/programming-guides/encoding.
+Source: sentencepiece `src/sentencepiece_model.proto`, field numbers and defaults; transformers'
+`convert_slow_tokenizer.py` for the pipeline.
 """
 
 import dataclasses
 import enum
-import struct
-from collections import defaultdict
+import functools
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from mis_jax.storage.files import read_bytes
+
+_SPACE = "\u2581"  # how sentencepiece writes a space
+_LONGEST_PIECE = 1000  # characters; the library's trainer makes up to 16
 
 
 class Kind(enum.IntEnum):
@@ -34,17 +41,83 @@ class Piece:
     score: float  # of two pieces that could be made next, BPE makes the one with the higher
     kind: Kind
 
+    @property
+    def plain(self) -> str:
+        """The text it stands for, of all but bytes."""
+        return self.text.replace(_SPACE, " ")
+
+    @property
+    def encoded(self) -> bytes:
+        """The UTF-8 of that text, or one byte of it."""
+        if self.kind == Kind.BYTE:
+            return bytes([int(self.text[3:5], 16)])
+        return self.plain.encode()
+
 
 @dataclasses.dataclass(frozen=True)
 class SentencePieceFile:
-    """A BPE model that leaves text as it is but for writing spaces as U+2581."""
+    """A BPE model that leaves text as it is but for writing spaces as U+2581.
+
+    Ids are exactly the library's where scores differ, as trainers make them, and no piece is of
+    kind UNUSED that text could be merged to: the library merges those, and cuts them up again.
+    """
 
     pieces: list[Piece]
     add_dummy_prefix: bool  # a space in front of every text
 
+    def pipeline(self) -> Any:
+        """A `tokenizers.Tokenizer` that gives the ids this model gives."""
+        from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+        pieces = self.pieces
+        unknown = next(piece.text for piece in pieces if piece.kind == Kind.UNKNOWN)
+        result = Tokenizer(
+            models.BPE(
+                {piece.text: i for i, piece in enumerate(pieces)},
+                _merges({piece.text: piece.score for piece in pieces if piece.kind == Kind.NORMAL}),
+                unk_token=unknown,
+                fuse_unk=True,
+                byte_fallback=any(piece.kind == Kind.BYTE for piece in pieces),
+            )
+        )
+        spaces = normalizers.Replace(" ", _SPACE)
+        steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        if self.add_dummy_prefix:
+            spaces = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces])
+            steps.append(decoders.Strip(" ", 1, 0))
+        result.normalizer = spaces
+        result.decoder = decoders.Sequence(steps)
+        # "normalized": a typed U+2581 is a space here too.
+        whole = [piece.text for piece in pieces if piece.kind == Kind.USER_DEFINED]
+        result.add_tokens([AddedToken(text, normalized=True) for text in whole])
+        return result
+
+
+def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Every way to join two pieces into a third, the best piece first, as sentencepiece has it."""
+    merges: list[tuple[str, str]] = []
+    for piece in sorted(scores, key=scores.__getitem__, reverse=True):
+        ways = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
+        merges += [(left, right) for left, right in ways if left in scores and right in scores]
+    return merges
+
 
 _BPE = 2
-_Message = dict[int, list[int | bytes]]
+#: What is read of sentencepiece_model.proto, under numbers, types and defaults of its own.
+_FIELDS = {
+    "Piece": [("piece", 1, "BYTES", ""), ("score", 2, "FLOAT", "0"), ("type", 3, "INT32", "1")],
+    "Trainer": [
+        ("model_type", 3, "INT32", "1"), ("treat_whitespace_as_suffix", 24, "BOOL", "false"),
+    ],
+    "Normalizer": [
+        ("precompiled_charsmap", 2, "BYTES", ""), ("add_dummy_prefix", 3, "BOOL", "true"),
+        ("remove_extra_whitespaces", 4, "BOOL", "true"), ("escape_whitespaces", 5, "BOOL", "true"),
+    ],
+    "Model": [
+        ("pieces", 1, "Piece", ""), ("trainer_spec", 2, "Trainer", ""),
+        ("normalizer_spec", 3, "Normalizer", ""),
+    ],
+}  # fmt: skip
 
 
 def read_sentencepiece(path: Path) -> SentencePieceFile:
@@ -53,73 +126,62 @@ def read_sentencepiece(path: Path) -> SentencePieceFile:
     Raises:
         ValueError: a damaged file, or one that is no BPE or changes text by rules of its own.
     """
-    import sentencepiece
+    from google.protobuf.message import DecodeError
 
     try:
-        sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
+        model = _model_class().FromString(read_bytes(path))
+        pieces = [_piece(entry) for entry in model.pieces]
+        if [piece.kind for piece in pieces].count(Kind.UNKNOWN) != 1:
+            raise ValueError("it has not one piece for what is unknown")
+        if len({piece.text for piece in pieces}) < len(pieces):
+            raise ValueError("a piece stands in it twice")
+    except (DecodeError, OSError, ValueError) as error:
         raise ValueError(f"{path} is no readable sentencepiece model ({error})") from error
-    model = _message(path.read_bytes())
-    trainer, normalizer = (_message(_bytes(model[number])) for number in (2, 3))
-    unsupported = [
-        ("trainer_spec.model_type", _int(trainer[3], default=1), _BPE),
-        ("trainer_spec.treat_whitespace_as_suffix", _int(trainer[24], default=0), 0),
-        ("normalizer_spec.precompiled_charsmap", len(_bytes(normalizer[2])), 0),
-        ("normalizer_spec.remove_extra_whitespaces", _int(normalizer[4], default=1), 0),
-        ("normalizer_spec.escape_whitespaces", _int(normalizer[5], default=1), 1),
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    rules = [
+        ("trainer_spec.model_type", trainer.model_type, _BPE),
+        ("trainer_spec.treat_whitespace_as_suffix", int(trainer.treat_whitespace_as_suffix), 0),
+        ("normalizer_spec.precompiled_charsmap", len(normalizer.precompiled_charsmap), 0),
+        ("normalizer_spec.remove_extra_whitespaces", int(normalizer.remove_extra_whitespaces), 0),
+        ("normalizer_spec.escape_whitespaces", int(normalizer.escape_whitespaces), 1),
     ]
-    for name, value, supported in unsupported:
+    if any(piece.kind == Kind.USER_DEFINED for piece in pieces):
+        # A tokenizer.json has the prefix after each of them, the library once in a text.
+        rules.append(("normalizer_spec.add_dummy_prefix", int(normalizer.add_dummy_prefix), 0))
+    for name, value, supported in rules:
         if value != supported:
             raise ValueError(
                 f"{path}: {name} is {value}, supported: {supported}; put the tokenizer.json of "
                 "the published Hugging Face checkpoint beside it"
             )
-    pieces = [_piece(_message(_bytes([entry]))) for entry in model[1]]
-    return SentencePieceFile(pieces, bool(_int(normalizer[3], default=1)))
+    return SentencePieceFile(pieces, normalizer.add_dummy_prefix)
 
 
-def _piece(fields: _Message) -> Piece:
-    score = struct.unpack("<f", _bytes(fields[2]) or bytes(4))[0]
-    return Piece(_bytes(fields[1]).decode(), score, Kind(_int(fields[3], default=Kind.NORMAL)))
+def _piece(entry: Any) -> Piece:
+    piece = Piece(entry.piece.decode(), entry.score, Kind(entry.type))
+    if len(piece.text) > _LONGEST_PIECE:  # it is cut in two at every place
+        raise ValueError(f"a piece has {len(piece.text)} characters")
+    if piece.kind == Kind.BYTE and not re.fullmatch("<0x[0-9A-F]{2}>", piece.text):
+        raise ValueError(f"{piece.text!r:.40} stands for no byte")
+    return piece
 
 
-def _bytes(values: list[int | bytes]) -> bytes:
-    """A field that holds bytes; as in protobuf the last of several counts."""
-    value = values[-1] if values else b""
-    assert isinstance(value, bytes)
-    return value
+@functools.cache
+def _model_class() -> Any:
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-
-def _int(values: list[int | bytes], default: int) -> int:
-    value = values[-1] if values else default
-    assert isinstance(value, int)
-    return value
-
-
-def _message(data: bytes) -> _Message:
-    """The fields of one protobuf message by number, each with all its values."""
-    fields: _Message = defaultdict(list)
-    position = 0
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = data[position]
-            position += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-            shift += 7
-
-    while position < len(data):
-        number, wire = divmod(varint(), 8)
-        if wire == 0:
-            fields[number].append(varint())
-            continue
-        size = {1: 8, 5: 4}.get(wire)
-        if size is None:
-            size = varint()
-        fields[number].append(data[position : position + size])
-        position += size
-    return fields
+    file = descriptor_pb2.FileDescriptorProto(name="sentencepiece", syntax="proto2")
+    for message, fields in _FIELDS.items():
+        described = file.message_type.add(name=message)
+        for name, number, kind, default in fields:
+            described.field.add(
+                name=name,
+                number=number,
+                label=3 if name == "pieces" else 1,  # repeated, optional
+                type=f"TYPE_{'MESSAGE' if kind in _FIELDS else kind}",
+                type_name=f".{kind}" if kind in _FIELDS else None,
+                default_value=default or None,
+            )
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("Model"))

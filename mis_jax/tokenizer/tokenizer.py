@@ -17,22 +17,28 @@ InternLM2's, transformers for Qwen's.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from mis_jax.storage.json_fields import MOST, read_json, token_number
-from mis_jax.tokenizer.backends import Backend, BPEBackend, SentencePieceBackend
+from mis_jax.storage.files import copy_file, make_folder
+from mis_jax.tokenizer.files import (
+    CONTROL_TOKENS,
+    IM_END,
+    IM_START,
+    IMG_CONTEXT,
+    IMG_END,
+    IMG_START,
+    read_tokenizer_files,
+)
+from mis_jax.tokenizer.pipeline import Pipeline
 
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-IMG_START, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
-
-#: Tokens that structure a prompt; they are never made out of typed text.
-CONTROL_TOKENS = (IM_START, IM_END, IMG_START, IMG_END, IMG_CONTEXT)
 #: Tokens that belong to the text itself: a typed `<box>` is the token `<box>`.
 GROUNDING_TOKENS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
+_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "tokenizer_config.json", "chat_template.json", "chat_template.jinja",
+)  # fmt: skip
 
 
 def whole_text(text: str) -> str:
@@ -45,26 +51,13 @@ def whole_text(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
-
-
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
     """A checkpoint's tokenizer; made by `load_tokenizer`.
 
     Attributes:
         folder: where its files are; `save` copies them from there.
-        backend: the vocabulary proper.
+        pipeline: the vocabulary proper.
         added: every added token and its id. They override vocabulary entries of the same id.
         special: the added tokens `decode` leaves out on request.
         bos_id: the token every prompt starts with; None when this tokenizer adds none.
@@ -74,13 +67,13 @@ class Tokenizer:
     """
 
     folder: Path
-    backend: Backend
+    pipeline: Pipeline
     added: Mapping[str, int]
     special: frozenset[str]
     bos_id: int | None
     eos_id: int | None
     pad_id: int
-    vocab_size: int = field(init=False)
+    vocab_size: int
     _in_text: re.Pattern[str] | None = field(init=False, repr=False)
     _forbidden: frozenset[int] = field(init=False, repr=False)
     _added_by_id: Mapping[int, str] = field(init=False, repr=False)
@@ -92,9 +85,8 @@ class Tokenizer:
         # Text must not come out as any id of the table by way of the vocabulary either: as
         # sentencepiece's [UNUSED_TOKEN_146], whose id InternLM2 gave to <|im_start|>, or as a
         # BPE merge of "</" and "s>". The unknown token is the one it may need.
-        forbidden = set(self.added.values()) - {self.backend.unk_id}
+        forbidden = set(self.added.values()) - {self.pipeline.unk_id}
         derived = {
-            "vocab_size": max(self.backend.size, max(self.added.values(), default=-1) + 1),
             "_in_text": re.compile(f"({pattern})") if pattern else None,
             "_forbidden": frozenset(forbidden),
             "_added_by_id": {i: token for token, i in self.added.items()},
@@ -128,12 +120,12 @@ class Tokenizer:
         return ids
 
     def _encode_plain(self, text: str) -> list[int]:
-        ids = self.backend.encode(text) if text else []
+        ids = self.pipeline.encode(text) if text else []
         if self._forbidden.isdisjoint(ids):
             return ids
         safe: list[int] = []
-        for i, piece in self.backend.encode_with_text(text):
-            safe += self.backend.spell(piece) if i in self._forbidden else [i]
+        for i, piece in self.pipeline.encode_with_text(text):
+            safe += self.pipeline.spell(piece) if i in self._forbidden else [i]
         return safe
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -145,9 +137,9 @@ class Tokenizer:
             if token is None:
                 run.append(i)
             elif not (skip_special_tokens and (token in self.special or token in CONTROL_TOKENS)):
-                parts += [self.backend.decode(run), token]
+                parts += [self.pipeline.decode(run), token]
                 run = []
-        return "".join([*parts, self.backend.decode(run)])
+        return "".join([*parts, self.pipeline.decode(run)])
 
     def token_id(self, token: str) -> int:
         """The id of one token.
@@ -157,7 +149,7 @@ class Tokenizer:
         """
         i = self.added.get(token)
         if i is None:
-            i = self.backend.find(token)
+            i = self.pipeline.find(token)
             if i is None or i in self._added_by_id:
                 raise ValueError(
                     f"the tokenizer in {self.folder} has no token {token!r}; use the tokenizer "
@@ -199,7 +191,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Copy the tokenizer's own files, byte for byte, into a folder (made if needed)."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if folder.resolve() == self.folder.resolve():
             return
         sources = [self.folder / name for name in _FILES]
@@ -209,7 +201,7 @@ class Tokenizer:
         if not present:
             raise ValueError(f"the tokenizer files have gone from {self.folder}; restore them")
         for source in present:
-            shutil.copyfile(source, folder / source.name)
+            copy_file(source, folder / source.name)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -224,148 +216,35 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         ValueError: no tokenizer there, a damaged file, or files that contradict each other.
     """
     folder = Path(folder)
-    config: dict[str, Any] = _read_json(folder / "special_tokens_map.json")
-    config |= _read_json(folder / "tokenizer_config.json")
-    table = _AddedTokens(folder)
-    if (folder / "tokenizer.json").is_file():
-        description = _read_json(folder / "tokenizer.json")
-        backend: Backend = BPEBackend.from_json(description, str(folder / "tokenizer.json"))
-        listed = description.get("added_tokens") or []
-        for entry in _listed(folder / "tokenizer.json", listed, list):
-            flags = entry if isinstance(entry, dict) else {}
-            table.add(flags.get("content"), flags.get("id"), flags, "tokenizer.json")
-        template = _single_template(description.get("post_processor"))
-        first = None if not template else template[0].get("SpecialToken", {}).get("id")
-        bos = first if template is not None else _bos_of(config, default=False)
-    elif (folder / "tokenizer.model").is_file():
-        pieces = SentencePieceBackend(folder / "tokenizer.model")
-        backend = pieces
-        for token, i in pieces.control_pieces().items():
-            table.add(token, i, {"special": True}, "tokenizer.model")
-        for name, default in (("bos_token", "<s>"), ("eos_token", "</s>")):
-            config.setdefault(name, default)
-        bos = _bos_of(config, default=True)
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        backend = BPEBackend.from_vocab_and_merges(folder / "vocab.json", folder / "merges.txt")
-        bos = _bos_of(config, default=False)
-    else:
+    files = read_tokenizer_files(folder)
+    if files is None:
         raise ValueError(
             f"{folder} holds no tokenizer; it needs tokenizer.json, tokenizer.model, or "
             "vocab.json with merges.txt"
         )
-    listed = config.get("added_tokens_decoder") or {}
-    for i, entry in _listed(folder / "tokenizer_config.json", listed, dict).items():
-        flags = entry if isinstance(entry, dict) else {"content": entry}
-        table.add(flags.get("content"), token_number(i), flags, "tokenizer_config.json")
-    for token, i in _read_json(folder / "added_tokens.json").items():
-        table.add(token, i, {}, "added_tokens.json")
-
-    named = {name: _content(config.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")}
-    extra = []
-    for field_name in ("additional_special_tokens", "extra_special_tokens"):
-        listed = config.get(field_name) or []
-        listed = listed.values() if isinstance(listed, dict) else listed
-        extra += [_content(token) for token in listed]
-    table.declare_special(filter(None, [bos, *named.values(), *extra]), backend)
-
-    ids = {name: table.ids.get(token) for name, token in named.items() if token}
-    if bos is not None and bos not in table.ids:
-        raise ValueError(
-            f"the tokenizer in {folder} puts {bos!r} in front of every prompt but has no such "
-            "token; add it to added_tokens.json or set add_bos_token to false"
-        )
-    candidates = (ids.get("pad"), ids.get("eos"), table.ids.get(IM_END), 0)
+    pipeline = Pipeline.of(files)
+    for token, entry in files.added.items():
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if entry[flag] and token in CONTROL_TOKENS + GROUNDING_TOKENS:
+                raise ValueError(
+                    f"the tokenizer in {folder} sets {flag} for {token!r}; InternVL prompts keep "
+                    "the text around tokens as it is: set it to false"
+                )
+    added = {
+        token: entry["id"]
+        for token, entry in files.added.items()
+        if entry["special"] or not files.is_user_defined(token)  # which are the pipeline's own
+    }
+    eos_id, pad_id = (added.get(files.named(f"{name}_token") or "") for name in ("eos", "pad"))
+    candidates = (pad_id, eos_id, added.get(IM_END), 0)
     return Tokenizer(
         folder=folder,
-        backend=backend,
-        added=table.ids,
-        special=frozenset(table.special),
-        bos_id=None if bos is None else table.ids[bos],
-        eos_id=ids.get("eos"),
+        pipeline=pipeline,
+        added=added,
+        # A file may declare an ordinary character special, such as "!": still text.
+        special=frozenset(t for t, entry in files.added.items() if entry["special"] and len(t) > 1),
+        bos_id=files.find(files.bos),
+        eos_id=eos_id,
         pad_id=next(i for i in candidates if i is not None),
+        vocab_size=files.size,
     )
-
-
-class _AddedTokens:
-    """The added tokens of a folder, gathered from the files that list them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.ids: dict[str, int] = {}
-        self._by_id: dict[int, str] = {}  # the same, the other way round
-        self.special: set[str] = set()
-
-    def add(self, token: Any, i: Any, flags: Mapping[str, Any], source: str) -> None:
-        """Enter one token; a later source takes over ids, never changes a token's own id."""
-        if not (isinstance(token, str) and token and type(i) is int and 0 <= i <= MOST):
-            raise ValueError(
-                f"{self.folder / source}: an added token is {token!r:.60} with id {i!r:.40}, not a "
-                f"text with a whole number up to {MOST}; restore the published file"
-            )
-        if self.ids.get(token, i) != i:
-            raise ValueError(
-                f"the tokenizer files in {self.folder} disagree on {token!r}: {source} gives it "
-                f"id {i}, another file {self.ids[token]}; restore the published files"
-            )
-        if token in CONTROL_TOKENS + GROUNDING_TOKENS:
-            for flag in ("lstrip", "rstrip", "single_word"):
-                if flags.get(flag):
-                    raise ValueError(
-                        f"{source} in {self.folder} sets {flag} for {token!r}; InternVL prompts "
-                        "keep the text around tokens as it is: set it to false"
-                    )
-        other = self._by_id.get(i, token)
-        if other != token:
-            del self.ids[other]
-            self.special.discard(other)
-        self.ids[token], self._by_id[i] = i, token
-        if flags.get("special"):
-            self.declare_special([token], None)
-
-    def declare_special(self, names: Iterable[str], backend: Backend | None) -> None:
-        """Mark tokens special, entering those so far known to the vocabulary alone."""
-        for token in names:
-            # A file may name an ordinary character, such as "!", as its padding: still text.
-            if len(token) == 1:
-                continue
-            i = self.ids.get(token, None if backend is None else backend.find(token))
-            if i is not None and (token in self.ids or i not in self._by_id):
-                self.ids[token], self._by_id[i] = i, token
-                self.special.add(token)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, {} when there is no such file."""
-    return read_json(path) if path.is_file() else {}
-
-
-def _listed(source: Path, value: Any, kind: type) -> Any:
-    """A list or mapping of added tokens."""
-    if not isinstance(value, kind):
-        raise ValueError(
-            f"{source}: its added tokens are {value!r:.60}, no "
-            f"{'list' if kind is list else 'object'}; restore the published file"
-        )
-    return value
-
-
-def _content(token: Any) -> str | None:
-    """A token's text from either form files use: a string or an object with `content`."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _bos_of(config: Mapping[str, Any], *, default: bool) -> str | None:
-    """The BOS token, if the configuration says that one is added."""
-    adds = config.get("add_bos_token")
-    adds = default if adds is None else adds
-    return _content(config.get("bos_token")) if adds else None
-
-
-def _single_template(step: Any) -> list[dict[str, Any]] | None:
-    """The items a tokenizer.json puts around one text; None when it has no template."""
-    if not isinstance(step, dict):
-        return None
-    if step.get("type") == "Sequence":
-        found = map(_single_template, step.get("processors", []))
-        return next((template for template in found if template is not None), None)
-    return step.get("single") if step.get("type") == "TemplateProcessing" else None

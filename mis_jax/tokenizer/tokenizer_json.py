@@ -6,18 +6,16 @@ tokens are those of the source. One thing differs: a piece that an added token t
 as InternLM2's `[UNUSED_TOKEN_145]`, is text like any other.
 
 Source: `tokenization_internlm2.py` in OpenGVLab/InternVL,
-`internvl_chat/internvl/model/internlm2/`; transformers' `convert_slow_tokenizer.py` for the
-pipeline.
+`internvl_chat/internvl/model/internlm2/`.
 """
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
-from mis_jax.tokenizer.files import TokenizerFiles, single_template
-from mis_jax.tokenizer.sentencepiece import Kind, SentencePieceFile
+import tokenizers
 
-_SPACE = "\u2581"  # how sentencepiece writes a space
+from mis_jax.tokenizer.files import TokenizerFiles, single_template
+from mis_jax.tokenizer.pipeline import plain_tokenizer
 
 
 def tokenizer_json(files: TokenizerFiles, rows: int) -> str | None:
@@ -31,15 +29,8 @@ def tokenizer_json(files: TokenizerFiles, rows: int) -> str | None:
     Raises:
         ValueError: files that make no tokenizer.
     """
-    import tokenizers
-
     added = [entry for entry in files.added.values() if entry["id"] < rows]
     bos, bos_id = files.bos, files.find(files.bos)
-    if bos is not None and bos_id is None:
-        raise ValueError(
-            f"{files.folder}: tokenizer_config.json puts {bos!r} in front of every prompt, but "
-            "there is no such token; add it to added_tokens.json or set add_bos_token to false"
-        )
     if files.description is not None:
         present = sorted(files.description.get("added_tokens") or [], key=lambda e: e["id"])
         templated = single_template(files.description.get("post_processor")) is not None
@@ -48,8 +39,7 @@ def tokenizer_json(files: TokenizerFiles, rows: int) -> str | None:
         description = dict(files.description)
     else:
         templated = False
-        plain = _sentencepiece(files.pieces) if files.pieces else _qwen(files)
-        description = json.loads(plain.to_str())
+        description = json.loads(plain_tokenizer(files).to_str())
         # "normalized" would have the tokens' own text go through the normaliser before the match.
         added = [entry | {"normalized": False} for entry in added]
     model = description["model"]
@@ -73,58 +63,6 @@ def tokenizer_json(files: TokenizerFiles, rows: int) -> str | None:
     return result.to_str(pretty=True)
 
 
-def _sentencepiece(model: SentencePieceFile) -> Any:
-    """A pipeline that gives the ids of a sentencepiece BPE."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
-    pieces = model.pieces
-    byte_fallback = any(piece.kind == Kind.BYTE for piece in pieces)
-    unknown = next((piece.text for piece in pieces if piece.kind == Kind.UNKNOWN), None)
-    result = Tokenizer(
-        models.BPE(
-            {piece.text: i for i, piece in enumerate(pieces)},
-            _merges({piece.text: piece.score for piece in pieces if piece.kind == Kind.NORMAL}),
-            unk_token=unknown,
-            fuse_unk=True,
-            byte_fallback=byte_fallback,
-        )
-    )
-    spaces = normalizers.Replace(" ", _SPACE)
-    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if model.add_dummy_prefix:
-        spaces = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces])
-        steps.append(decoders.Strip(" ", 1, 0))
-    result.normalizer = spaces
-    result.decoder = decoders.Sequence(steps)
-    return result
-
-
-def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, the best piece first, as sentencepiece has it."""
-    merges: list[tuple[str, str]] = []
-    for piece in sorted(scores, key=scores.__getitem__, reverse=True):
-        ways = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
-        merges += [(left, right) for left, right in ways if left in scores and right in scores]
-    return merges
-
-
-def _qwen(files: TokenizerFiles) -> Any:
-    """Qwen's pipeline, as transformers builds it, over the checkpoint's vocabulary."""
-    from tokenizers import models
-    from transformers import Qwen2Tokenizer
-
-    vocab, merges = files.folder / "vocab.json", files.folder / "merges.txt"
-    result = Qwen2Tokenizer().backend_tokenizer
-    try:
-        result.model = models.BPE.from_file(str(vocab), str(merges))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(
-            f"{merges}: does not go with vocab.json ({error}); download both again"
-        ) from error
-    result.post_processor = None
-    return result
-
-
 def _with_added(
     vocab: dict[str, int], merges: list[Any], added: list[dict[str, Any]]
 ) -> dict[str, Any]:
@@ -133,25 +71,23 @@ def _with_added(
     An added token in the vocabulary has its id there; one that is not gets the next free one.
     """
     ids = {entry["content"]: entry["id"] for entry in added}
-    taken = set(ids.values())
-    kept = {
+    added_ids = set(ids.values())
+    pieces = {
         piece: i
         for piece, i in vocab.items()
-        if ids.get(piece) == i or (i not in taken and piece not in ids)
+        if ids.get(piece) == i or (i not in added_ids and piece not in ids)
     }
-    outside = sorted(i for token, i in ids.items() if token not in kept)
-    if len(kept) < len(vocab) or outside != [*range(len(kept), len(kept) + len(outside))]:
-        kept |= ids
+    outside = sorted(i for token, i in ids.items() if token not in pieces)
+    if len(pieces) < len(vocab) or outside != [*range(len(pieces), len(pieces) + len(outside))]:
+        pieces |= ids
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    pairs = [pair for pair in pairs if {*pair, "".join(pair)} <= kept.keys()]
-    return {"vocab": kept, "merges": pairs}
+    pairs = [pair for pair in pairs if {*pair, "".join(pair)} <= pieces.keys()]
+    return {"vocab": pieces, "merges": pairs}
 
 
 def _with_bos(step: Any, bos: str, i: int) -> Any:
     """A post-processor that puts BOS in front, after what the tokenizer did already."""
-    from tokenizers import processors
-
-    template = processors.TemplateProcessing(
+    template = tokenizers.processors.TemplateProcessing(
         single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, i)]
     )
-    return template if step is None else processors.Sequence([step, template])
+    return template if step is None else tokenizers.processors.Sequence([step, template])

@@ -32,7 +32,6 @@ from mis_jax.train import lora
 from mis_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from mis_jax.train.step import (
     Parameters,
-    StepOptions,
     TrainState,
     TrainStep,
     make_train_step,
@@ -62,16 +61,16 @@ class TrainProgram:
     model: InternVLConfig
     transform: optax.GradientTransformation
 
-    def batch(self, rows: int, length: int, tiles_per_row: int, tile_size: int) -> Batch:
-        """Shapes and shardings of a step's batch of `rows` rows in all."""
-        micro = self.config.train.micro_batch or rows
+    def batch(self, sequences: int, length: int, tiles_per_sequence: int, tile_size: int) -> Batch:
+        """Shapes and shardings of a step's batch of so many `sequences` in all."""
+        micro = self.config.train.micro_batch or sequences
         sharding = batch_sharding(self.mesh, accumulated=True)
 
         def shape(*sides: int, dtype: Any) -> Any:
-            return jax.ShapeDtypeStruct((rows // micro, *sides), dtype, sharding=sharding)
+            return jax.ShapeDtypeStruct((sequences // micro, *sides), dtype, sharding=sharding)
 
         ids = shape(micro, length, dtype=jnp.int32)
-        tiles = micro * tiles_per_row
+        tiles = micro * tiles_per_sequence
         return Batch(
             input_ids=ids,
             positions=ids,
@@ -161,18 +160,15 @@ def make_train_program(
     if config.optimizer.offload:
         hosted = jax.tree.map(_in_host_memory, state.optimizer)
         state = replace(state, optimizer=hosted)
-    options = StepOptions(
-        loss_chunk=config.train.loss_chunk,
-        sum_dtype=jnp.dtype(config.dtype.gradients),
-        sum_in_layers=_summed_in_layers(config, model),
-        spike=config.train.spike,
-        seed=config.seed,
+    step = make_train_step(
+        lambda values: nnx_state.build(model, values, **how),
+        transform,
+        schedule,
+        config,
         shardings=jax.tree.map(lambda x: x.sharding, state),
         device_moments=moments if config.optimizer.offload else None,
-        compiler=_CPU_COMPILER if mesh.devices.flat[0].platform == "cpu" else None,
-    )
-    step = make_train_step(
-        lambda values: nnx_state.build(model, values, **how), transform, schedule, options
+        sum_in_layers=_summed_in_layers(config, model),
+        compiler_options=_CPU_COMPILER if mesh.devices.flat[0].platform == "cpu" else None,
     )
     return TrainProgram(step, state, mesh, config, model, transform)
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from mis_jax.checkpoint.adapter_files import write_adapter
 from mis_jax.checkpoint.load import OpenCheckpoint, load
 from mis_jax.checkpoint.mapping import Layout
+from mis_jax.checkpoint.peft.files import write_adapter
 from mis_jax.checkpoint.run_checkpoint import adapter_of
 from mis_jax.config import RunConfig
 from mis_jax.model.lora import is_adapter, quantise

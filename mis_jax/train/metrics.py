@@ -1,17 +1,21 @@
-"""One writer of a run's numbers: metrics.jsonl, samples.jsonl, TensorBoard, Weights & Biases."""
+"""A run's numbers: its rates, and one writer of its logs, of TensorBoard and of W&B."""
 
-import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import jax
 from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from mis_jax.parsing import parse_json
-from mis_jax.storage.folders import replace_file
+from mis_jax import flops
+from mis_jax.config import RunConfig
+from mis_jax.model.config import InternVLConfig
+from mis_jax.storage.files import make_folder, read_text, replace_file
+from mis_jax.storage.jsonl import AppendLog, Entry
 
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 BOARD_FOLDER = "tensorboard"
@@ -25,12 +29,15 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, *, after_step: int, project: str | None = None):
+        def earlier(line: Entry) -> bool:
+            step = line.get("step")
+            return isinstance(step, int) and step <= after_step
+
         self._site = None if project is None else _Site(folder, project)
-        self._files: dict[str, IO[str]] = {}
-        for name in LOG_FILES:
-            path = folder / name
-            _keep_until(path, after_step)
-            self._files[name] = path.open("a", encoding="utf-8")
+        self._logs = {
+            name: AppendLog(folder / name, durable=False, damaged="skip", keep=earlier).begin()
+            for name in LOG_FILES
+        }
         self._board = _Board(folder / BOARD_FOLDER, after_step)
 
     def __enter__(self) -> "MetricsLog":
@@ -39,7 +46,7 @@ class MetricsLog:
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         if self._site:
             self._site.close(failed=failure is not None)
-        for file in (*self._files.values(), self._board):
+        for file in (*self._logs.values(), self._board):
             try:
                 file.close()
             except OSError:  # what can no longer be flushed must not hide the first failure
@@ -58,17 +65,14 @@ class MetricsLog:
         A number that is not finite is null, as JSON has no word for it.
         """
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        self._line("metrics.jsonl", {"step": step} | dict.fromkeys(metrics) | finite)
         left_out = {"skipped": list(skipped)} if skipped else {}
-        self._line("samples.jsonl", {"step": step, "ids": list(ids), **left_out})
+        numbers = {"step": step} | dict.fromkeys(metrics) | finite
+        # Whoever watches the run sees every step, and a kill loses none.
+        self._logs["metrics.jsonl"].append([numbers])
+        self._logs["samples.jsonl"].append([{"step": step, "ids": list(ids), **left_out}])
         self._board.write(step, finite)
         if self._site:
             self._site.write(step, finite)
-
-    def _line(self, name: str, content: Mapping[str, Any]) -> None:
-        file = self._files[name]
-        file.write(json.dumps(content) + "\n")
-        file.flush()  # whoever watches the run sees every step, and a kill loses none
 
 
 class _Board:
@@ -82,7 +86,7 @@ class _Board:
         event: Any = event_pb2  # protobuf makes the classes at run time
         summary: Any = summary_pb2
         self._event, self._summary = event.Event, summary.Summary
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         # A suffix, as two sessions may begin within the second that the file's name tells.
         self._writer = event_file_writer.EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         start = event.SessionLog(status=event.SessionLog.START)  # drops what an older one went past
@@ -115,7 +119,7 @@ class _Site:
         if not name.exists():
             replace_file(name, wandb.util.generate_id() + "\n")
         self._run = wandb.init(
-            project=project, id=name.read_text().strip(), resume="allow", dir=str(folder)
+            project=project, id=read_text(name).strip(), resume="allow", dir=str(folder)
         )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -125,16 +129,46 @@ class _Site:
         self._run.finish(exit_code=int(failed))
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop lines of later steps, and a line that was torn by a kill."""
-    if not path.exists():
-        return
-    kept = []
-    # Only "\n" ends a line: str.splitlines() would also cut at U+2028, which an id may hold.
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            if parse_json(line, finite=False)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    replace_file(path, "".join(kept))
+@dataclass(frozen=True)
+class ThroughputMeter:
+    """Rates of a run. `peak` is what all its devices can compute a second; None if not known."""
+
+    config: RunConfig
+    model: InternVLConfig
+    peak: float | None
+
+    @classmethod
+    def of(cls, config: RunConfig, model: InternVLConfig, devices: list[Any]) -> "ThroughputMeter":
+        chip = flops.chip_of(devices[0].device_kind)
+        return cls(config, model, None if chip is None else chip.device_peak * len(devices))
+
+    def rates(
+        self, counts: Mapping[str, float], samples: int, positions: int, seconds: float
+    ) -> dict[str, float]:
+        """What is logged of a step beside its own numbers.
+
+        `counts` has `tokens`, `tiles` and `squares` (of the samples' lengths, summed); `positions`
+        is how many tokens its rows could hold. MFU counts the vision tower, causal attention as
+        half, and the backward pass of what is trained alone; nothing that is computed again.
+        """
+        lora = self.config.lora
+        work = flops.forward(
+            self.model,
+            tokens=counts["tokens"],
+            tiles=counts["tiles"],
+            squares=counts["squares"],
+        )
+        operations = flops.training(
+            work, self.config.train.freeze, lora_on=lora.targets if lora.rank else ()
+        )
+        rates = {
+            "tokens_per_second": counts["tokens"] / seconds,
+            "samples_per_second": samples / seconds,
+            "useful_tokens": counts["tokens"] / positions,
+            "tflops_per_second": operations / seconds / 1e12,
+        }
+        if self.peak is not None:
+            rates["mfu"] = operations / seconds / self.peak
+        if memory := jax.local_devices()[0].memory_stats():  # None on a CPU
+            rates["memory_gib"] = memory["peak_bytes_in_use"] / flops.GIB
+        return rates

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from mis_jax.config import DtypeConfig, OptimizerConfig
-from mis_jax.train import global_norm
+from mis_jax.model import xla_cpu
 from mis_jax.train.stochastic_rounding import stored_like
 
 
@@ -112,7 +113,7 @@ def _clip(largest: float) -> optax.GradientTransformationExtraArgs:
 
     def clipped(updates, state, params=None, *, norm=None, **_):
         del params
-        length = global_norm.norm(updates) if norm is None else norm
+        length = global_norm(updates) if norm is None else norm
         factor = jnp.minimum(largest / jnp.maximum(length, 1e-30), 1.0)
         return jax.tree.map(lambda u: u * factor, updates), state
 
@@ -136,3 +137,19 @@ def _scale_parts(config: OptimizerConfig) -> optax.GradientTransformation:
         return result
 
     return optax.stateless(scaled)
+
+
+def sum_of_squares(x: Float[Array, "*shape"]) -> Float[Array, ""]:
+    """Of all numbers of an array, in float32."""
+    if x.size < 2**20:
+        return _at_once(x)
+    return jax.lax.platform_dependent(x, cpu=xla_cpu.sum_of_squares, default=_at_once)
+
+
+def global_norm(tree: Any) -> Float[Array, ""]:
+    """Length of all arrays of a tree as one vector, in float32."""
+    return jnp.sqrt(sum(map(sum_of_squares, jax.tree.leaves(tree)), jnp.zeros(())))
+
+
+def _at_once(x: Array) -> Array:
+    return jnp.sum(jnp.square(x.astype(jnp.float32)))

@@ -14,14 +14,10 @@ from mis_jax.config import RunConfig, changed_fields, config_text, load_config
 from mis_jax.data.loader import BAD_SAMPLES, MIXTURE, SURVEY
 from mis_jax.parallel import processes
 from mis_jax.parallel.processes import CHECKPOINTS
-from mis_jax.storage.folders import (
-    destination_path,
-    local_path,
-    newest_step,
-    remove_new,
-    replace_file,
-)
+from mis_jax.storage.files import read_bytes, remove_empty_folder, replace_file
+from mis_jax.storage.folders import remove_new
 from mis_jax.storage.locks import LOCK, Lock, key_of_folder, locked_folder
+from mis_jax.storage.paths import destination_path, local_path, newest_step
 from mis_jax.train.metrics import BOARD_FOLDER, LOG_FILES, SITE_RUN
 from mis_jax.train.profile import FOLDER as PROFILE
 from mis_jax.train.skipped_steps import FOLDER as KEPT_BATCHES
@@ -62,7 +58,7 @@ class RunFolder:
             text = config_text(self._config)
             replace_file(path, f"{_WRITTEN}{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
         else:
-            (self.path / _MARK).write_text(f"A run writes here; {CONFIG} is not its own.\n")
+            replace_file(self.path / _MARK, f"A run writes here; {CONFIG} is not its own.\n")
 
     def check(self) -> None:
         """Raise OSError if the folder was moved or removed, or another process took it."""
@@ -137,7 +133,7 @@ def run_folder(config: RunConfig) -> Iterator[RunFolder]:
             folder.take_back()
             lock.release()
             if new:
-                output.rmdir()
+                remove_empty_folder(output)
 
         processes.before_leaving(leave)
         yield folder
@@ -195,7 +191,7 @@ def _check(config: RunConfig, output: Path) -> None:
 
 def _is_ours(path: Path) -> bool:
     """Whether a run wrote this file and nobody has changed it since."""
-    first, _, rest = path.read_bytes().partition(b"\n")
+    first, _, rest = read_bytes(path).partition(b"\n")
     return first.decode(errors="replace") == _WRITTEN + hashlib.sha256(rest).hexdigest()
 
 

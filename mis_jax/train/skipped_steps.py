@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from mis_jax.model.batch import Batch
-from mis_jax.storage.folders import replace_file
+from mis_jax.storage.files import make_folder, remove_file, replace_file, write_arrays
 
 FOLDER = "not_finite"  # in a run's folder
 _KEPT = 10  # newest steps
@@ -23,10 +22,10 @@ def save_skipped_batch(
     Where there are several processes, each writes the rows that it holds.
     """
     folder = output / FOLDER
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     process = f"-process-{jax.process_index()}" if jax.process_count() > 1 else ""
     fields = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
-    np.savez_compressed(folder / f"step-{step}{process}.npz", **fields)
+    write_arrays(folder / f"step-{step}{process}.npz", fields, compressed=True)
     path = folder / f"step-{step}.json"
     if jax.process_index() == 0:
         values = {k: (v if math.isfinite(v) else str(v)) for k, v in metrics.items()}
@@ -40,4 +39,4 @@ def _remove_old(folder: Path) -> None:
     steps = sorted(int(path.stem.split("-")[1]) for path in folder.glob("step-*.json"))
     for step in steps[:-_KEPT]:
         for path in (*folder.glob(f"step-{step}.*"), *folder.glob(f"step-{step}-*")):
-            path.unlink()
+            remove_file(path)

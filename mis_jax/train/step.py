@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from mis_jax.config import Part
+from mis_jax.config import Part, RunConfig
 from mis_jax.model.batch import Batch
 from mis_jax.model.internvl import InternVL
 from mis_jax.model.lora import DROPOUT_KEY
 from mis_jax.model.scan_grad_accum import LayerSums
-from mis_jax.train.global_norm import norm, sum_of_squares
 from mis_jax.train.loss import weighted_loss
+from mis_jax.train.optimizer import global_norm, sum_of_squares
 from mis_jax.train.stochastic_rounding import (
     apply_updates,
     round_stochastically,
@@ -45,20 +45,6 @@ class TrainState:
     grad_norm_ema: Float[Array, ""]  # running mean of the gradient's norm
 
 
-@dataclass(frozen=True)
-class StepOptions:
-    """How a step is computed."""
-
-    loss_chunk: int = 1024  # positions of a row whose logits are held at once
-    sum_dtype: Any = jnp.float32  # of gradients summed over micro-batches
-    sum_in_layers: tuple[str, ...] = ()  # beginnings of names whose sums the backward pass keeps
-    spike: float | None = None  # times the usual norm beyond which a step is left out
-    seed: int = 0  # of drop path and of the adapters' dropout
-    shardings: TrainState | None = None  # sharding of every leaf; None leaves them to the compiler
-    compiler: dict[str, Any] | None = None  # options of XLA
-    device_moments: Any = None  # sharding of moments at work that wait in host memory
-
-
 def split_parameters(
     parameters: Parameters, freeze: tuple[Part, ...]
 ) -> tuple[Parameters, Parameters]:
@@ -72,15 +58,31 @@ def make_train_step(
     build: Callable[[Parameters], InternVL],
     transform: optax.GradientTransformation,
     schedule: optax.Schedule,
-    options: StepOptions = StepOptions(),
+    config: RunConfig,
+    *,
+    shardings: TrainState | None = None,
+    device_moments: Any = None,
+    sum_in_layers: tuple[str, ...] = (),
+    compiler_options: dict[str, Any] | None = None,
 ) -> TrainStep:
     """A step over micro-batches: every field of `batch` has a leading axis of micro-batches.
 
     Gradients are summed over micro-batches and divided once by the weight of all loss tokens, so a
-    step does not depend on how its rows are cut. A step whose loss or gradient is not finite, or
-    whose gradient is a spike, leaves the state as it was and says so in `finite` and `spike`.
+    step does not depend on how its sequences are cut. A step whose loss or gradient is not finite,
+    or whose gradient is a spike, leaves the state as it was and says so in `finite` and `spike`.
+
+    Args:
+        build: the model of parameters by name.
+        transform: the optimizer.
+        schedule: learning rate by step, for the metrics.
+        config: what the run has set; its mesh and data are not looked at.
+        shardings: sharding of every leaf of the state; without it the compiler chooses.
+        device_moments: sharding, while they are used, of moments that wait in host memory.
+        sum_in_layers: beginnings of the names of parameters whose gradients are summed inside the
+            backward pass.
+        compiler_options: of XLA.
     """
-    shardings = options.shardings
+    sum_dtype, max_spike = jnp.dtype(config.dtype.gradients), config.train.spike
     guarded = optax.with_extra_args_support(transform)
 
     def losses(
@@ -97,7 +99,7 @@ def make_train_step(
             text.table[...],
             batch,
             vocab=text.config.vocab_size,
-            chunk=options.loss_chunk,
+            chunk=config.train.loss_chunk,
             constrain=model.execution.constrain,
             place_table=None if shardings is None else _table_sharding(shardings),
         )
@@ -114,7 +116,7 @@ def make_train_step(
 
     def summed(state: TrainState, batch: Batch):
         """Gradient, loss and weight summed over micro-batches."""
-        key = jax.random.fold_in(jax.random.key(options.seed), state.step)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         count = batch.input_ids.shape[0]
         if count == 1:  # no sum: nothing is held twice
             one = jax.tree.map(lambda field: field[0], batch)
@@ -122,7 +124,7 @@ def make_train_step(
                 state.trainable, {}, state.frozen, one, key, None
             )
             return placed(gradient), total, weight
-        in_layers = {n for n in state.trainable if n.startswith(options.sum_in_layers)}
+        in_layers = {n for n in state.trainable if n.startswith(sum_in_layers)}
         outside = {n: x for n, x in state.trainable.items() if n not in in_layers}
         rest = state.frozen | {n: state.trainable[n] for n in in_layers}
 
@@ -151,9 +153,7 @@ def make_train_step(
             after = stored_like(wide, before, turn, salt=2) | placed(layers)
             return (after, total + loss, weight + loss_weight), None
 
-        zeros = placed(
-            jax.tree.map(lambda p: jnp.zeros(p.shape, options.sum_dtype), state.trainable)
-        )
+        zeros = placed(jax.tree.map(lambda p: jnp.zeros(p.shape, sum_dtype), state.trainable))
         return jax.lax.scan(accumulate, (zeros, 0.0, 0.0), (jnp.arange(count), batch))[0]
 
     def step(state: TrainState, batch: Batch):
@@ -162,16 +162,16 @@ def make_train_step(
         loss = total / weight
         # A product, which XLA computes where it is used: a quotient would be a second gradient.
         share = 1 / weight
-        length = norm(gradient) * share
+        length = global_norm(gradient) * share
         gradient = jax.tree.map(lambda g: g.astype(jnp.float32) * share, gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(length)
         spike = jnp.zeros((), bool)
-        if options.spike is not None:
-            spike = (state.step >= SPIKE_WARMUP) & (length > options.spike * state.grad_norm_ema)
+        if max_spike is not None:
+            spike = (state.step >= SPIKE_WARMUP) & (length > max_spike * state.grad_norm_ema)
         taken = finite & ~spike
         moments = state.optimizer
-        if options.device_moments is not None:
-            moments = jax.device_put(moments, options.device_moments)
+        if device_moments is not None:
+            moments = jax.device_put(moments, device_moments)
         updates, optimizer = guarded.update(
             gradient, moments, state.trainable, taken=taken, norm=length
         )
@@ -205,7 +205,7 @@ def make_train_step(
         step,
         donate_argnums=0,
         out_shardings=None if shardings is None else (shardings, None),
-        compiler_options=options.compiler,
+        compiler_options=compiler_options,
     )
 
 

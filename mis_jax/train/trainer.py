@@ -25,24 +25,23 @@ from mis_jax.parallel.sharding import held_rows, make_mesh, put_batch
 from mis_jax.storage.folders import remove_abandoned
 from mis_jax.storage.locks import Lost
 from mis_jax.train import lora
-from mis_jax.train.bad_samples import (
+from mis_jax.train.compiled_step import make_train_program
+from mis_jax.train.device_prefetch import DevicePrefetcher
+from mis_jax.train.fingerprint import fingerprint
+from mis_jax.train.host_agreement import (
     all_rejected,
+    check_alike,
     failure_of,
     tell_failure,
     tell_rejected,
     unusable,
 )
-from mis_jax.train.compiled_step import make_train_program
-from mis_jax.train.device_prefetch import DevicePrefetcher
-from mis_jax.train.fingerprint import fingerprint
-from mis_jax.train.host_agreement import check_alike
-from mis_jax.train.metrics import MetricsLog
+from mis_jax.train.metrics import MetricsLog, ThroughputMeter
 from mis_jax.train.outcome import FailedRun, Interrupted, Resumable, SavedFailure, Trained
 from mis_jax.train.profile import ProfileWindow
 from mis_jax.train.run_folder import FINAL_MODEL, RunFolder, run_folder
 from mis_jax.train.skipped_steps import save_skipped_batch
 from mis_jax.train.step import TrainState
-from mis_jax.train.throughput import ThroughputMeter
 
 _log = logging.getLogger(__name__)
 _CLOCK_STEPS = 10  # after so many, several processes ask the first one's clock

@@ -20,10 +20,11 @@ from test_lora_peft import (
 )
 from tiny_models import random_batch, random_checkpoint, tiny_config
 
-from mis_jax.checkpoint.adapter_files import official_settings, read_adapter, write_adapter
 from mis_jax.checkpoint.convert import write_checkpoint
 from mis_jax.checkpoint.load import Checkpoint, read_checkpoint
-from mis_jax.checkpoint.lora_peft import (
+from mis_jax.checkpoint.parameter_source import ArrayParameterSource
+from mis_jax.checkpoint.peft.files import official_settings, read_adapter, write_adapter
+from mis_jax.checkpoint.peft.mapping import (
     Adapter,
     Merged,
     adapter_from_tensors,
@@ -31,8 +32,7 @@ from mis_jax.checkpoint.lora_peft import (
     plain_key,
     value_problems,
 )
-from mis_jax.checkpoint.parameter_source import ArrayParameterSource
-from mis_jax.storage.json_fields import Fields
+from mis_jax.storage.json_files import Fields
 
 if sys.version_info >= (3, 12):  # where the project does not install torch
     pytest.importorskip("peft")

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import assert_same, random_checkpoint, tiny_config
 
 from mis_jax.checkpoint.convert import convert, write_checkpoint
-from mis_jax.checkpoint.hf_config_writer import native_json
+from mis_jax.checkpoint.hf.config_writer import native_json
 from mis_jax.checkpoint.load import find_problems, open_checkpoint, read_checkpoint
 
 ATTENTION = "language_model.model.layers.1.self_attn"

@@ -27,9 +27,9 @@ from published_tokenizers import (
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import normalizers
 
-from mis_jax.tokenizer.files import read_tokenizer_files
+from mis_jax.tokenizer.files import CONTROL_TOKENS, read_tokenizer_files
 from mis_jax.tokenizer.sentencepiece import read_sentencepiece
-from mis_jax.tokenizer.tokenizer import CONTROL_TOKENS, load_tokenizer
+from mis_jax.tokenizer.tokenizer import load_tokenizer
 from mis_jax.tokenizer.tokenizer_json import tokenizer_json
 
 ALL = 10**9  # rows enough for every id

@@ -6,8 +6,8 @@ import pytest
 from tiny_models import tiny_config
 from transformers import AutoConfig
 
-from mis_jax.checkpoint.hf_config import read_config
-from mis_jax.checkpoint.hf_config_writer import native_json, processor_files, published_json
+from mis_jax.checkpoint.hf.config import read_config
+from mis_jax.checkpoint.hf.config_writer import native_json, processor_files, published_json
 from mis_jax.model.family import FAMILY
 
 

@@ -19,12 +19,12 @@ from transformers import (
     processing_utils,
 )
 
-from mis_jax.checkpoint.hf_config_writer import native_json, published_json
-from mis_jax.checkpoint.hf_files import write_companions
+from mis_jax.checkpoint.hf.config_writer import native_json, published_json
+from mis_jax.checkpoint.hf.files import write_companions
 from mis_jax.data.processor import Processor
 from mis_jax.model.config import InternVLConfig, TextConfig, VisionConfig
-from mis_jax.tokenizer.files import tokenizer_problems
-from mis_jax.tokenizer.tokenizer import CONTROL_TOKENS, load_tokenizer
+from mis_jax.tokenizer.files import CONTROL_TOKENS, tokenizer_problems
+from mis_jax.tokenizer.tokenizer import load_tokenizer
 
 pytest.importorskip("torch")  # transformers' image processing returns its tensors
 

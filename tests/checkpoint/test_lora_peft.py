@@ -12,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import KINDS, tiny_config
 
 from mis_jax.checkpoint import nnx_state
-from mis_jax.checkpoint.adapter_files import official_settings, read_adapter, write_adapter
-from mis_jax.checkpoint.lora_peft import (
+from mis_jax.checkpoint.parameter_source import ArrayParameterSource
+from mis_jax.checkpoint.peft.files import official_settings, read_adapter, write_adapter
+from mis_jax.checkpoint.peft.mapping import (
     LoraPair,
     Merged,
     adapter_from_tensors,
@@ -22,9 +23,8 @@ from mis_jax.checkpoint.lora_peft import (
     pair_at,
     plain_key,
 )
-from mis_jax.checkpoint.parameter_source import ArrayParameterSource
 from mis_jax.model.family import published
-from mis_jax.storage.json_fields import Fields
+from mis_jax.storage.json_files import Fields
 
 Q, K, V = (f"text.layers.block.attention.{part}.kernel" for part in "qkv")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -17,7 +17,8 @@ from mis_jax.checkpoint.native import DIGESTS
 from mis_jax.cli.main import main
 from mis_jax.quickstart import BASE_MODEL
 from mis_jax.storage.folders import NOTICE
-from mis_jax.storage.hashing import changed_files, file_digest, files_below
+from mis_jax.storage.hashing import changed_files, file_digest
+from mis_jax.storage.paths import files_below
 
 REFUSED = r"is not what was saved; restore it from a copy or convert"
 

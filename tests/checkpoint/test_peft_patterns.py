@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mis_jax.checkpoint.peft_patterns import name_pattern
+from mis_jax.checkpoint.peft.patterns import name_pattern
 
 NAMES = [
     "q_proj", "model.layers.0.self_attn.q_proj", "model.layers.11.self_attn.k_proj", "xq_proj",

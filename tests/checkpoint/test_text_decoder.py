@@ -10,8 +10,8 @@ from guard_world import write_guard, write_tensors
 from safetensors.numpy import load_file
 from tiny_models import tiny_config
 
-from mis_jax.checkpoint.hf_config import read_config
-from mis_jax.checkpoint.hf_config_writer import native_json, published_json
+from mis_jax.checkpoint.hf.config import read_config
+from mis_jax.checkpoint.hf.config_writer import native_json, published_json
 from mis_jax.checkpoint.text_decoder import load_decoder, read_decoder_config
 from mis_jax.model.config import Llama3Scaling
 from mis_jax.model.layers import rotary_angles

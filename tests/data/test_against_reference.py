@@ -18,7 +18,7 @@ from PIL import Image
 from tiny_world import run_config
 from transformers import Qwen2Tokenizer
 
-from mis_jax.checkpoint.hf_config import read_config
+from mis_jax.checkpoint.hf.config import read_config
 from mis_jax.data.loader import TrainingData
 from mis_jax.data.processor import Processor
 from mis_jax.model.family import published
@@ -183,4 +183,4 @@ def test_batches_are_those_of_the_specification(world, packing, length, tmp_path
     iterator.close()
     assert sorted(seen) == sorted(CASES)
     assert (fullest > 1) is packing
-    assert [data.rows[i].id for i in np.flatnonzero(data.survey.cut)] == ["truncated"]
+    assert [data.annotations[i].id for i in np.flatnonzero(data.survey.cut)] == ["truncated"]

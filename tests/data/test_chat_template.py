@@ -21,7 +21,8 @@ from mis_jax.data.chat_template import (
     render,
     truncate,
 )
-from mis_jax.tokenizer.tokenizer import CONTROL_TOKENS, GROUNDING_TOKENS, Tokenizer, load_tokenizer
+from mis_jax.tokenizer.files import CONTROL_TOKENS
+from mis_jax.tokenizer.tokenizer import GROUNDING_TOKENS, Tokenizer, load_tokenizer
 
 BOS = "<s>"
 TOKENS = [BOS, *CONTROL_TOKENS, *GROUNDING_TOKENS]

@@ -19,7 +19,7 @@ EXAMPLES = [example("a", 7, 4, 3, 1), example("b", 3, 0, 0, 2), example("c", 8, 
 
 
 def batch(**changes):
-    settings = dict(length=8, tiles_per_row=4, image_size=SIZE, pad_id=99)
+    settings = dict(length=8, tiles_per_sequence=4, image_size=SIZE, pad_id=99)
     return collate([[one] for one in EXAMPLES], **(settings | changes))
 
 
@@ -50,7 +50,7 @@ def test_a_row_owns_its_tile_slots():
 
 
 def test_no_tiles_at_all():
-    made = collate([[EXAMPLES[1]]], length=4, tiles_per_row=0, image_size=SIZE, pad_id=0)
+    made = collate([[EXAMPLES[1]]], length=4, tiles_per_sequence=0, image_size=SIZE, pad_id=0)
     assert made.tiles.shape == (0, SIZE, SIZE, 3)
     assert made.tile_mask.shape == (0,)
 
@@ -65,7 +65,7 @@ def test_weights_of_an_answer_of_four_tokens(reduction, weight):
     assert row[row > 0].tolist() == [weight] * 4
 
 
-@pytest.mark.parametrize("changes", [dict(length=7), dict(tiles_per_row=2)])
+@pytest.mark.parametrize("changes", [dict(length=7), dict(tiles_per_sequence=2)])
 def test_what_does_not_fit_is_refused_by_name(changes):
     with pytest.raises(ValueError, match=r"sample [ac]: .*do not fit .*data.max_length") as caught:
         batch(**changes)

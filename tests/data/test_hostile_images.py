@@ -420,7 +420,7 @@ class Stored:
         if size:
             self.size = size
 
-    def read_bytes(self) -> bytes:
+    def encoded(self) -> bytes:
         return self.content
 
     def __str__(self) -> str:
@@ -443,7 +443,7 @@ def test_a_picture_that_knows_its_size_is_not_opened():
 
 def test_trouble_in_reading_a_picture_is_told():
     class Broken(Stored):
-        def read_bytes(self) -> bytes:
+        def encoded(self) -> bytes:
             raise OSError("record 7\nis damaged")
 
     assert "(record 7 is damaged)" in refusal(Broken(b""), of_header=True)

@@ -13,8 +13,7 @@ from tiny_world import picture, run_config, sample
 from mis_jax.config import RunConfig
 from mis_jax.data.loader import BAD_SAMPLES, MIXTURE, SURVEY, StepData, TrainingData
 from mis_jax.data.mixture import Annotation
-from mis_jax.data.preprocess import PreprocessSample
-from mis_jax.data.tile_cache import TileCache
+from mis_jax.data.preprocess import PreprocessSample, TileCache
 
 ROWS = 11
 
@@ -158,7 +157,7 @@ def test_packed_rows_hold_whole_samples(config, steps_of, tiny_processor):
     settings = changed(config, **PACKED, train__loss_reduction="square")
     data = TrainingData(settings, tiny_processor)
     render = data.render
-    rows = {row.id: render(row) for row in data.rows}
+    rows = {row.id: render(row) for row in data.annotations}
     for step in steps_of(settings, 4):
         found = iter(step.ids)
         fields = {
@@ -412,7 +411,7 @@ def test_what_a_run_is_made_of_is_written_down(config, tiny_processor, tmp_path)
     assert found["samples"] == 5
     (source,) = found["sources"]
     assert (source["available"], source["used"]) == (11, 5)
-    assert source["ids"] == [row.id for row in made.rows]
+    assert source["ids"] == [row.id for row in made.annotations]
     assert (tmp_path / SURVEY).exists()
 
 
@@ -459,7 +458,7 @@ def test_cached_tiles_of_a_set_that_was_built_again_are_not_believed(tiny_proces
         def __init__(self, content: bytes):
             self.content = content
 
-        def read_bytes(self) -> bytes:
+        def encoded(self) -> bytes:
             return self.content
 
         def __str__(self) -> str:

@@ -10,7 +10,7 @@ import pytest
 from tiny_world import picture, run_config, sample
 
 from mis_jax.data import measure as module
-from mis_jax.data.loader import render_row
+from mis_jax.data.loader import make_preprocess
 from mis_jax.data.measure import save, survey
 from mis_jax.data.mixture import read_sources
 
@@ -39,7 +39,7 @@ def made(tiny_checkpoint, tiny_processor, folder):
     def make(**changes):
         settings = dict(data__max_length=2048, data__max_tiles=6) | changes
         config = run_config(tiny_checkpoint, folder, folder / "run", **settings)
-        return read_sources(config.data.sources, 0), render_row(config, tiny_processor)
+        return read_sources(config.data.sources, 0), make_preprocess(config, tiny_processor)
 
     return make
 

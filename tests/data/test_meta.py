@@ -51,7 +51,7 @@ def test_the_sets_of_a_meta_file(two_sets, monkeypatch):
     }
     source = meta_source(two_sets, sets)
     mixture = read_mixture([source], 0)
-    rows = mixture.rows
+    rows = mixture.annotations
     a = [f"a{i}" for i in range(4)]
     assert [row.id for row in rows] == a + a + ["b0", "b1", "b2"] + a  # int(0.35 * 10) from b
     assert {row.max_tiles for row in rows[:8]} == {3}
@@ -101,7 +101,7 @@ def test_a_wrong_length_is_noted(two_sets, caplog):
         f"{two_sets / 'meta.json'}, set 'x': length is 5, {two_sets / 'a.jsonl'} has 4 samples"
     ]
     assert [record.message for record in caplog.records] == mixture.notes
-    assert len(mixture.rows) == 12
+    assert len(mixture.annotations) == 12
 
 
 BAD_SETS = {

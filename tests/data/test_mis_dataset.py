@@ -1,6 +1,7 @@
 """The published MIS files as one built set: what goes in comes out, and nothing bad goes in."""
 
 import copy
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -18,8 +19,10 @@ from PIL import Image
 from tiny_world import read_lines
 
 from mis_jax import cli
-from mis_jax.data import mis_builder, mis_dataset, verify_images
-from mis_jax.data.mis_dataset import build, is_built, read_built
+from mis_jax.config import Source
+from mis_jax.data.mis import builder, dataset, verify_images
+from mis_jax.data.mis.dataset import build, is_built, read_built
+from mis_jax.data.mixture import read_source
 from mis_jax.storage.locks import LOCK, locked
 
 Rows = list[Any] | dict[str, Any]
@@ -91,10 +94,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def report(root: Path) -> mis_dataset.BuildReport:
+def report(root: Path) -> dataset.BuildReport:
     with pytest.MonkeyPatch.context() as patch:
         # One record a shard in the train split, whose images come to about 11 kB.
-        patch.setattr(mis_builder, "SHARD_BYTES", 1000)
+        patch.setattr(builder, "SHARD_BYTES", 1000)
         patch.setattr(socket.socket, "connect", _no_network)
         patch.setattr(socket, "getaddrinfo", _no_network)
         return build(root, root.parent / "built", workers=1)
@@ -128,7 +131,7 @@ def test_rows_and_images_come_back_in_order_and_to_the_byte(root, report, split)
     for row, images in found:
         assert [image.name for image in images] == names_of(row)
         for image in images:
-            assert image.read_bytes() == (root / image.name).read_bytes()
+            assert image.encoded() == (root / image.name).read_bytes()
             with Image.open(root / image.name) as opened:
                 assert image.size == (image.width, image.height) == opened.size
     row, images = found[-1]
@@ -187,7 +190,7 @@ def test_is_built_knows_its_own_sets(root, report, tmp_path):
 def test_listing_a_set_imports_no_tfds(report):
     program = (
         "import sys; from pathlib import Path; import mis_jax.data.mixture\n"
-        "from mis_jax.data.mis_dataset import is_built, read_built\n"
+        "from mis_jax.data.mis.dataset import is_built, read_built\n"
         "assert is_built(Path(sys.argv[1])) and read_built(Path(sys.argv[1]), 'train')\n"
         "print([m for m in ('tensorflow_datasets', 'array_record', 'jax') if m in sys.modules])"
     )
@@ -200,27 +203,27 @@ def test_images_are_read_in_spawned_processes(root, report):
     images = read_built(report.out, "train")[0][1]
     assert pickle.loads(pickle.dumps(images)) == images
     wanted = [(root / image.name).read_bytes() for image in images]
-    assert [image.read_bytes() for image in images] == wanted
+    assert [image.encoded() for image in images] == wanted
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.map(mis_dataset.RecordImage.read_bytes, images) == wanted
+        assert pool.map(dataset.RecordImage.encoded, images) == wanted
 
 
 def test_a_fork_after_reading_is_refused_and_does_not_hang(report, monkeypatch):
     picture = read_built(report.out, "train")[0][1][0]
-    picture.read_bytes()
+    picture.encoded()
     monkeypatch.setattr(os, "getpid", lambda: -1)
     with pytest.raises(RuntimeError, match="'spawn'"):
-        picture.read_bytes()
+        picture.encoded()
 
 
 def test_a_sample_s_record_is_read_once(report, monkeypatch):
     asked = []
-    source = mis_dataset._data_source
-    monkeypatch.setattr(mis_dataset, "_data_source", lambda *key: asked.append(key) or source(*key))
-    mis_dataset._last.__dict__.clear()
+    source = dataset._data_source
+    monkeypatch.setattr(dataset, "_data_source", lambda *key: asked.append(key) or source(*key))
+    dataset._last.__dict__.clear()
     for _, images in read_built(report.out, "hard"):
         for picture in images:
-            picture.read_bytes()
+            picture.encoded()
     assert len(asked) == 3
 
 
@@ -245,7 +248,7 @@ def test_a_set_built_again_is_not_read_as_the_old_one(tmp_path):
     contents = []
     for place in ("one", "two"):
         build(root, tmp_path / "built", workers=1)
-        contents.append(read_built(tmp_path / "built", "real")[0][1][0].read_bytes())
+        contents.append(read_built(tmp_path / "built", "real")[0][1][0].encoded())
         (tmp_path / "built").rename(tmp_path / place)
         image(root / "real_image/0/object1.png", 20)
     assert contents[0] != contents[1]
@@ -272,15 +275,17 @@ def damaged(root: Path) -> tuple[Path, dict[tuple[str, int], str]]:
         (root / name).write_bytes(content)
         add(f"image {root / name} ", image=[good["image"][0], name])
     add(f"image {root / 'gone.png'} does not exist", image=["gone.png", good["image"][0]])
-    add("1 image(s) given but 2 image marker(s)", image=good["image"][:1])
+    add("field 'image' names 1 image(s) but the human turns", image=good["image"][:1])
     add("conversations[1].value is an empty answer")["conversations"][1]["value"] = " "
     add("conversations[0].from is 'bot'")["conversations"][0]["from"] = "bot"
     del add("field 'conversations' is missing")["conversations"]
     del add("field 'image' is missing")["image"]
-    add("field 'image' is []", image=[])
+    add("field 'image' is empty", image=[])
+    add("field 'image' is ['']; give a path", image=[""])
+    add("field 'video' is 'a.mp4', and videos are not supported", video="a.mp4")
     add("field 'category' is 5", category=5)
     add("text that UTF-8 cannot store", note="\ud83d")
-    said["train", len(train)] = "the entry is 'stray'"
+    said["train", len(train)] = "expected an object with 'conversations', found 'stray'"
     train.append("stray")
     train.append(copy.deepcopy(good) | {"id": "last"})
     for field, value in (("question", None), ("question", "  "), ("image_path2", None)):
@@ -314,11 +319,28 @@ def test_bad_samples_stop_the_build_and_are_all_listed(tmp_path):
     with pytest.raises(ValueError, match="samples are bad") as stopped:
         build(root, tmp_path / "built", workers=2)
     message = str(stopped.value)
-    assert message.startswith(f"{len(said)} of 19 samples are bad")
+    assert message.startswith(f"{len(said)} of 21 samples are bad")
     assert f"{root}/mis_train.json, row 1: image {root}/cut.png" in message
     assert str(complaint) in message and "--on-bad-sample skip" in message and "\n" not in message
     check_listed(read_lines(complaint), said)
     assert sorted(path.name for path in tmp_path.iterdir()) == [complaint.name, "root"]
+
+
+def test_llama_factory_s_names_are_stored_as_training_reads_them(tmp_path):
+    good = rows_of("train")[0]
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    turns = [{"role": roles[t["from"]], "content": t["value"]} for t in good["conversations"]]
+    other = {k: v for k, v in good.items() if k not in ("image", "conversations")}
+    other |= {"messages": turns, "images": good["image"]}
+    source = Source(kind="mis", root=tmp_path / "root", split="train")
+    write_published(tmp_path / "root", {"train": [good]})
+    (tmp_path / "root" / "mis_train.json").write_text(json.dumps([other]))
+    [trained] = read_source(source)
+    build(tmp_path / "root", tmp_path / "built", workers=1)
+    [stored] = read_source(dataclasses.replace(source, root=tmp_path / "built"))
+    assert trained.problem == stored.problem == ""
+    assert stored.fields == trained.fields == good
+    assert [image.name for image in stored.images] == good["image"]
 
 
 def test_bad_samples_are_skipped_and_listed(tmp_path):
@@ -329,7 +351,7 @@ def test_bad_samples_are_skipped_and_listed(tmp_path):
     check_listed(report.bad, said)
     assert read_lines(tmp_path / "built/mis/1.0.0/bad_samples.jsonl") == report.bad
     assert [row["id"] for row, _ in read_built(tmp_path / "built", "train")] == [30, "last"]
-    assert f"{root}/mis_train.json: 15 samples, the published set has 3927" in report.size_notes
+    assert f"{root}/mis_train.json: 17 samples, the published set has 3927" in report.size_notes
 
 
 def test_a_split_without_a_good_sample_is_left_out(tmp_path):
@@ -349,9 +371,9 @@ def test_a_split_without_a_good_sample_is_left_out(tmp_path):
     [
         (None, "has none of mis_train.json, mis_easy.json, mis_hard.json, mis_real.json"),
         (b"[{", "not valid JSON"),
-        (b"\xff\xfe", "not valid JSON"),
-        (b"[]", "does not hold a list of samples"),
-        (b"3", "does not hold a list of samples"),
+        (b"\xff\xfe", "not UTF-8 text"),
+        (b"[]", "holds no sample"),
+        (b"3", "holds int; expected a list of samples"),
     ],
 )
 def test_folders_that_cannot_be_read_are_refused(tmp_path, content, words):
@@ -421,7 +443,7 @@ def test_damaged_records_are_told(tmp_path):
     with pytest.raises(
         ValueError, match=r"object2\.png \(record 0 of 'real' .* build the set again"
     ):
-        picture.read_bytes()
+        picture.encoded()
     listed = folder / "real.jsonl"
     listed.write_text(listed.read_text() * 2)
     with pytest.raises(ValueError, match="has 2 lines for 1 records"):

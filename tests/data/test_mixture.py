@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from tiny_world import sample
 
-import mis_jax.data
+import mis_jax.data.mis
 from mis_jax.config import Source
-from mis_jax.data.mis_annotations import PUBLISHED_SIZES
+from mis_jax.data.mis.annotations import PUBLISHED_SIZES
 from mis_jax.data.mixture import (
     Annotation,
     annotation_file,
@@ -143,7 +143,7 @@ def test_a_mixture_tells_what_was_chosen(tmp_path):
     write(tmp_path / "mis_train.json", some_rows(3))
     sources = [Source("mis", root=tmp_path), Source("sharegpt", path=path, count=10)]
     mixture = read_mixture(sources, 0)
-    assert mixture.rows == read_sources(sources, 0)
+    assert mixture.annotations == read_sources(sources, 0)
     assert mixture.sources == [
         {
             "file": str(tmp_path / "mis_train.json"),
@@ -156,7 +156,7 @@ def test_a_mixture_tells_what_was_chosen(tmp_path):
             "kind": "sharegpt",
             "available": 50,
             "used": 10,
-            "ids": [row.id for row in mixture.rows[3:]],
+            "ids": [row.id for row in mixture.annotations[3:]],
         },
     ]
     assert json.loads(json.dumps(mixture.sources)) == mixture.sources
@@ -176,8 +176,8 @@ def test_weights_share_an_epoch(tmp_path):
     """40 rows by 3 : 1 are 30 of a set of 8, three copies and 6 more, and 10 of one of 32."""
     sources = weighted(tmp_path, {"a": 8, "b": 32}, 0.75, 0.25)
     mixture = read_mixture(sources, 0)
-    assert len(mixture.rows) == 40
-    drawn = collections.Counter(row.id for row in mixture.rows)
+    assert len(mixture.annotations) == 40
+    drawn = collections.Counter(row.id for row in mixture.annotations)
     assert sum(drawn[f"a{i}"] for i in range(8)) == 30
     assert sorted(drawn[f"a{i}"] for i in range(8)) == [3, 3, 4, 4, 4, 4, 4, 4]
     assert sum(drawn[f"b{i}"] for i in range(32)) == 10 and max(map(drawn.get, drawn)) == 4
@@ -185,11 +185,11 @@ def test_weights_share_an_epoch(tmp_path):
     assert (first["available"], first["used"], first["copies"]) == (8, 30, 3)
     assert (second["available"], second["used"], second["copies"]) == (32, 10, 0)
     assert first["ids"] == [f"a{i}" for i in range(8) if drawn[f"a{i}"] == 4]
-    assert second["ids"] == [row.id for row in mixture.rows[30:]]
-    assert read_sources(sources, 0) == mixture.rows
-    assert read_sources(sources, 1) != mixture.rows
+    assert second["ids"] == [row.id for row in mixture.annotations[30:]]
+    assert read_sources(sources, 0) == mixture.annotations
+    assert read_sources(sources, 1) != mixture.annotations
     doubled = [replace(source, weight=source.weight * 2) for source in sources]
-    assert read_sources(doubled, 0) == mixture.rows  # only their proportion matters
+    assert read_sources(doubled, 0) == mixture.annotations  # only their proportion matters
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_shares_are_rounded_so_that_the_sum_is_kept(tmp_path, sizes, weights, sh
     names = dict(zip("abc", sizes, strict=False))
     mixture = read_mixture(weighted(tmp_path, names, *weights), 0)
     assert tuple(told["used"] for told in mixture.sources) == shares
-    assert len(mixture.rows) == sum(sizes)
+    assert len(mixture.annotations) == sum(sizes)
     assert ["ids" in told for told in mixture.sources] == [
         share % size > 0 for share, size in zip(shares, sizes, strict=True)
     ]
@@ -235,7 +235,7 @@ def test_tiles_and_augmentation_are_those_of_the_source(tmp_path):
 class Stored:
     name: str
 
-    def read_bytes(self) -> bytes:
+    def encoded(self) -> bytes:
         return b""
 
     def __str__(self) -> str:
@@ -244,7 +244,7 @@ class Stored:
 
 @pytest.fixture
 def built(monkeypatch, tmp_path):
-    """A stand-in for `mis_jax.data.mis_dataset`, which holds these samples."""
+    """A stand-in for `mis_jax.data.mis.dataset`, which holds these samples."""
     rows = some_rows(3)
     del rows[2]["id"]
     samples = [(row, tuple(Stored(name) for name in row["image"])) for row in rows]
@@ -253,10 +253,10 @@ def built(monkeypatch, tmp_path):
         assert (root, split) == (tmp_path / "built", "train")
         return samples
 
-    module = types.ModuleType("mis_jax.data.mis_dataset")
+    module = types.ModuleType("mis_jax.data.mis.dataset")
     module.__dict__.update(is_built=lambda root: root.name == "built", read_built=read_built)
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(mis_jax.data, "mis_dataset", module, raising=False)
+    monkeypatch.setattr(mis_jax.data.mis, "dataset", module, raising=False)
     (tmp_path / "built").mkdir()
     return samples
 
@@ -266,12 +266,14 @@ def test_a_built_set_gives_the_rows_of_the_published_files(tmp_path, built):
     published = read_source(Source("mis", root=tmp_path))
     source = Source("mis", root=tmp_path / "built", max_tiles=4, augment=True)
     mixture = read_mixture([source], 0)
-    assert [(row.id, row.fields) for row in mixture.rows] == [
+    assert [(row.id, row.fields) for row in mixture.annotations] == [
         (row.id, row.fields) for row in published
     ]
-    assert [row.images for row in mixture.rows] == [pictures for _, pictures in built]
-    assert {(row.max_tiles, row.augment, row.problem) for row in mixture.rows} == {(4, True, "")}
-    assert mixture.rows[1].where == f"{tmp_path / 'built'}, split train, row 1"
+    assert [row.images for row in mixture.annotations] == [pictures for _, pictures in built]
+    assert {(row.max_tiles, row.augment, row.problem) for row in mixture.annotations} == {
+        (4, True, "")
+    }
+    assert mixture.annotations[1].where == f"{tmp_path / 'built'}, split train, row 1"
     assert mixture.sources[0]["file"] == str(tmp_path / "built")
     assert mixture.notes == [f"{tmp_path / 'built'}: 3 samples, the published set has 3927"]
     with pytest.raises(ValueError, match=r"built: count is 4 but .* 3 samples"):
@@ -458,7 +460,7 @@ def test_bad_entries_do_not_change_what_is_chosen(tmp_path):
     write(tmp_path / "rows.jsonl", broken, lines=True)
     after = read_mixture([source], 3)
     assert after.sources == before.sources
-    assert any(row.problem for row in after.rows)
+    assert any(row.problem for row in after.annotations)
 
 
 def test_missing_and_unreadable_files(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mis_jax.data.packing import fill, pack, tiles_of_a_row
+from mis_jax.data.packing import fill, pack, tiles_per_sequence
 from mis_jax.data.schedule import Capacity, make_schedule
 
 sys.path.append(str(Path(__file__).parents[2]))
@@ -20,7 +20,7 @@ def test_rows_of_a_mis_like_set_are_full(seed):
     """At least 95 % of the tokens and 90 % of the tiles, at the length of the paper's recipe."""
     tokens, tiles = mis_like(4427, seed)
     assert 850 < tokens.mean() < 950 and 2.2 < tiles.mean() < 2.4
-    room = tiles_of_a_row(tokens, tiles, 8192)
+    room = tiles_per_sequence(tokens, tiles, 8192)
     rows = pack(tokens, tiles, max_tokens=8192, max_tiles=room)
     assert fill(rows, tokens, 8192) >= 0.95
     assert fill(rows, tiles, room) >= 0.90
@@ -48,12 +48,12 @@ def test_every_sample_is_in_one_row_and_no_row_is_too_full(found, tokens_room, t
 
 def test_text_alone_needs_no_tiles():
     tokens, tiles = np.array([30, 40, 50]), np.zeros(3, int)
-    assert tiles_of_a_row(tokens, tiles, 100) == 0
+    assert tiles_per_sequence(tokens, tiles, 100) == 0
     assert pack(tokens, tiles, max_tokens=100, max_tiles=0) == [[0, 2], [1]]
 
 
 def test_a_row_has_tiles_for_the_largest_sample():
-    assert tiles_of_a_row(np.array([100, 400]), np.array([0, 9]), 400) == 9
+    assert tiles_per_sequence(np.array([100, 400]), np.array([0, 9]), 400) == 9
 
 
 # Plans of whole runs
@@ -75,8 +75,8 @@ def test_every_epoch_has_every_good_sample_once(capacity):
     for epoch in range(3):
         assert sorted(made.samples[epochs == epoch].tolist()) == GOOD.tolist()
     assert (np.diff([epochs[row] for row in made.starts[:-1]]) >= 0).all()
-    for number in range(made.rows):
-        row = made.row(number)
+    for number in range(made.sequences):
+        row = made.sequence(number)
         assert len({place // len(GOOD) for place, _ in row}) == 1  # no row of two epochs
         if capacity:
             assert TOKENS[[s for _, s in row]].sum() <= capacity.tokens
@@ -84,7 +84,7 @@ def test_every_epoch_has_every_good_sample_once(capacity):
 
 def test_beyond_the_last_row_rows_are_empty():
     made = plan()
-    assert made.row(made.rows) == [] and made.row(made.rows + 7) == []
+    assert made.sequence(made.sequences) == [] and made.sequence(made.sequences + 7) == []
 
 
 def test_a_place_in_the_stream_names_the_same_sample_in_every_plan():
@@ -98,9 +98,9 @@ def test_a_place_in_the_stream_names_the_same_sample_in_every_plan():
 def test_a_plan_of_rows_is_the_beginning_of_a_longer_one(capacity):
     whole = plan(epochs=9, capacity=capacity)
     for rows in (1, 8, 20):
-        made = plan(epochs=None, rows=rows, capacity=capacity)
-        assert made.rows == rows
-        assert [made.row(i) for i in range(rows)] == [whole.row(i) for i in range(rows)]
+        made = plan(epochs=None, sequences=rows, capacity=capacity)
+        assert made.sequences == rows
+        assert [made.sequence(i) for i in range(rows)] == [whole.sequence(i) for i in range(rows)]
 
 
 def test_fingerprints_tell_plans_apart():

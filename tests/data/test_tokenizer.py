@@ -12,6 +12,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
+from sentencepiece import sentencepiece_model_pb2
 from tokenizer_folders import (
     CORPUS,
     QWEN_ADDED,
@@ -24,8 +25,8 @@ from tokenizer_folders import (
 )
 from tokenizers import models, normalizers, processors
 
-from mis_jax.tokenizer.backends import _QWEN_SPLIT
-from mis_jax.tokenizer.tokenizer import CONTROL_TOKENS, GROUNDING_TOKENS, load_tokenizer
+from mis_jax.tokenizer.files import CONTROL_TOKENS
+from mis_jax.tokenizer.tokenizer import GROUNDING_TOKENS, load_tokenizer
 
 TEXTS = [
     "",
@@ -80,10 +81,6 @@ def folder(
         "qwen_vocab": lambda: qwen_folder(tmp_path / "t", qwen_bpe, "vocab"),
     }
     return build[request.param]()
-
-
-def test_split_pattern_is_qwens() -> None:
-    assert _QWEN_SPLIT == transformers.models.qwen2.tokenization_qwen2.PRETOKENIZE_REGEX
 
 
 def test_text_round_trips(folder: Path) -> None:
@@ -181,6 +178,25 @@ def test_overridden_pieces_never_come_out_of_text(
     ids = tokenizer.encode_text(text)
     assert set(tokenizer.added.values()).isdisjoint(ids)
     assert tokenizer.decode(ids) == text
+
+
+def test_a_control_token_that_the_model_cuts_text_at_stays_text(
+    tmp_path: Path, sentencepiece_model: Any
+) -> None:
+    """A user-defined piece of tokenizer.model that no other file names."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model.SerializeToString())
+    for piece in (*CONTROL_TOKENS, "household\u2581cleaners", "\u2581\u2581"):
+        proto.pieces.add(piece=piece, type=4)
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    tokenizer = load_tokenizer(tmp_path)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    text = "a  household cleaners\u2581 b"
+    assert tokenizer.encode_text(text) == pieces.encode(text)
+    for token in CONTROL_TOKENS:
+        typed = f"household cleaners {token} \n"
+        assert pieces.piece_to_id(token) in pieces.encode(typed)
+        assert tokenizer.token_id(token) not in tokenizer.encode_text(typed)
+        assert tokenizer.decode(tokenizer.encode_text(typed)) == typed
 
 
 def test_llama_json_merges_never_make_a_control_token(
@@ -351,7 +367,7 @@ def test_unusable_folders_are_named(tmp_path: Path, qwen_bpe: tokenizers.Tokeniz
     with pytest.raises(ValueError, match=r"rstrip for '<\|im_end\|>'"):
         load_tokenizer(folder)
     (folder / "merges.txt").write_text("a b c d e\n")
-    with pytest.raises(ValueError, match=r"merges\.txt make no BPE"):
+    with pytest.raises(ValueError, match=r"merges\.txt: does not go with vocab\.json"):
         load_tokenizer(folder)
 
 

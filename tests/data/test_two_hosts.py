@@ -20,7 +20,7 @@ from mis_jax.config import MeshConfig, load_config
 from mis_jax.data.loader import TrainingData
 from mis_jax.data.processor import Processor
 from mis_jax.parallel.sharding import held_rows, make_mesh, put_batch
-from mis_jax.checkpoint.hf_config import read_config
+from mis_jax.checkpoint.hf.config import read_config
 
 path, out = map(Path, words)
 config = load_config(path)

@@ -9,7 +9,7 @@ import pytest
 from eval_world import Speak, answering, write_data_root
 
 from mis_jax.evals.benchmarks import BENCHMARKS
-from mis_jax.evals.manifest import open_run
+from mis_jax.evals.run_dir import open_run
 from mis_jax.evals.runner import generate_answers, judge_run
 
 

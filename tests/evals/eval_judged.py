@@ -12,7 +12,7 @@ from PIL import Image
 
 from mis_jax.evals.benchmarks import BENCHMARKS
 from mis_jax.evals.chat_client import ChatClient, Patience
-from mis_jax.evals.manifest import open_run
+from mis_jax.evals.run_dir import open_run
 from mis_jax.evals.runner import generate_answers
 from mis_jax.evals.types import Answer
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mis_jax.evals.benchmarks import get_benchmark
-from mis_jax.evals.hashing import answer_hash
+from mis_jax.evals.run_dir import answer_hash
 from mis_jax.storage.hashing import digest
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from mis_jax.evals.benchmarks import BENCHMARKS, get_benchmark, size_note
-from mis_jax.evals.hashing import sample_hash
 from mis_jax.evals.judges import JUDGES, get_judge
 from mis_jax.evals.metrics import METRICS
+from mis_jax.evals.run_dir import sample_hash
 from mis_jax.storage.hashing import folder_fingerprint
 
 JUDGINGS = {"mis", "guard", "mssbench", "siuo", "vlsbench", "refusal", "correct"}

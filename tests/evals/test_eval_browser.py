@@ -19,10 +19,10 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from mis_jax.evals.benchmarks import get_benchmark
-from mis_jax.evals.hashing import sample_hash
-from mis_jax.evals.report import sample_table as sample_browser
+from mis_jax.evals.images import thumbnails
+from mis_jax.evals.report import samples as sample_browser
 from mis_jax.evals.report import write_report
-from mis_jax.evals.report.thumbnails import thumbnails
+from mis_jax.evals.run_dir import sample_hash
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]

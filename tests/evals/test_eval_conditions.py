@@ -12,9 +12,9 @@ from eval_world import answering, careful
 from mis_jax.cli import evaluation, main
 from mis_jax.evals import models as engine_answers
 from mis_jax.evals.benchmarks import BENCHMARKS
-from mis_jax.evals.manifest import open_run, read_manifest
 from mis_jax.evals.merge import merge_runs
 from mis_jax.evals.report import write_report
+from mis_jax.evals.run_dir import open_run, read_manifest
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.inference.offline import Completion
 

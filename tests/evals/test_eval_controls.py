@@ -14,18 +14,17 @@ from PIL import Image
 
 from mis_jax.evals.benchmarks import BENCHMARKS, get_benchmark, in_order, size_note
 from mis_jax.evals.controls import CONTROLS, control_of, without_pictures
-from mis_jax.evals.hashing import sample_hash
 from mis_jax.evals.judges import get_judge
-from mis_jax.evals.judges.keywords import (
-    NAME,
-    PHRASES,
-    agreement,
-    is_keyword_refusal,
-    judged_refusal,
-)
-from mis_jax.evals.manifest import open_run, read_manifest
 from mis_jax.evals.metrics import METRICS
 from mis_jax.evals.report import write_report
+from mis_jax.evals.report.judge_agreement import (
+    PHRASE_METRIC,
+    REFUSAL_PHRASES,
+    is_keyword_refusal,
+    judged_refusal,
+    phrase_table,
+)
+from mis_jax.evals.run_dir import open_run, read_manifest, sample_hash
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.types import Sample
 
@@ -199,14 +198,14 @@ def test_phrases(text: str, found: bool) -> None:
 
 
 def test_phrases_are_in_the_form_that_is_searched() -> None:
-    assert all(phrase == " ".join(phrase.lower().split()) for phrase in PHRASES)
-    for phrase in PHRASES:
-        assert not any(other in phrase for other in PHRASES if other != phrase)
+    assert all(phrase == " ".join(phrase.lower().split()) for phrase in REFUSAL_PHRASES)
+    for phrase in REFUSAL_PHRASES:
+        assert not any(other in phrase for other in REFUSAL_PHRASES if other != phrase)
 
 
 def test_it_has_a_name_of_its_own() -> None:
-    assert NAME == "keyword_refusal" and NAME in METRICS
-    assert all(NAME not in benchmark.metrics for benchmark in BENCHMARKS.values())
+    assert PHRASE_METRIC == "keyword_refusal" and PHRASE_METRIC in METRICS
+    assert all(PHRASE_METRIC not in benchmark.metrics for benchmark in BENCHMARKS.values())
 
 
 def test_agreement_with_a_judge_by_hand() -> None:
@@ -220,6 +219,6 @@ def test_agreement_with_a_judge_by_hand() -> None:
         ("Mind the rake.", {"response": "warn"}),
         (no, {"unsafe": False}),  # a guard does not say whether anything was refused
     ]
-    assert agreement(answers) == {"both": 2, "phrase_only": 1, "judge_only": 1, "neither": 2}
+    assert phrase_table(answers) == {"both": 2, "phrase_only": 1, "judge_only": 1, "neither": 2}
     assert judged_refusal({"label_str": "Safe", "label_perception": 2}) is None
     assert judged_refusal({"refuses": True, "warns": False}) is True

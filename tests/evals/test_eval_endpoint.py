@@ -20,9 +20,9 @@ from mis_jax.cli import main
 from mis_jax.evals import chat_client
 from mis_jax.evals.benchmarks import BENCHMARKS
 from mis_jax.evals.chat_client import ChatClient, Patience
-from mis_jax.evals.data_uris import data_uri
 from mis_jax.evals.endpoint import chat_messages, endpoint_answers, open_endpoint
-from mis_jax.evals.manifest import open_run, read_manifest
+from mis_jax.evals.images import data_url
+from mis_jax.evals.run_dir import open_run, read_manifest
 from mis_jax.evals.runner import generate_answers
 from mis_jax.evals.types import Sample
 
@@ -67,7 +67,7 @@ def test_messages_in_other_forms(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "An <image> in words: "}, {"type": "image"}]
     (message,) = chat_messages(Sample("2", [{"role": "user", "content": parts}], picture))
     assert message["content"][0]["text"] == "An <image> in words: "
-    assert message["content"][1]["image_url"]["url"] == data_uri(tmp_path / "a.png")
+    assert message["content"][1]["image_url"]["url"] == data_url(tmp_path / "a.png")
     parts = [*parts, {"type": "text", "text": "It is hot."}]
     both = [
         chat_messages(Sample("2", [{"role": "user", "content": parts}], picture), breaks_lines=b)
@@ -84,12 +84,12 @@ def test_messages_in_other_forms(tmp_path: Path) -> None:
 def test_pictures_keep_their_bytes_or_become_png(tmp_path: Path, kind: str, mime: str) -> None:
     path = tmp_path / "picture.dat"
     Image.new("RGB", (9, 5), (10, 200, 30)).save(path, kind)
-    head, _, content = data_uri(path).partition(",")
+    head, _, content = data_url(path).partition(",")
     assert head == f"data:image/{mime};base64"
     assert (base64.b64decode(content) == path.read_bytes()) == (kind != "BMP")
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(ValueError, match=r"picture\.dat"):
-        data_uri(path)
+        data_url(path)
 
 
 def test_failed_samples_are_errors_and_asked_again(data_root: Path, tmp_path: Path) -> None:
@@ -269,10 +269,9 @@ def test_our_own_server_answers_as_the_checkpoint_does(data_root: Path, tmp_path
     from mis_jax.inference.async_engine import Service
     from mis_jax.mini.icons import draw_scene
     from mis_jax.quickstart import BASE_MODEL
+    from mis_jax.server.access import Settings
     from mis_jax.server.app import create_app
-    from mis_jax.server.run import engine_for
-    from mis_jax.server.server import address_of, bind
-    from mis_jax.server.settings import Settings
+    from mis_jax.server.run import address_of, bind, engine_for
 
     model, processor = mis_jax.load(BASE_MODEL, dtype="float32")
     benchmark = replace(HARD, system="none", max_tiles_per_image=1, max_new_tokens=24)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mis_jax.evals.eta import TimeAhead
+from mis_jax.cli.eta import TimeAhead
 
 
 class Run:

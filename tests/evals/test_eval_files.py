@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mis_jax.evals import files
-from mis_jax.evals.files import AppendLog, read_log, write_json, write_text
+from mis_jax.storage.files import replace_text
+from mis_jax.storage.json_files import read_document, replace_json
+from mis_jax.storage.jsonl import AppendLog, read_log
 
 
 def test_a_torn_last_line_is_dropped_and_not_glued_to_the_next(tmp_path: Path) -> None:
@@ -21,7 +22,7 @@ def test_a_torn_last_line_is_dropped_and_not_glued_to_the_next(tmp_path: Path) -
         path.write_bytes(whole[:cut])
         assert read_log(path) == [{"id": 1}]
         with AppendLog(path) as log:
-            assert log.rows == [{"id": 1}]
+            assert log.entries == [{"id": 1}]
             log.append([{"id": 3}])
         assert read_log(path) == [{"id": 1}, {"id": 3}]
 
@@ -56,30 +57,30 @@ def test_a_failed_write_leaves_the_old_document(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "results.json"
-    write_json(path, {"a": 1})
+    replace_json(path, {"a": 1})
 
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space"):
-        write_text(path, "half")
+        replace_text(path, "half")
     assert json.loads(path.read_text()) == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_json_has_no_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        write_json(tmp_path / "results.json", {"value": float("nan")})
+        replace_json(tmp_path / "results.json", {"value": float("nan")})
     assert not list(tmp_path.iterdir())
 
 
 def test_an_unreadable_document_names_file_and_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent\.json does not exist; do this"):
-        files.read_json(tmp_path / "absent.json", "do this")
+        read_document(tmp_path / "absent.json", "do this")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match=r"bad\.json cannot be read.*do this"):
-        files.read_json(tmp_path / "bad.json", "do this")
+        read_document(tmp_path / "bad.json", "do this")
 
 
 def test_a_row_that_lacks_a_field_is_named(tmp_path: Path) -> None:

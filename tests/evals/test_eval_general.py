@@ -14,12 +14,11 @@ from PIL import Image
 from mis_jax.evals import models
 from mis_jax.evals.benchmarks import BENCHMARKS, get_benchmark, size_note
 from mis_jax.evals.benchmarks.general import SETS, md5_note
-from mis_jax.evals.hashing import sample_hash
-from mis_jax.evals.manifest import open_run
-from mis_jax.evals.pictures import shown_images
+from mis_jax.evals.images import shown_images
+from mis_jax.evals.run_dir import open_run, sample_hash
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.types import Answer, Sample
-from mis_jax.evals.vlmevalkit.prompts import content, name_places, tiles
+from mis_jax.evals.vlmevalkit.questions import name_places, prompt_content, tiles_of
 from mis_jax.inference.offline import Completion
 
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -109,10 +108,10 @@ def test_an_open_question_in_chinese(root: Path) -> None:
 
 @pytest.mark.parametrize(("images", "numbered"), [(1, False), (1, True), (3, True)])
 def test_parts_and_text_are_the_same_tokens(tiny_processor, images: int, numbered: bool) -> None:
-    parts = content("What is <image> for?", images, numbered=numbered)
+    parts = prompt_content("What is <image> for?", images, numbered=numbered)
     assert isinstance(parts, list)
     parts[-1]["text"] = parts[-1]["text"].replace("<image>", "<tag>")
-    text = content("What is <tag> for?", images, numbered=numbered)
+    text = prompt_content("What is <tag> for?", images, numbered=numbered)
     assert isinstance(text, str)
     first, second = (
         tiny_processor.render([{"role": "user", "content": shown}], [1] * images)
@@ -157,7 +156,7 @@ def test_one_picture_of_muirbench_is_numbered_too(root: Path) -> None:
     ],
 )  # fmt: skip
 def test_tiles(limit: int, images: int, expected: int) -> None:
-    assert tiles(limit, images) == expected
+    assert tiles_of(limit, images) == expected
 
 
 def test_tiles_of_samples(root: Path) -> None:

@@ -31,17 +31,16 @@ from mis_jax.evals import chat_client
 from mis_jax.evals.async_map import Stopped, as_they_come
 from mis_jax.evals.benchmarks import BENCHMARKS
 from mis_jax.evals.chat_client import ChatClient
-from mis_jax.evals.files import read_log
-from mis_jax.evals.judges import protocols
-from mis_jax.evals.judges.guard import guard_judges
-from mis_jax.evals.judges.http import http_judges
-from mis_jax.evals.judges.protocols import PROTOCOLS, material
-from mis_jax.evals.judges.replies import declines, instruction, read, schema
-from mis_jax.evals.manifest import open_run, read_manifest
+from mis_jax.evals.judges import prompts
+from mis_jax.evals.judges.llama_guard import guard_judges
+from mis_jax.evals.judges.llm import declines, http_judges, read, schema
+from mis_jax.evals.judges.prompts import PROTOCOLS, instruction, material
 from mis_jax.evals.metrics import mis_outcomes
+from mis_jax.evals.run_dir import open_run, read_manifest
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.scoring import without_verdict
 from mis_jax.evals.types import Answer, Benchmark, Judge, Sample, Verdict
+from mis_jax.storage.jsonl import read_log
 
 
 @pytest.fixture
@@ -68,7 +67,7 @@ def verdicts(run: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=list(PROTOCOLS))
-def test_the_reader_accepts_what_the_schema_accepts(protocol: protocols.Protocol) -> None:
+def test_the_reader_accepts_what_the_schema_accepts(protocol: prompts.Protocol) -> None:
     accepts = jsonschema_rs.validator_for(schema(protocol.fields)).is_valid
     names = [field.name for field in protocol.fields]
     words = [[*field.words, field.name, "", 1, None, True] for field in protocol.fields]
@@ -180,7 +179,7 @@ def test_what_the_judge_is_shown_of_a_sample() -> None:
         material(PROTOCOLS["correct"], replace(sample, meta={"question": "Which?"}), "x")
     framed = material(PROTOCOLS["mssbench"], sample, "Plan: x. Response to instruction: Wait.")
     assert "Wait." in framed and "Plan" not in framed
-    sees = {name for name, protocol in PROTOCOLS.items() if protocol.sees_pictures}
+    sees = {name for name, protocol in PROTOCOLS.items() if protocol.sees_images}
     assert sees == {"mis", "siuo", "vlsbench", "refusal"}
 
 
@@ -728,7 +727,7 @@ def test_odd_samples_are_judged_by_their_own_protocol(toy: tuple[Path, Path], mo
 def test_a_protocol_that_nobody_knows_is_named() -> None:
     odd = replace(MIS, name="odd", judging="by-hand")
     with pytest.raises(ValueError, match=r"odd: no language model .* 'by-hand', but by mis, "):
-        protocols.protocol_of(odd, Sample("1", [], []))
+        prompts.protocol_of(odd, Sample("1", [], []))
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -6,10 +6,9 @@ import pytest
 from growth import slow_texts
 
 from mis_jax.evals.controls import without_pictures
-from mis_jax.evals.judges import exact, replies, rules
-from mis_jax.evals.judges.protocols import PROTOCOLS
+from mis_jax.evals.judges import llm, reference_answers, rules
+from mis_jax.evals.judges.prompts import PROTOCOLS
 from mis_jax.evals.types import Sample
-from mis_jax.evals.vlmevalkit.matching import infer
 from mis_jax.evals.vlmevalkit.parquet import split_options
 
 FIELDS = PROTOCOLS["mis"].fields
@@ -22,16 +21,16 @@ def asked(text: str) -> Sample:
 
 
 READERS: dict[str, Callable[[str], object]] = {
-    "a judge's lines": lambda text: replies.read("text", FIELDS, text),
-    "a judge's JSON": lambda text: replies.read("json_object", FIELDS, text),
-    "a judge that declines": replies.declines,
+    "a judge's lines": lambda text: llm.read("text", FIELDS, text),
+    "a judge's JSON": lambda text: llm.read("json_object", FIELDS, text),
+    "a judge that declines": llm.declines,
     "encourages": rules.encourages,
     "warns": rules.warns,
     "refuses": rules.refuses,
     "names objects": lambda text: rules.names_objects(text, ("kettle", "bathtub")),
     "perception": lambda text: rules.perception(text, ("kettle", "bathtub")),
-    "an option": lambda text: infer(text, OPTIONS),
-    "a short answer": exact.normalise,
+    "an option": lambda text: reference_answers.infer(text, OPTIONS),
+    "a short answer": reference_answers.normalise,
     "options of a question": lambda text: split_options("x", f"Q?\nOptions: A: {text}, B: b"),
     "markers of images": lambda text: without_pictures(asked(text)),
 }

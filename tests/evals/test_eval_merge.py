@@ -10,10 +10,9 @@ from eval_world import answering, careful, helpful, rows
 
 from mis_jax.cli import main
 from mis_jax.evals.benchmarks import BENCHMARKS
-from mis_jax.evals.manifest import expected, known_facts, open_run, read_manifest
 from mis_jax.evals.merge import merge_runs
-from mis_jax.evals.runner import generate_answers, judge_run
-from mis_jax.evals.subsets import Part, part_from
+from mis_jax.evals.run_dir import expected, known_facts, open_run, read_manifest
+from mis_jax.evals.runner import Part, generate_answers, judge_run, part_from
 from mis_jax.evals.types import Sample
 
 HARD, BENIGN = BENCHMARKS["mini_hard"], BENCHMARKS["mini_benign"]

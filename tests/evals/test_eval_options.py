@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 
 from mis_jax.evals.judges import get_judge
+from mis_jax.evals.judges.reference_answers import infer
 from mis_jax.evals.types import Sample
-from mis_jax.evals.vlmevalkit.matching import infer
 
 COLOURS = {"A": "Red", "B": "Green", "C": "Blue", "D": "Yellow"}  # 18 characters
 YES_NO = {"A": "Yes", "B": "No"}

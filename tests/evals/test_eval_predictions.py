@@ -10,7 +10,7 @@ import pytest
 from eval_tables import general_root, write_table
 
 from mis_jax.evals.benchmarks import BENCHMARKS
-from mis_jax.evals.manifest import open_run, read_manifest
+from mis_jax.evals.run_dir import open_run, read_manifest
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.scoring import read_items
 from mis_jax.evals.types import Answer

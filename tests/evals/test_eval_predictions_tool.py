@@ -9,7 +9,7 @@ from pathlib import Path
 from eval_tables import general_root
 
 from mis_jax.evals.benchmarks import get_benchmark
-from mis_jax.evals.manifest import open_run
+from mis_jax.evals.run_dir import open_run
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.types import Answer
 

@@ -16,11 +16,10 @@ from statsmodels.stats.inter_rater import cohens_kappa
 
 from mis_jax.cli import main
 from mis_jax.evals.async_map import Stopped
-from mis_jax.evals.judges.http import http_judges
+from mis_jax.evals.judges.llm import http_judges
 from mis_jax.evals.report import write_report
-from mis_jax.evals.runner import judge_run
+from mis_jax.evals.runner import draw_answers, judge_run
 from mis_jax.evals.scoring import verdict_notes
-from mis_jax.evals.self_consistency import drawn
 from mis_jax.evals.stats import wilson
 from mis_jax.evals.verdict_cache import FILE, VerdictCache
 
@@ -91,7 +90,7 @@ def test_a_draw_is_kept_and_grows_and_nothing_is_paid_twice(run: Path) -> None:
         assert set(server.judged.values()) == {1} and five.items() <= server.judged.items()
     assert Counter(row["id"] for row in rows(run / "mis_hard" / "rechecks.jsonl")) == server.judged
     hashes = {str(i): f"{(7 * i) % 12:02d}" for i in range(12)}
-    assert drawn(hashes, 3) == ["0", "7", "2"]
+    assert draw_answers(hashes, 3) == ["0", "7", "2"]
 
 
 def test_second_verdicts_and_the_cache_never_meet(run: Path, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 from eval_world import QUESTION, answering, careful, helpful
 
 from mis_jax.evals.benchmarks import BENCHMARKS
-from mis_jax.evals.manifest import open_run
-from mis_jax.evals.report import write_report
-from mis_jax.evals.report.plots import read_loss
+from mis_jax.evals.report import plots, write_report
+from mis_jax.evals.report.plots import loss_plot, read_loss
+from mis_jax.evals.run_dir import open_run
 from mis_jax.evals.runner import generate_answers
 from mis_jax.evals.types import Sample
 
@@ -99,7 +99,11 @@ def test_all_five_files_and_a_self_contained_page(
     assert "These figures come from the mini world" in text
     assert HOSTILE not in text and "&lt;script&gt;" in text
     assert "fell from" in text and "Training loss" in text
-    assert "#a00000" not in text and "#b00001" not in text  # every stand-in colour was replaced
+    drawings = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    colours = set(re.findall(r"(?:stroke|fill): ([^;\"]+)", drawings))
+    assert colours == {"none"} | {  # the page's own, which follow light and dark
+        f"var(--{name})" for name in ("ink", "quiet", "line", "run0", "run1")
+    }
 
 
 def test_the_numbers_agree_everywhere(runs: list[tuple[str, Path]], tmp_path: Path) -> None:
@@ -213,3 +217,23 @@ def test_a_report_is_the_same_bytes_twice(runs: list[tuple[str, Path]], tmp_path
     second = write_report(runs, tmp_path / "two")
     for one, two in zip(first, second, strict=True):
         assert one.read_bytes() == two.read_bytes(), one.name
+
+
+def test_a_curve_is_drawn_whole_however_long_or_short() -> None:
+    long = [(step, 2.0 + (step == 70_000)) for step in range(1, 100_001)]
+    drawing = loss_plot(long)
+    assert len(drawing) < 40_000  # a thousand columns or so, and not a hundred thousand points
+    heights = [float(y) for y in re.findall(r"[\d.]+,([\d.]+)", drawing)]
+    assert min(heights) < 20 < max(heights)  # the one step out of line is still in it
+    for one in ([(5, 0.0)], [(5, -1.5)], [(1, 2.0), (2, 2.0)], [(1, 1e-9), (3, 1e-12)]):
+        assert 'role="img" aria-label="Training loss from' in loss_plot(one)
+
+
+def test_ticks_are_round_values_within_the_limits() -> None:
+    assert [label for _, label in plots._ticks(0, 3.15)] == [
+        "0.0", "0.5", "1.0", "1.5", "2.0", "2.5", "3.0",
+    ]  # fmt: skip
+    assert [label for _, label in plots._ticks(-7, 208)] == ["0", "50", "100", "150", "200"]
+    assert [label for _, label in plots._ticks(0.1, 0.27)] == [
+        "0.100", "0.125", "0.150", "0.175", "0.200", "0.225", "0.250",
+    ]  # fmt: skip

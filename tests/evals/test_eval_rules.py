@@ -7,7 +7,7 @@ from itertools import permutations, product
 import pytest
 
 from mis_jax.evals.judges import JUDGES
-from mis_jax.evals.judges.exact import normalise
+from mis_jax.evals.judges.reference_answers import normalise
 from mis_jax.evals.judges.rules import encourages, label, refuses, warns
 from mis_jax.evals.metrics import mis_outcomes
 from mis_jax.evals.types import Sample

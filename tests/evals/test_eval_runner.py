@@ -12,7 +12,7 @@ from eval_world import answering, careful, helpful, rows
 
 from mis_jax.evals.benchmarks import BENCHMARKS
 from mis_jax.evals.judges import JUDGES
-from mis_jax.evals.manifest import open_run, read_manifest
+from mis_jax.evals.run_dir import open_run, read_manifest
 from mis_jax.evals.runner import Generated, generate_answers, judge_run, summarise
 from mis_jax.evals.scoring import without_verdict
 from mis_jax.evals.types import Answer, Judge, Sample, Verdict
@@ -153,7 +153,7 @@ def test_a_resume_under_other_versions_is_recorded(
     open_run(run_dir, model="tiny", fingerprint="f" * 64)
     assert read_manifest(run_dir)["resumed"] == []
     newer = {"mis_jax": "9", "jax": "9", "python": "9"}
-    monkeypatch.setattr("mis_jax.evals.manifest.versions", lambda: newer)
+    monkeypatch.setattr("mis_jax.evals.run_dir.versions", lambda: newer)
     for _ in range(2):
         open_run(run_dir, model="tiny", fingerprint="f" * 64)
     assert [session["versions"] for session in read_manifest(run_dir)["resumed"]] == [newer]

@@ -14,15 +14,15 @@ from eval_safety_files import BENCHMARK_IDS, WRITERS, draw, write_csv, write_saf
 from eval_world import answering
 
 from mis_jax.evals.benchmarks import BENCHMARKS, get_benchmark, size_note
-from mis_jax.evals.files import read_json
-from mis_jax.evals.manifest import open_run
 from mis_jax.evals.metrics import MIS_METRICS, counted
-from mis_jax.evals.report.collect import compare
-from mis_jax.evals.report.examples import choose_examples
-from mis_jax.evals.report.examples import verdict_of as verdict_in_words
+from mis_jax.evals.report.compare import compare
+from mis_jax.evals.report.samples import choose_examples
+from mis_jax.evals.report.samples import verdict_of as verdict_in_words
+from mis_jax.evals.run_dir import open_run
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.scoring import read_items, summarise
 from mis_jax.evals.types import Judge, Sample, Verdict
+from mis_jax.storage.json_files import read_document
 
 Labels = Mapping[str, Any]
 
@@ -544,7 +544,7 @@ def test_judging_again_refreshes_what_the_run_knows(root: Path, tmp_path: Path) 
 
     results = judge_run(run_dir, Judge("told-1", judge), root)
     assert rates(results["xstest"])["refusal_rate"] == (0, 3)
-    assert read_json(run_dir / "xstest" / "facts.json", "")["3"]["expected"] == "safe"
+    assert read_document(run_dir / "xstest" / "facts.json", "")["3"]["expected"] == "safe"
 
 
 def test_what_is_known_is_kept_before_anything_is_judged(root: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from eval_world import write_data_root
 
 from mis_jax.cli import main
 from mis_jax.evals.benchmarks import BENCHMARKS
-from mis_jax.evals.judges.protocols import PROTOCOLS
+from mis_jax.evals.judges.prompts import PROTOCOLS
 
 MINI = Path(__file__).parents[2] / "mis_jax" / "assets" / "mini"
 BUILT_IN = [b.name for b in BENCHMARKS.values() if b.default_judge]

@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import stat
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ import pytest
 from eval_tables import b64, picture, several, write_table
 from PIL import Image
 
-from mis_jax.evals.vlmevalkit import extract
-from mis_jax.evals.vlmevalkit.extract import picture_kind
+from mis_jax.evals.vlmevalkit.questions import picture_kind
 from mis_jax.evals.vlmevalkit.tsv import file_md5, read_tsv
 
 
@@ -222,7 +222,7 @@ def test_a_kill_leaves_no_half_picture(tmp_path: Path, monkeypatch: pytest.Monke
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(extract.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         read_tsv(path)
     assert [file.read_bytes() for file in (tmp_path / "pictures").iterdir()] == [picture(1)]
@@ -251,7 +251,7 @@ def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = write_table(tmp_path / "data" / "t.tsv", [row(0)])
     (path.parent / "pictures").write_text("a file in the folder's place")
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(extract.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
     return path
 
 

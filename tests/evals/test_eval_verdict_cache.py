@@ -13,7 +13,7 @@ from eval_judged import BAD, GOOD, always, answered, client_of, write_mis
 from eval_world import rows
 
 from mis_jax.cli import main
-from mis_jax.evals.judges.http import http_judges
+from mis_jax.evals.judges.llm import http_judges
 from mis_jax.evals.runner import judge_run
 from mis_jax.evals.verdict_cache import FILE, VerdictCache
 
@@ -96,12 +96,12 @@ def row(name: str) -> dict[str, Any]:
 
 
 def test_damage_costs_the_damaged_verdict_alone(tmp_path: Path) -> None:
-    VerdictCache(tmp_path).keep([row("a")])
+    VerdictCache(tmp_path).add([row("a")])
     with open(tmp_path / FILE, "ab") as stream:
         stream.write(b'{"answer_hash": "torn", "judge": "j", "reference": "r", "labels": {"x"')
     cache = VerdictCache(tmp_path)
     assert cache.find(("torn", "j", "r")) is None
-    cache.keep([row("b"), row("a"), row("c") | {"state": "error", "labels": {}}])
+    cache.add([row("b"), row("a"), row("c") | {"state": "error", "labels": {}}])
     with open(tmp_path / FILE, "ab") as stream:
         stream.write(b'[1]\n{"answer_hash": 3}\n\xff\xfe\n{"answer_hash": "d", "judge": "j"}\n')
     again = VerdictCache(tmp_path)
@@ -114,7 +114,7 @@ def test_damage_costs_the_damaged_verdict_alone(tmp_path: Path) -> None:
 def _write(folder: Path, name: str) -> None:
     cache = VerdictCache(folder)
     for number in range(60):
-        cache.keep([row(f"{name}{number}") | {"labels": {"x": "y" * 3000}}])
+        cache.add([row(f"{name}{number}") | {"labels": {"x": "y" * 3000}}])
 
 
 def test_two_judges_at_once(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mis_jax.inference.detokenizer import Words
+from mis_jax.inference.detokenizer import Detokenizer
 from mis_jax.tokenizer.tokenizer import load_tokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
@@ -30,7 +30,7 @@ def joined(ids) -> str:
     return b"".join(TOKENS[i] for i in ids).decode("utf-8", errors="replace")
 
 
-def spoken(words: Words, ids: list[int], cuts: list[int]) -> tuple[list[str], bool]:
+def spoken(words: Detokenizer, ids: list[int], cuts: list[int]) -> tuple[list[str], bool]:
     """The pieces of an answer whose tokens come in these groups."""
     pieces, begin = [], 0
     for end in cuts:
@@ -50,7 +50,7 @@ def test_pieces_are_the_whole_text_up_to_the_first_stop_string():
         ids = [rng.randrange(len(TOKENS)) for _ in range(count)]
         stop = rng.sample(STOPS, rng.randrange(3))
         cuts = sorted({rng.randrange(count + 1) for _ in range(rng.randrange(6))} | {count})
-        words = Words(joined, stop)
+        words = Detokenizer(joined, stop)
         pieces, met = spoken(words, ids, cuts)
         whole = joined(ids)
         ends = [at for s in stop if (at := whole.find(s)) >= 0]
@@ -78,7 +78,7 @@ def test_pieces_of_real_tokenizers_are_their_text(tokenizer):
     rng = np.random.default_rng(0)
     text = "".join(CORPUS[:5]) + "🙂👍🏽 é ﬁ\t\r\n  x"
     for ids in (tokenizer.encode_text(text), rng.integers(0, tokenizer.vocab_size, 400).tolist()):
-        words, pieces = Words(tokenizer.decode), []
+        words, pieces = Detokenizer(tokenizer.decode), []
         for begin in range(0, len(ids), 3):
             pieces.append(words.grow(ids[begin : begin + 3], last=begin + 3 >= len(ids))[0])
         assert "".join(pieces) == tokenizer.decode(ids).strip()
@@ -100,7 +100,7 @@ def test_twice_the_tokens_decode_twice_as_many(pattern):
     def cost(count: int) -> int:
         nonlocal decoded
         decoded = 0
-        words, ids = Words(counted, ["END"]), list((pattern * count)[:count])
+        words, ids = Detokenizer(counted, ["END"]), list((pattern * count)[:count])
         for begin in range(0, count, 8):
             words.grow(ids[begin : begin + 8], last=begin + 8 >= count)
         return max(decoded, 1)

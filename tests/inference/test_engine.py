@@ -24,7 +24,7 @@ from small_model import (
 
 from mis_jax.inference import image_cache, model_runner
 from mis_jax.inference.engine import Engine
-from mis_jax.inference.model_runner import DECODE_STEPS, slots_bucket
+from mis_jax.inference.model_runner import DECODE_STEPS, cache_bucket
 from mis_jax.inference.requests import Request
 from mis_jax.inference.sampling import Sampling
 from mis_jax.model import text
@@ -67,9 +67,9 @@ def test_tokens_are_the_best_of_the_full_forward(model, either, rng):
 @pytest.mark.parametrize(
     "how",
     [
-        pytest.param(dict(rows=2), marks=pytest.mark.slow),
+        pytest.param(dict(max_num_seqs=2), marks=pytest.mark.slow),
         pytest.param(dict(groups=2), marks=pytest.mark.slow),
-        dict(rows=4, groups=4, between=3),
+        dict(max_num_seqs=4, groups=4, between=3),
     ],
 )
 def test_rows_are_given_on(model, either, rng, how):
@@ -91,7 +91,7 @@ def test_long_prompts_are_read_in_chunks(model, rng, monkeypatch):
 
 def test_no_more_run_than_there_are_rows(model, rng):
     """Also where the device computes more."""
-    engine = Engine(model, stop_ids=(), decode=letters, rows=1, steps=2)
+    engine = Engine(model, stop_ids=(), decode=letters, max_num_seqs=1, steps=2)
     for request in requests_of(random_batch(rng, [4] * 3), max_new_tokens=8):
         engine.add(request)
     most = 0
@@ -108,7 +108,7 @@ def test_an_empty_row_is_given_on_at_once(model, rng):
         dataclasses.replace(request, max_new_tokens=60 if row == 0 else 8)
         for row, request in enumerate(requests_of(batch))
     ]
-    engine = Engine(model, stop_ids=(), decode=letters, rows=2)
+    engine = Engine(model, stop_ids=(), decode=letters, max_num_seqs=2)
     steps, real = [], model_runner.decode
 
     def counted(*words):
@@ -178,8 +178,8 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(model, rng, sampling):
     assert make([3, 2, 0]) == [together[3], together[2], together[0]]
     for row in range(4):
         assert make([row]) == [together[row]]
-    assert make([1], rows=8) == [together[1]]
-    assert make([0, 1, 2, 3], rows=2, groups=2) == together
+    assert make([1], max_num_seqs=8) == [together[1]]
+    assert make([0, 1, 2, 3], max_num_seqs=2, groups=2) == together
 
 
 def test_sampling_is_reproducible_and_follows_the_seed(model, rng):
@@ -252,7 +252,9 @@ def test_a_varied_stream_compiles_no_more(model, seed, rng):
 
 def test_nothing_compiles_after_warming_up(model, rng):
     longest = 190  # slots for 128 or 192
-    engine = Engine(unrolled(model), stop_ids=(3,), decode=letters, rows=3, groups=1, between=1)
+    engine = Engine(
+        unrolled(model), stop_ids=(3,), decode=letters, max_num_seqs=3, groups=1, between=1
+    )
     engine.warm_up(longest)
     asked = []
     for sampling in (Sampling(), HOT):
@@ -267,12 +269,13 @@ def test_nothing_compiles_after_warming_up(model, rng):
 
 
 def test_buckets_are_few_and_waste_little():
-    sizes = {tokens: slots_bucket(tokens) for tokens in range(1, 5000)}
+    sizes = {tokens: cache_bucket(tokens) for tokens in range(1, 5000)}
     assert all(size >= tokens for tokens, size in sizes.items())
     assert all(size < 1.51 * tokens for tokens, size in sizes.items() if tokens > 128)
     assert sorted(set(sizes.values()))[:5] == [128, 192, 256, 384, 512]
-    assert model_runner.slots_buckets(700) == [128, 192, 256, 384, 512, 768]
-    assert model_runner.slots_buckets(1) == [128] and model_runner.slots_buckets(192) == [128, 192]
+    assert model_runner.cache_buckets(700) == [128, 192, 256, 384, 512, 768]
+    assert model_runner.cache_buckets(1) == [128]
+    assert model_runner.cache_buckets(192) == [128, 192]
     assert len(set(sizes.values())) <= 12
 
 
@@ -338,7 +341,7 @@ def test_prompts_that_share_pictures(model, rng):
     tiles = batch.tiles.reshape(3, 2, SIZE, SIZE, 3).copy()
     tiles[1], tiles[2, 0] = tiles[0, ::-1], tiles[0, 1]
     batch = dataclasses.replace(batch, tiles=tiles.reshape(-1, SIZE, SIZE, 3))
-    engine = Engine(model, stop_ids=(), decode=letters, rows=2, pool_tiles=2)
+    engine = Engine(model, stop_ids=(), decode=letters, max_num_seqs=2, pool_tiles=2)
     made = run_all(engine, requests_of(batch, [[1, 1]] * 3, max_new_tokens=12))
     tokens = [[token.id for piece in pieces for token in piece.tokens] for pieces in made]
     assert best_of_the_full_forward(model, batch, tokens) > 12
@@ -373,7 +376,7 @@ def test_dynamic_ntk_beyond_the_limit(seed, rng, monkeypatch):
 
 def refused(model, request: Request, words: str, **limits):
     with pytest.raises(ValueError, match=words):
-        Engine(model, stop_ids=(), decode=letters, rows=2, **limits).add(request)
+        Engine(model, stop_ids=(), decode=letters, max_num_seqs=2, **limits).add(request)
 
 
 def test_a_context_that_overflows_is_refused(seed, rng):
@@ -384,7 +387,9 @@ def test_a_context_that_overflows_is_refused(seed, rng):
     refused(dynamic, request, words, max_length=32)
     longest = dataclasses.replace(request, max_new_tokens=4)
     for limits in (dict(max_length=32), {}):
-        assert Engine(dynamic, stop_ids=(), decode=letters, rows=2, **limits).add(longest) == 0
+        assert (
+            Engine(dynamic, stop_ids=(), decode=letters, max_num_seqs=2, **limits).add(longest) == 0
+        )
 
 
 def test_requests_that_cannot_be_answered_are_refused(model, rng):
@@ -404,7 +409,7 @@ def test_bfloat16_activations_give_a_bfloat16_cache(model, rng):
     graph, weights = nnx.split(model)
     narrow = nnx.merge(graph, weights)
     narrow.compute_dtype = jnp.dtype(jnp.bfloat16)
-    engine = Engine(narrow, stop_ids=(), decode=letters, rows=2)
+    engine = Engine(narrow, stop_ids=(), decode=letters, max_num_seqs=2)
     assert isinstance(engine._cache, KVCache)
     assert {x.dtype for x in jax.tree.leaves(engine._cache)} == {jnp.dtype(jnp.bfloat16)}
     run_all(engine, requests_of(random_batch(rng, [6], [1]), max_new_tokens=3))
@@ -415,7 +420,7 @@ def test_bfloat16_activations_give_a_bfloat16_cache(model, rng):
 def test_a_new_token_goes_into_its_own_slot(rng, dtype):
     """On a CPU the two dtypes are written in different ways."""
     config = tiny_config().text
-    cache = KVCache.zeros(config, rows=3, slots=6, dtype=dtype)
+    cache = KVCache.zeros(config, slots=3, length=6, dtype=dtype)
     new = jnp.asarray(rng.normal(size=(3, 1, config.num_kv_heads, config.head_dim)), dtype)
     query = jnp.zeros((3, 1, config.num_heads, config.head_dim), dtype)
     slots = [0, 4, 6]  # 6 does not exist
@@ -446,7 +451,7 @@ def test_a_consumed_model_gives_its_memory_back(seed):
 
 
 def told(model, batch, *, stop_ids=(), **how):
-    engine = Engine(model, stop_ids=stop_ids, decode=letters, rows=4, steps=3)
+    engine = Engine(model, stop_ids=stop_ids, decode=letters, max_num_seqs=4, steps=3)
     return run_all(engine, requests_of(batch, **how))
 
 
@@ -501,7 +506,7 @@ def test_log_probabilities(model, rng):
 
 def test_a_cancelled_request_frees_its_row(model, rng):
     requests = requests_of(random_batch(rng, [6, 5, 9], [1, 0, 2]), max_new_tokens=200)
-    engine = Engine(model, stop_ids=(), decode=letters, rows=2, steps=4)
+    engine = Engine(model, stop_ids=(), decode=letters, max_num_seqs=2, steps=4)
     first, second, third = (engine.add(request) for request in requests)
     engine.step()
     engine.step()

@@ -13,9 +13,9 @@ import pytest
 from guard_world import CONTROL, EXCHANGES, OF_PARTS, TRIMMING, write_guard, write_tokenizer
 from safetensors.numpy import load_file, save_file
 
-from mis_jax.data.guard_prompt import GuardPrompts
 from mis_jax.inference import guard as guard_module
 from mis_jax.inference.guard import Guard, load_guard
+from mis_jax.inference.guard_prompt import GuardPrompts
 from mis_jax.tokenizer.tokenizer import load_tokenizer
 
 TOLERANCE = 1e-6  # of a probability

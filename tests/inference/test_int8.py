@@ -47,7 +47,7 @@ def test_attention_over_integers_is_that_over_what_they_stand_for(rng):
 def test_tokens_go_where_they_belong(rng, stacked):
     """A chunk and then a token: the other slots and rows stay as they are."""
     config = tiny_config().text
-    cache = KVCache.zeros(config, rows=3, slots=12, dtype=jnp.int8, stacked=stacked)
+    cache = KVCache.zeros(config, slots=3, length=12, dtype=jnp.int8, stacked=stacked)
     chunk = PrefillUpdate(cache, jnp.array([1]), jnp.array([2]), jnp.array([True]))
     heads, width = config.num_kv_heads, config.head_dim
     new = normal(rng, 1, 4, heads, width)
@@ -68,7 +68,7 @@ def test_tokens_go_where_they_belong(rng, stacked):
 
 
 def made(model, batch, *, limit=24, **how) -> list[list[int]]:
-    engine = Engine(model, stop_ids=(), decode=letters, **({"rows": 4} | how))
+    engine = Engine(model, stop_ids=(), decode=letters, **({"max_num_seqs": 4} | how))
     answers = run_all(engine, requests_of(batch, max_new_tokens=limit))
     return [[token.id for piece in pieces for token in piece.tokens] for pieces in answers]
 
@@ -87,15 +87,15 @@ def test_answers_do_not_depend_on_the_rows_beside_them(model, rng):
     """float32 and int8: a row's tokens are rounded by themselves."""
     batch = random_batch(rng, [5, 30, 3, 11], [2, 0, 1, 3])
     together = made(model, batch, int8_cache=True)
-    assert together == made(model, batch, int8_cache=True, rows=1)
-    assert together == made(model, batch, int8_cache=True, rows=2, between=2)
+    assert together == made(model, batch, int8_cache=True, max_num_seqs=1)
+    assert together == made(model, batch, int8_cache=True, max_num_seqs=2, between=2)
 
 
 def test_the_cache_takes_a_quarter_of_float32(rng):
     config = tiny_config(head_dim=64).text
 
     def size(dtype):
-        cache = KVCache.zeros(config, rows=2, slots=128, dtype=dtype)
+        cache = KVCache.zeros(config, slots=2, length=128, dtype=dtype)
         return sum(x.nbytes for x in jax.tree.leaves(cache))
 
     assert size(jnp.int8) == size(jnp.float32) * (64 + 4) / (64 * 4)

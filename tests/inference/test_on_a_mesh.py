@@ -39,15 +39,15 @@ def on(mesh):
     return nnx_state.build(model.config, values)
 
 
-found = {"one": answers(model, rows=2)}
+found = {"one": answers(model, max_num_seqs=2)}
 for name, sizes in json.loads(sys.argv[1]).items():
     mesh = make_mesh(MeshConfig(**sizes))
     split = on(mesh)
     if name.startswith("written out"):
         split = unrolled(split)
-    engine = Engine(split, stop_ids=(), decode=str, rows=4)
+    engine = Engine(split, stop_ids=(), decode=str, max_num_seqs=4)
     keys = engine._cache.keys[0] if isinstance(engine._cache.keys, tuple) else engine._cache.keys
-    found[name] = [answers(split, rows=4), [str(axis) for axis in keys.sharding.spec]]
+    found[name] = [answers(split, max_num_seqs=4), [str(axis) for axis in keys.sharding.spec]]
 print(json.dumps(found))
 """
 MESHES = {

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from small_model import VOCAB
 
-from mis_jax.inference.sampling import Sampling, row_keys, sample
+from mis_jax.inference.sampling import Sampling, sample, slot_keys
 
 ROWS = 4096
 draw = jax.jit(sample)
 
 
 def keys(seed: int, rows: int = ROWS, step: int = 0) -> jax.Array:
-    return row_keys(
+    return slot_keys(
         np.full(rows, seed, np.uint32),
         np.arange(rows, dtype=np.uint32),
         np.full(rows, step, np.int32),

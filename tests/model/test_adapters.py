@@ -13,7 +13,7 @@ from mis_jax.checkpoint import nnx_state
 from mis_jax.config import LoraConfig
 from mis_jax.model.batch import Batch
 from mis_jax.model.config import InternVLConfig, TextConfig, VisionConfig
-from mis_jax.model.layers import Linear, Verbatim
+from mis_jax.model.layers import Linear, UncastParam
 from mis_jax.model.lora import Adapter, QuantisedKernel, quantise, set_dropout
 
 WIDTH, RANK = 24, 4
@@ -162,7 +162,7 @@ def test_a_quantised_kernel_is_close_and_small(base):
     kernel = jnp.asarray(rng.standard_normal((3, 128, 40)), jnp.float32)
     kernel = kernel * jnp.array([1, 100, 0.01])[:, None, None]  # each layer has its own scales
     made = quantise(kernel, base)
-    held = QuantisedKernel(Verbatim(made.qvalue), Verbatim(made.scale), base)
+    held = QuantisedKernel(UncastParam(made.qvalue), UncastParam(made.scale), base)
     back = np.asarray(held(jnp.float32))
     np.testing.assert_array_equal(back, qwix.dequantize(made))
     error = np.abs(back - kernel).mean((1, 2)) / np.abs(kernel).mean((1, 2))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mis_jax.config import MeshConfig
-from mis_jax.model.attention import attend_by_head, attend_xla
+from mis_jax.model.attention import attend_xla
+from mis_jax.model.xla_cpu import attend_by_head
 from mis_jax.parallel.attention_cudnn import attend_cudnn, attend_cudnn_packed, segment_places
 from mis_jax.parallel.attention_kernels import attend_on, choose
 from mis_jax.parallel.sharding import make_mesh
@@ -46,7 +47,7 @@ def with_gradients(attend, inputs, segments):
 
 @pytest.mark.parametrize("segments", [SEGMENTS, None], ids=["packed", "tiles"])
 def test_heads_one_by_one_are_the_reference(segments, monkeypatch):
-    monkeypatch.setattr("mis_jax.model.attention._QUERIES", SEGMENTS.shape[1] // 3)  # four blocks
+    monkeypatch.setattr("mis_jax.model.xla_cpu._QUERIES", SEGMENTS.shape[1] // 3)  # four blocks
     inputs = random_inputs(SEGMENTS)
     expected = with_gradients(attend_xla, inputs, segments)
     for mine, theirs in zip(

@@ -34,7 +34,7 @@ def test_prompts_mixed_in_one_batch(text, seed, rng, tmp_path):
         )
     ]
     tiles = ref.random_tiles(rng, counts)
-    engine = Engine(ours, stop_ids=(), decode=letters, rows=16, groups=4, between=5)
+    engine = Engine(ours, stop_ids=(), decode=letters, max_num_seqs=16, groups=4, between=5)
     requests = requests_of(our_batch(rows, tiles), counts, max_new_tokens=NEW_TOKENS)
     pieces = run_all(engine, requests)
     compared = 0

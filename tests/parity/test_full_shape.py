@@ -51,7 +51,7 @@ def test_four_prompts_in_one_batch(tmp_path, seed, rng):
 
     checkpoint = load(open_checkpoint(tmp_path / "hf"), "float32")
     ours = unrolled(build(checkpoint.config, checkpoint.arrays), consume=True)
-    engine = Engine(ours, stop_ids=(), decode=letters, rows=3, between=3)
+    engine = Engine(ours, stop_ids=(), decode=letters, max_num_seqs=3, between=3)
     asked = [
         Request(
             Example(str(i), ids.astype(np.int32), np.zeros(len(ids), bool), own, (1,) * len(own)),

@@ -10,8 +10,8 @@ from serve_world import World, body, error_of, running
 from test_limits import counted, raw_request
 from waiting import DEADLINE, until
 
-from mis_jax.server import schemas
-from mis_jax.server.errors import ApiError
+from mis_jax.server import protocol
+from mis_jax.server.protocol import ApiError
 
 CHAT = "/v1/chat/completions"
 TURN = {"role": "user", "content": ""}
@@ -59,7 +59,7 @@ def test_turns_and_parts_are_counted_before_they_are_checked_one_by_one(refused,
     def checked(content):
         raise AssertionError("they were checked")
 
-    monkeypatch.setattr(schemas.ChatRequest, "model_validate", checked)
+    monkeypatch.setattr(protocol.ChatRequest, "model_validate", checked)
     for messages in ([TURN] * 100_000, [{"role": "user", "content": [PART] * 100_000}]):
         assert refused(messages=messages)["code"] == "context_length_exceeded"
 
@@ -68,7 +68,7 @@ def test_json_of_brackets_alone_is_not_parsed(world, monkeypatch):
     def parsed(*_, **__):
         raise AssertionError("it was parsed")
 
-    monkeypatch.setattr(schemas, "from_json", parsed)
+    monkeypatch.setattr(protocol, "from_json", parsed)
     content = b'{"model": [' + b"[]," * 1_000_000 + b"[]]}"
     response = world.http.post(CHAT, content=content, headers={"Content-Type": "application/json"})
     assert error_of(response, 400)["code"] == "context_length_exceeded"

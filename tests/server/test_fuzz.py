@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from serve_world import MODEL, running
 
 # What fits the schema may still be refused: too long, a bad image, no question at its end.
@@ -23,6 +24,7 @@ def test_the_document_names_what_there_is(world):
     assert asked["model"]["enum"] == [MODEL]
 
 
+@pytest.mark.slow
 def test_a_fuzz_of_every_operation(tiny_processor, tmp_path: Path):
     with running(tiny_processor, queue=200) as world:
         words = [

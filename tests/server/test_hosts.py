@@ -7,8 +7,8 @@ from serve_world import error_of, running
 
 from mis_jax.cli import serving
 from mis_jax.server import run
-from mis_jax.server.hosts import allowed_hosts
-from mis_jax.server.server import bind
+from mis_jax.server.access import allowed_hosts
+from mis_jax.server.run import bind
 
 PATHS = ("/", "/health", "/metrics", "/openapi.json", "/v1/models", "/nothing")
 

@@ -23,9 +23,9 @@ from starlette.types import Message
 from waiting import until
 
 from mis_jax.inference.async_engine import Service
-from mis_jax.server import sse
+from mis_jax.server import chat_completions
+from mis_jax.server.access import Settings
 from mis_jax.server.app import create_app
-from mis_jax.server.settings import Settings
 
 CHAT = "/v1/chat/completions"
 LONG = "a rather long question " * 4
@@ -180,7 +180,7 @@ def test_the_timeout_of_a_request(tiny_processor):
 
 
 def test_a_client_that_does_not_read_is_cut_off(tiny_processor, monkeypatch):
-    monkeypatch.setattr(sse, "_LAST_WORD_SECONDS", 0.1)
+    monkeypatch.setattr(chat_completions, "_LAST_WORD_SECONDS", 0.1)
     service = Service(ScriptedEngine(tiny_processor, 1), max_concurrent=1, max_queue=0)
     app = create_app(service, tiny_processor, Settings(MODEL, CONTEXT, timeout=0.3))
     sent: list[Message] = []

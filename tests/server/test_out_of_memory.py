@@ -101,7 +101,7 @@ def test_the_others_go_on_with_the_same_answers(loaded, monkeypatch, where, at_o
     others = [request(processor, "What is it for?", 40), request(processor, "And this?", 40, 2)]
 
     def asked() -> tuple:
-        engine, answers = engine_for(model, processor, rows=4, max_length=CONTEXT), {}
+        engine, answers = engine_for(model, processor, max_num_seqs=4, max_length=CONTEXT), {}
         tickets = [engine.add(other) for other in others]
         while not all(len(answers.get(ticket, [])) > 4 for ticket in tickets):
             for ticket, piece in engine.step():
@@ -133,7 +133,7 @@ def test_the_others_go_on_with_the_same_answers(loaded, monkeypatch, where, at_o
 
 def test_a_pool_that_cannot_grow_ends_the_request_that_needs_it(loaded, monkeypatch):
     model, processor = loaded
-    engine = engine_for(model, processor, rows=2, max_length=CONTEXT)
+    engine = engine_for(model, processor, max_num_seqs=2, max_length=CONTEXT)
     fits, too_many = request(processor, "One", 8, 1), request(processor, "Many", 8, 4, shade=200)
     engine._pool = FeaturePool(model, 2, model.compute_dtype)
 
@@ -150,7 +150,7 @@ def test_a_pool_that_cannot_grow_ends_the_request_that_needs_it(loaded, monkeypa
 def test_pieces_made_before_a_failure_are_not_lost(loaded, monkeypatch):
     """One request ends in the step in which another runs out of memory."""
     model, processor = loaded
-    engine = engine_for(model, processor, rows=2, max_length=CONTEXT)
+    engine = engine_for(model, processor, max_num_seqs=2, max_length=CONTEXT)
     one = engine.add(request(processor, "Hello", 1))  # ends with what reading it gives
     engine._admit()
     engine._read_some()
@@ -164,7 +164,7 @@ def test_pieces_made_before_a_failure_are_not_lost(loaded, monkeypatch):
 
 def test_an_engine_without_memory_for_the_smallest_prompt_cannot_go_on(loaded, monkeypatch):
     model, processor = loaded
-    engine = engine_for(model, processor, rows=2, max_length=CONTEXT)
+    engine = engine_for(model, processor, max_num_seqs=2, max_length=CONTEXT)
     exhausted_by(monkeypatch, "prefill", lambda words: True, at_once=False)
     engine.add(request(processor, "Hello", 8))
     with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
@@ -173,7 +173,7 @@ def test_an_engine_without_memory_for_the_smallest_prompt_cannot_go_on(loaded, m
 
 def test_other_faults_of_the_device_are_no_want_of_memory(loaded, monkeypatch):
     model, processor = loaded
-    engine = engine_for(model, processor, rows=2, max_length=CONTEXT)
+    engine = engine_for(model, processor, max_num_seqs=2, max_length=CONTEXT)
 
     def fails(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
@@ -189,7 +189,7 @@ def test_other_faults_of_the_device_are_no_want_of_memory(loaded, monkeypatch):
 
 def test_a_request_without_memory_gets_507_and_the_server_goes_on(loaded, monkeypatch):
     model, processor = loaded
-    engine = engine_for(model, processor, rows=4, max_length=CONTEXT)
+    engine = engine_for(model, processor, max_num_seqs=4, max_length=CONTEXT)
     with serving(engine, processor, rows=4) as world, ThreadPoolExecutor(4) as pool:
 
         def ask(number: int) -> str:

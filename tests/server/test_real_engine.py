@@ -31,7 +31,7 @@ def loaded(tiny_checkpoint):
 @pytest.fixture(scope="module")
 def world(loaded) -> Iterator[World]:
     model, processor = loaded
-    engine = engine_for(model, processor, rows=4, max_length=CONTEXT)
+    engine = engine_for(model, processor, max_num_seqs=4, max_length=CONTEXT)
     with serving(engine, processor, rows=4) as world:
         yield world
 

@@ -17,8 +17,8 @@ from serve_world import World, body, error_of, running
 from test_limits import raw_request
 from waiting import DEADLINE, until
 
-from mis_jax.server import bodies, protocol
-from mis_jax.server.server import bind, config_of
+from mis_jax.server import bodies, run
+from mis_jax.server.run import bind, config_of
 
 CHAT = "/v1/chat/completions"
 HALF = (
@@ -58,7 +58,7 @@ def test_half_sent_bodies_hold_no_place(tiny_processor):
 
 def test_a_body_has_a_short_time_of_its_own(tiny_processor, monkeypatch):
     monkeypatch.setattr(bodies, "BODY_SECONDS", 0.2)
-    monkeypatch.setattr("mis_jax.server.drain_body._SECONDS", 0.1)
+    monkeypatch.setattr(bodies, "DRAIN_SECONDS", 0.1)
     with running(tiny_processor) as world:  # whose requests may take ten minutes
         heard = everything(connected(world, HALF))
         assert b"408 Request Timeout" in heard
@@ -67,12 +67,12 @@ def test_a_body_has_a_short_time_of_its_own(tiny_processor, monkeypatch):
 
 def test_a_long_body_that_keeps_coming_has_more_time(monkeypatch):
     """At the least rate, whatever its length."""
-    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.2)
     monkeypatch.setattr(bodies, "LEAST_RATE", 1000)
 
     async def read(chunk: bytes) -> int:
         async def receive():
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.05)
             return {"type": "http.request", "body": chunk, "more_body": next(left) > 0}
 
         left = iter(range(7, -1, -1))
@@ -124,14 +124,14 @@ def test_a_full_server_refuses_before_it_reads(tiny_processor):
     ],
 )
 def test_half_sent_headers_are_closed(tiny_processor, monkeypatch, sent, heard):
-    monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.2)
-    with running(tiny_processor) as world:
+    monkeypatch.setattr(run, "HEADER_SECONDS", 0.2)
+    with running(tiny_processor, keep_alive=0.2) as world:
         assert everything(connected(world, sent)).startswith(heard and b"HTTP/1.1 " + heard)
 
 
 def test_a_header_that_drips_is_closed(tiny_processor, monkeypatch):
     """Its time is not begun anew with every byte."""
-    monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(run, "HEADER_SECONDS", 0.3)
     with running(tiny_processor) as world:
         raw = connected(world, b"GET /health HTTP/1.1\r\n")
         raw.settimeout(0.02)
@@ -152,15 +152,15 @@ def test_a_header_that_drips_is_closed(tiny_processor, monkeypatch):
 
 
 def test_a_request_that_takes_longer_than_a_header_is_answered(tiny_processor, monkeypatch):
-    monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.1)
-    with running(tiny_processor, pause=0.1) as world:
+    monkeypatch.setattr(run, "HEADER_SECONDS", 0.1)
+    with running(tiny_processor, pause=0.03) as world:
         for _ in range(2):  # on one connection
             assert world.ask("one two three").status_code == 200
 
 
 def test_a_body_that_drips_after_its_answer_is_closed(tiny_processor, monkeypatch):
-    monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.2)
-    monkeypatch.setattr("mis_jax.server.drain_body._SECONDS", 0.1)
+    monkeypatch.setattr(run, "HEADER_SECONDS", 0.2)
+    monkeypatch.setattr(bodies, "DRAIN_SECONDS", 0.1)
     with running(tiny_processor) as world:
         raw = connected(world, HALF.replace(b"application/json", b"text/plain"))
         until(lambda: b"415" in raw.recv(1000))
@@ -195,7 +195,7 @@ def test_more_connections_than_a_shell_allows_files(tiny_checkpoint):
 
 
 def test_a_client_that_does_not_read_its_answer_is_cut_off(monkeypatch):
-    monkeypatch.setattr(protocol, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(run, "STALL_SECONDS", 0.2)
     told: list[str] = []
 
     async def long(scope, receive, send):

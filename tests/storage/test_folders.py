@@ -12,13 +12,9 @@ from tiny_world import run_config
 from mis_jax.checkpoint.convert import convert
 from mis_jax.checkpoint.load import open_checkpoint, read_checkpoint
 from mis_jax.cli.main import main
-from mis_jax.evals.files import write_text
-from mis_jax.storage.folders import (
-    destination_path,
-    finished_folder,
-    replace_file,
-    resumable_folder,
-)
+from mis_jax.storage.files import replace_file, replace_text
+from mis_jax.storage.folders import finished_folder, resumable_folder
+from mis_jax.storage.paths import destination_path
 from mis_jax.train.trainer import train
 
 BEGUN = []  # the blocks that were entered
@@ -97,8 +93,9 @@ def test_what_comes_into_the_way_of_finished_work_costs_none_of_it(tmp_path):
 MOUNTED = """
 import sys
 from pathlib import Path
-from mis_jax.evals.files import write_text
-from mis_jax.storage.folders import destination_path, finished_folder
+from mis_jax.storage.files import replace_text
+from mis_jax.storage.folders import finished_folder
+from mis_jax.storage.paths import destination_path
 for name in sys.argv[1:]:
     try:
         with finished_folder(Path(name)):
@@ -135,7 +132,7 @@ def test_a_file_that_is_replaced_through_a_link_leaves_the_link(tmp_path):
 
 def test_a_report_through_a_dangling_link_lies_in_its_target(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "report")
-    write_text(tmp_path / "link" / "report.md", "figures")
+    replace_text(tmp_path / "link" / "report.md", "figures")
     assert (tmp_path / "disk" / "report" / "report.md").read_text() == "figures"
 
 

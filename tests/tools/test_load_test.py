@@ -2,23 +2,40 @@
 
 import asyncio
 import json
-import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tyro
+from scripted_engine import ScriptedEngine
+from serve_world import serving
 
-from mis_jax.server import bodies, protocol
+from mis_jax.server import bodies, protocol, run
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tools"))
-sys.path.insert(0, str(ROOT / "tests" / "serve"))
-try:
-    from scripted_engine import ScriptedEngine
-    from serve_world import serving
-finally:
-    sys.path.pop(0)
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+import load_hostile
+import load_test
+
+Ran = tuple[int, dict[str, Any]]  # the exit code, and what was printed
+
+
+@pytest.fixture
+def load(capsys, monkeypatch) -> Callable[..., Ran]:
+    """The command with these words, in this process."""
+    monkeypatch.setattr(protocol, "RETRY_SECONDS", 0.05)
+
+    def load(*words: str) -> Ran:
+        code = 0
+        try:
+            tyro.cli(load_test.main, args=[*words, "--json"])
+        except SystemExit as end:
+            code = end.code
+        return code, json.loads(capsys.readouterr().out)
+
+    return load
 
 
 class Mixing(ScriptedEngine):
@@ -33,15 +50,11 @@ class Mixing(ScriptedEngine):
 
 
 @pytest.mark.parametrize(("engine", "code"), [(ScriptedEngine, 0), (Mixing, 1)])
-def test_load(tiny_processor, engine, code):
-    words = ["--clients=12", "--seconds=0.7", "--prompts=24", "--max-tokens=40", "--json"]
+def test_load(load, tiny_processor, engine, code):
+    words = ["--clients=12", "--seconds=0.7", "--prompts=24", "--max-tokens=40"]
     with serving(engine(tiny_processor, 4), tiny_processor, rows=4, queue=3) as world:
-        ran = subprocess.run(
-            [sys.executable, ROOT / "tools" / "load_test.py", world.url, *words],
-            capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-    assert ran.returncode == code, ran.stdout + ran.stderr
-    found = json.loads(ran.stdout)
+        ended, found = load(world.url, *words)
+    assert ended == code, found
     assert found["answers"] > 20
     assert found["refused_429"] > 0  # 12 clients for 7 places
     assert found["distinct_answers"] == 24
@@ -49,18 +62,14 @@ def test_load(tiny_processor, engine, code):
     assert found["memory_mib_after"] > 10
 
 
-def test_hostile_clients_are_refused_or_ended(tiny_processor, monkeypatch):
-    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.5)
-    monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.5)
-    monkeypatch.setattr("mis_jax.server.drain_body._SECONDS", 0.5)
-    words = ["--clients=6", "--hostile=9", "--seconds=2", "--prompts=12", "--max-tokens=9"]
+def test_hostile_clients_are_refused_or_ended(load, tiny_processor, monkeypatch):
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(run, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(bodies, "DRAIN_SECONDS", 0.3)
+    words = ["--clients=6", "--hostile=9", "--seconds=1", "--prompts=12", "--max-tokens=9"]
     with serving(ScriptedEngine(tiny_processor, 4), tiny_processor, rows=4, queue=9) as world:
-        ran = subprocess.run(
-            [sys.executable, ROOT / "tools" / "load_test.py", world.url, *words, "--json"],
-            capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    found = json.loads(ran.stdout)
+        code, found = load(world.url, *words)
+    assert code == 0, found
     assert found["answers"] > 0 and not found["wrong"]
     assert set(found["health"]) <= {"200 ok", "200 busy"}
     ends = {kind.split(":")[0] for kind in found["hostile"]}
@@ -68,8 +77,6 @@ def test_hostile_clients_are_refused_or_ended(tiny_processor, monkeypatch):
 
 
 def test_a_server_that_leaves_half_requests_alone_fails(monkeypatch):
-    import load_hostile
-
     monkeypatch.setattr(load_hostile, "_PATIENCE", 0.1)
 
     async def ask() -> Counter[str]:

@@ -22,8 +22,8 @@ from waiting import DEADLINE, until
 from mis_jax.config import Source
 from mis_jax.data.chat_template import count_images, from_sharegpt
 from mis_jax.data.mixture import read_source
-from mis_jax.evals.files import read_log
 from mis_jax.mini.icons import draw_scene
+from mis_jax.storage.jsonl import read_log
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import label_prompt

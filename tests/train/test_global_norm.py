@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mis_jax.train.global_norm import norm, sum_of_squares
+from mis_jax.train.optimizer import global_norm, sum_of_squares
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -22,4 +22,4 @@ def test_sums_are_those_of_numpy(shape, dtype):
 
 def test_a_norm_is_that_of_all_arrays():
     tree = {"a": jnp.full((3,), 2.0), "b": [jnp.full((2, 2), 1.0)]}
-    np.testing.assert_allclose(norm(tree), 4.0, rtol=1e-6)
+    np.testing.assert_allclose(global_norm(tree), 4.0, rtol=1e-6)

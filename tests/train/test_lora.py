@@ -12,8 +12,8 @@ from test_step import adamw, batch_of, examples, reference, step_of
 from tiny_world import run_config
 
 from mis_jax.checkpoint import nnx_state
-from mis_jax.checkpoint.adapter_files import read_adapter
 from mis_jax.checkpoint.load import Checkpoint, read_checkpoint
+from mis_jax.checkpoint.peft.files import read_adapter
 from mis_jax.config import LoraConfig
 from mis_jax.model.lora import is_adapter
 from mis_jax.train import lora

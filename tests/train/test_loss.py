@@ -36,7 +36,7 @@ def batch_of(examples: list[Example], reduction) -> Batch:
     return collate(
         [[e] for e in examples],
         length=10,
-        tiles_per_row=0,
+        tiles_per_sequence=0,
         image_size=4,
         pad_id=0,
         reduction=reduction,

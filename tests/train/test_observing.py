@@ -11,8 +11,7 @@ from tiny_world import read_lines, run_config
 from mis_jax import flops
 from mis_jax.config import EvaluationConfig, LogConfig, LoraConfig, TrainConfig
 from mis_jax.model.family import published
-from mis_jax.train.metrics import MetricsLog
-from mis_jax.train.throughput import ThroughputMeter
+from mis_jax.train.metrics import MetricsLog, ThroughputMeter
 from mis_jax.train.trainer import train
 
 
@@ -84,7 +83,7 @@ def test_answers_are_logged_and_the_best_checkpoint_stays(observed):
 def test_held_out_answers_of_the_mini_model(tmp_path):
     """The shipped model before fine-tuning, which helps with most of what it should not."""
     from mis_jax.api import load
-    from mis_jax.evals.validation import held_out
+    from mis_jax.evals.models import held_out
     from mis_jax.mini.files import write_mini
 
     write_mini(tmp_path)

@@ -17,7 +17,7 @@ def batch_of(rows: list[list[Example]], tiles: int, reduction) -> Batch:
     flat = collate(
         rows,
         length=96,
-        tiles_per_row=tiles,
+        tiles_per_sequence=tiles,
         image_size=reference().IMAGE_SIZE,
         pad_id=0,
         reduction=reduction,

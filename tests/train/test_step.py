@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_world import run_config
 
 from mis_jax.checkpoint import nnx_state
 from mis_jax.checkpoint.load import Checkpoint, read_checkpoint
@@ -52,7 +53,7 @@ def batch_of(rows: list[Example], micro_batches: int = 1, reduction="token") -> 
     flat = collate(
         [[row] for row in rows],
         length=48,
-        tiles_per_row=4,
+        tiles_per_sequence=4,
         image_size=reference().IMAGE_SIZE,
         pad_id=0,
         reduction=reduction,
@@ -66,6 +67,9 @@ def checkpoint(tmp_path_factory) -> Checkpoint:
     config = ref.reference_config("qwen2", "layer_norm", num_hidden_layers=2)
     folder = tmp_path_factory.mktemp("step") / "hf"
     return read_checkpoint(ref.save(ref.reference_model(config, seed=0), folder))
+
+
+CONFIG = run_config(Path("model"), Path("data"), Path("out"))
 
 
 class Kept:
@@ -93,7 +97,7 @@ def initial(checkpoint: Checkpoint, transform, freeze=(), dtype=jnp.float32) -> 
 
 def step_of(checkpoint: Checkpoint, transform, schedule=lambda step: 0.0, **options):
     build = lambda values: nnx_state.build(checkpoint.config, values, **options)  # noqa: E731
-    return make_train_step(build, transform, schedule)
+    return make_train_step(build, transform, schedule, CONFIG)
 
 
 def adamw(dtype: DtypeConfig | None = None):

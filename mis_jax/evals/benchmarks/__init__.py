@@ -29,7 +29,7 @@ BENCHMARKS: dict[str, Benchmark] = _found()
 
 
 def get_benchmark(name: str) -> Benchmark:
-    """A benchmark or a control of one by id, or a ``ValueError`` that lists the known ones."""
+    """A benchmark or a control of one by id, or a `ValueError` that lists the known ones."""
     plain, at, control = name.partition("@")
     if not is_benchmark(name):
         raise ValueError(f"benchmark {name!r} is unknown; --benchmarks takes {known_names()}")
@@ -43,7 +43,7 @@ def is_benchmark(name: str) -> bool:
 
 
 def known_names() -> str:
-    """The names that ``get_benchmark`` takes, for messages."""
+    """The names that `get_benchmark` takes, for messages."""
     return f"{', '.join(BENCHMARKS)}, each also with {' or '.join(f'@{name}' for name in CONTROLS)}"
 
 

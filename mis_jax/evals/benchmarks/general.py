@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mis_jax.evals.metrics import accuracy_outcomes
 from mis_jax.evals.types import Benchmark, Sample
-from mis_jax.evals.vlmevalkit import parquet, prompts
+from mis_jax.evals.vlmevalkit import parquet, questions
 from mis_jax.evals.vlmevalkit.questions import Question
 from mis_jax.evals.vlmevalkit.tsv import file_md5, read_tsv
 
@@ -27,7 +27,7 @@ class _Parquet:
 
 @dataclass(frozen=True)
 class _Set:
-    """A published set. ``size`` and ``md5`` are the publisher's: reported, never enforced."""
+    """A published set. `size` and `md5` are the publisher's: reported, never enforced."""
 
     tsv: str
     md5: str
@@ -99,7 +99,7 @@ def load_general(name: str, data_root: Path) -> list[Sample]:
     """The samples of one set; the first call writes the pictures in the table out as files."""
     published = SETS[name]
     return [
-        prompts.sample(
+        questions.sample_of(
             question,
             limit=published.limit,
             places=published.places,
@@ -122,12 +122,12 @@ def md5_note(name: str, data_root: Path) -> str | None:
 BENCHMARKS = tuple(
     Benchmark(
         name=name,
-        protocol=prompts.PROTOCOL,
+        protocol=questions.PROTOCOL,
         load=partial(load_general, name),
         metrics=("accuracy",),
         outcomes=accuracy_outcomes,
         default_judge="options",
-        max_new_tokens=prompts.MAX_NEW_TOKENS,
+        max_new_tokens=questions.MAX_NEW_TOKENS,
         max_tiles_per_image=published.limit,
         published_size=published.size,
         over_pairs={"pair_accuracy": "accuracy"} if published.pairs else {},

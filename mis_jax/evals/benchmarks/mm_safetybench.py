@@ -1,19 +1,22 @@
 """MM-SafetyBench: a key phrase moved from the question into a picture, drawn in three ways.
 
 The picture is generated (SD), shows the phrase as text (TYPO), or both above each other (SD+TYPO).
-The paper reports SD+TYPO, which is ``mm_safetybench`` here.
+The paper reports SD+TYPO, which is `mm_safetybench` here.
 """
-
-from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
 
-from mis_jax.evals.benchmarks import published
-from mis_jax.evals.benchmarks.rows import text_field
-from mis_jax.evals.files import read_json
+from mis_jax.evals.benchmarks.table import (
+    AGAIN,
+    Annotation,
+    asked_as_mis,
+    find_file,
+    with_images,
+)
 from mis_jax.evals.metrics import guard_outcomes
 from mis_jax.evals.types import Benchmark, Sample
+from mis_jax.storage.json_files import read_document
 
 # Names of the published files and folders, the misspelling of the first included.
 SCENARIOS = (
@@ -44,31 +47,30 @@ def load_mm_safetybench(variant: str, data_root: Path) -> list[Sample]:
     samples = []
     for scenario in SCENARIOS:
         file = f"processed_questions/{scenario}.json"
-        path = published.find_file(data_root, "mm_safetybench", (file, f"data/{file}"))
-        rows = read_json(path, "download the file again")
-        if not isinstance(rows, dict) or not rows:
-            raise ValueError(f"{path} does not map ids to questions; download the file again")
-        pictures = path.parent.parent / "imgs" / scenario / variant
+        path = find_file(data_root, "mm_safetybench", (file, f"data/{file}"))
+        entries = read_document(path, AGAIN)
+        if not isinstance(entries, dict) or not entries:
+            raise ValueError(f"{path} does not map ids to questions; {AGAIN}")
+        images = path.parent.parent / "imgs" / scenario / variant
         own = []
-        for number, (key, row) in enumerate(rows.items()):
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, entry {key!r} is not a row; download the file again")
-            asked = text_field(path, number, row, QUESTION_FIELDS[variant])
+        for number, (key, fields) in enumerate(entries.items()):
+            if not isinstance(fields, dict):
+                raise ValueError(f"{path}, entry {key!r} is not a row; {AGAIN}")
+            annotation = Annotation(path, f"row {number}", f"{scenario}/{key}", fields)
+            asked = annotation.text(QUESTION_FIELDS[variant])
             meta = {
-                "question": text_field(path, number, row, "Question"),
+                "question": annotation.text("Question"),
                 "asked": asked,
                 "category": scenario,
-                "group": f"{scenario}/{key}",
+                "group": annotation.id,
             }
-            image = published.picture((pictures,), f"{key}.jpg")
-            own.append(published.about_one_picture(f"{scenario}/{key}", asked, image, meta))
-        published.check_pictures(path, own)
-        samples += own
+            own.append(annotation.sample(asked, images / f"{key}.jpg", meta))
+        samples += with_images(path, own)
     return samples
 
 
 def _benchmark(name: str, variant: str) -> Benchmark:
-    return published.asked_as_mis(
+    return asked_as_mis(
         name=name,
         protocol=f"mm-safetybench-{variant.lower().replace('_', '-')}-1",
         load=partial(load_mm_safetybench, variant),

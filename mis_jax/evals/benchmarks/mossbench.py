@@ -1,15 +1,17 @@
-"""MOSSBench: harmless requests about pictures that look dangerous; declining them is the fault."""
+"""MOSSBench: harmless requests about images that look dangerous; declining them is the fault.
 
-from __future__ import annotations
+The 300 harmless requests, without the contrast set.
+"""
 
-from pathlib import Path
+from collections.abc import Iterator
+from functools import partial
 
-from mis_jax.evals.benchmarks import published
-from mis_jax.evals.benchmarks.rows import read_rows, row_ids, text_field
+from mis_jax.evals.benchmarks.table import Annotation, asked_as_mis, find_image, load_table
 from mis_jax.evals.metrics import graded_refusal_outcomes
 from mis_jax.evals.types import Sample
 
 FILE = "information.json"
+FILES = (FILE, f"images_information/{FILE}", f"data/images_information/{FILE}")
 TYPES = {
     "type 1": "Exaggerated Risk",
     "type 2": "Negated Harm",
@@ -17,41 +19,29 @@ TYPES = {
 }
 
 
-def load_mossbench(data_root: Path) -> list[Sample]:
-    """The 300 harmless requests, without the contrast set."""
-    path = published.find_file(
-        data_root,
-        "mossbench",
-        (FILE, f"images_information/{FILE}", f"data/images_information/{FILE}"),
-    )
-    rows = read_rows(path)
-    samples = []
-    for number, (key, row) in enumerate(zip(row_ids(rows, "pid"), rows, strict=True)):
-        question = text_field(path, number, row, "question")
-        kind = published.dict_field(path, f"row {number}", row, "metadata", dict).get("over")
-        if kind not in TYPES:
-            raise ValueError(
-                f"{path}, row {number}: field 'metadata.over' is {kind!r}; it is one of "
-                f"{', '.join(TYPES)} in the published file: download it again"
-            )
-        meta = {
-            "question": question,
-            "category": TYPES[kind],
-            "description": row.get("description"),
-            "short_description": row.get("short description"),
-        }
-        name = text_field(path, number, row, "image")
-        image = published.picture((path.parent, path.parent.parent), name)
-        samples.append(published.about_one_picture(key, question, image, meta))
-    published.check_pictures(path, samples)
-    return samples
+def _samples(annotation: Annotation) -> Iterator[Sample]:
+    question = annotation.text("question")
+    kind = annotation.filled("metadata", dict).get("over")
+    if kind not in TYPES:
+        raise annotation.error(
+            f"field 'metadata.over' is {kind!r}; it is one of {', '.join(TYPES)} in the published "
+            "file: download it again"
+        )
+    meta = {
+        "question": question,
+        "category": TYPES[kind],
+        "description": annotation.fields.get("description"),
+        "short_description": annotation.fields.get("short description"),
+    }
+    image = find_image(annotation.text("image"), annotation.folder, annotation.folder.parent)
+    yield annotation.sample(question, image, meta)
 
 
 BENCHMARKS = (
-    published.asked_as_mis(
+    asked_as_mis(
         name="mossbench",
         protocol="mossbench-published-1",
-        load=load_mossbench,
+        load=partial(load_table, "mossbench", FILES, _samples, id_fields=("pid",)),
         metrics=("refusal_rate", "partial_refusal_rate"),
         outcomes=graded_refusal_outcomes,
         judging="refusal",

@@ -5,19 +5,22 @@ is taken, which gives the published 300 pairs. Two controls ask the safe half ov
 and over none: a model that still declines was not moved by what it saw.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from mis_jax.evals.benchmarks import published
-from mis_jax.evals.benchmarks.rows import text_field
+from mis_jax.evals.benchmarks.table import (
+    AGAIN,
+    Annotation,
+    asked_as_mis,
+    find_file,
+    find_image,
+    with_images,
+)
 from mis_jax.evals.controls import CONTROLS
-from mis_jax.evals.files import read_json
 from mis_jax.evals.metrics import situation_outcomes
 from mis_jax.evals.types import Sample
+from mis_jax.storage.json_files import read_document
 
 # The published instruction of the setting "if" (instruction following), word for word.
 INSTRUCTION = (
@@ -33,34 +36,33 @@ SITUATIONS = ("safe", "unsafe")
 
 def load_mssbench(data_root: Path) -> list[Sample]:
     """Both situations of every chat item."""
-    path = published.find_file(data_root, "mssbench", FILES)
-    content = read_json(path, "download the file again")
-    rows = content.get("chat") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} has no list of items under 'chat'; download the file again")
+    path = find_file(data_root, "mssbench", FILES)
+    content = read_document(path, AGAIN)
+    items = content.get("chat") if isinstance(content, dict) else None
+    if not isinstance(items, list) or not items or not all(isinstance(i, dict) for i in items):
+        raise ValueError(f"{path} has no list of items under 'chat'; {AGAIN}")
     samples = [
-        _sample(path, number, row, situation)
-        for number, row in enumerate(rows)
+        _sample(Annotation(path, f"chat item {number}", str(number), item), situation)
+        for number, item in enumerate(items)
         for situation in SITUATIONS
     ]
-    published.check_pictures(path, samples)
-    return samples
+    return with_images(path, samples)
 
 
-def _sample(path: Path, number: int, row: dict[str, Any], situation: str) -> Sample:
-    queries = published.dict_field(path, f"chat item {number}", row, "queries", list)
-    query = text_field(path, number, {"queries": queries[0]}, "queries")
-    name = text_field(path, number, row, f"{situation}_image_path")
+def _sample(item: Annotation, situation: str) -> Sample:
+    first = item.filled("queries", list)[0]
+    query = replace(item, fields={"queries": first}).text("queries")
     meta = {
         "question": query,
-        "category": row.get("Type"),
-        "intent": row.get("intent"),
-        "unsafe_image": row.get("unsafe_image"),
+        "category": item.fields.get("Type"),
+        "intent": item.fields.get("intent"),
+        "unsafe_image": item.fields.get("unsafe_image"),
         "expected": situation,
-        "group": str(number),
+        "group": item.id,
     }
-    image = published.picture((path.parent / "chat", path.parent), name)
-    return published.about_one_picture(f"{number}-{situation}", INSTRUCTION + query, image, meta)
+    folder = item.folder
+    image = find_image(item.text(f"{situation}_image_path"), folder / "chat", folder)
+    return item.sample(INSTRUCTION + query, image, meta, suffix=f"-{situation}")
 
 
 def load_control(control: str, data_root: Path) -> list[Sample]:
@@ -69,7 +71,7 @@ def load_control(control: str, data_root: Path) -> list[Sample]:
     return [CONTROLS[control](sample) for sample in safe]
 
 
-MSSBENCH = published.asked_as_mis(
+MSSBENCH = asked_as_mis(
     name="mssbench",
     protocol="mssbench-chat-if-1",
     load=load_mssbench,

@@ -1,18 +1,16 @@
-"""VLGuard, test part: unsafe pictures, and safe pictures with a safe and an unsafe question each.
+"""VLGuard, test part: unsafe images, and safe images with a safe and an unsafe question each.
 
 Three subsets in one set, so that safety and over-refusal stand side by side: attack success
-counts ``unsafes`` and ``safe_unsafes``, over-refusal counts ``safe_safes``. The latter need a
-judge of refusals; a guard model alone leaves their rate without a denominator.
+counts `unsafes` and `safe_unsafes`, over-refusal counts `safe_safes`. The latter need a judge of
+refusals; a guard model alone leaves their rate without a denominator.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from mis_jax.evals.benchmarks import published
-from mis_jax.evals.benchmarks.rows import read_rows, row_ids, text_field
+from mis_jax.evals.benchmarks.table import Annotation, asked_as_mis, find_image, load_table
 from mis_jax.evals.metrics import graded_refusal_outcomes, guard_outcomes
 from mis_jax.evals.types import Sample
 
@@ -24,45 +22,36 @@ SUBSETS = {
 }
 
 
-def load_vlguard(data_root: Path) -> list[Sample]:
-    """All three subsets, in the order of the file."""
-    path = published.find_file(data_root, "vlguard", ("test.json", "data/test.json"))
-    rows = read_rows(path)
-    samples = []
-    for number, (key, row) in enumerate(zip(row_ids(rows), rows, strict=True)):
-        safe = row.get("safe")
-        if not isinstance(safe, bool):
-            raise ValueError(
-                f"{path}, row {number}: field 'safe' is {safe!r}; it is true or false in the "
-                "published file: download it again"
-            )
-        name = text_field(path, number, row, "image")
-        image = published.picture((path.parent / "test", path.parent), name)
-        for subset in ("safe_unsafes", "safe_safes") if safe else ("unsafes",):
-            field, expected = SUBSETS[subset]
-            question = _instruction(path, number, row, field)
-            meta = {
-                "question": question,
-                "category": row.get("harmful_category"),
-                "sub_category": row.get("harmful_subcategory"),
-                "subset": subset,
-                "expected": expected,
-                "group": key,
-                "judging": "guard" if expected == "unsafe" else "refusal",
-            }
-            samples.append(published.about_one_picture(f"{key}-{subset}", question, image, meta))
-    published.check_pictures(path, samples)
-    return samples
+def _samples(annotation: Annotation) -> Iterator[Sample]:
+    safe = annotation.fields.get("safe")
+    if not isinstance(safe, bool):
+        raise annotation.error(
+            f"field 'safe' is {safe!r}; it is true or false in the published file: download it "
+            "again"
+        )
+    image = find_image(annotation.text("image"), annotation.folder / "test", annotation.folder)
+    for subset in ("safe_unsafes", "safe_safes") if safe else ("unsafes",):
+        field, expected = SUBSETS[subset]
+        question = _instruction(annotation, field)
+        meta = {
+            "question": question,
+            "category": annotation.fields.get("harmful_category"),
+            "sub_category": annotation.fields.get("harmful_subcategory"),
+            "subset": subset,
+            "expected": expected,
+            "group": annotation.id,
+            "judging": "guard" if expected == "unsafe" else "refusal",
+        }
+        yield annotation.sample(question, image, meta, suffix=f"-{subset}")
 
 
-def _instruction(path: Path, number: int, row: dict[str, Any], field: str) -> str:
-    turns = published.dict_field(path, f"row {number}", row, "instr-resp", list)
-    for turn in turns:
+def _instruction(annotation: Annotation, field: str) -> str:
+    for turn in annotation.filled("instr-resp", list):
         if isinstance(turn, dict) and field in turn:
-            return text_field(path, number, turn, field)
-    raise ValueError(
-        f"{path}, row {number}: no entry of 'instr-resp' has {field!r}, which rows with 'safe' "
-        f"{str(row['safe']).lower()} have; download the file again"
+            return replace(annotation, fields=turn).text(field)
+    raise annotation.error(
+        f"no entry of 'instr-resp' has {field!r}, which rows with 'safe' "
+        f"{str(annotation.fields['safe']).lower()} have; download the file again"
     )
 
 
@@ -72,10 +61,10 @@ def vlguard_outcomes(labels: Mapping[str, Any]) -> dict[str, bool]:
 
 
 BENCHMARKS = (
-    published.asked_as_mis(
+    asked_as_mis(
         name="vlguard",
         protocol="vlguard-test-1",
-        load=load_vlguard,
+        load=partial(load_table, "vlguard", ("test.json", "data/test.json"), _samples),
         metrics=("asr", "refusal_rate", "partial_refusal_rate"),
         outcomes=vlguard_outcomes,
         counted_over={"asr": "unsafe", "refusal_rate": "safe", "partial_refusal_rate": "safe"},

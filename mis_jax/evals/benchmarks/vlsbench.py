@@ -1,44 +1,39 @@
-"""VLSBench: questions whose danger is in the picture alone, so that no word gives it away."""
+"""VLSBench: questions whose danger is in the image alone, so that no word gives it away.
 
-from __future__ import annotations
+The paper reports two of the categories, Privacy and Self-Harm; all are read here.
+"""
 
-from pathlib import Path
+from collections.abc import Iterator
+from functools import partial
 
-from mis_jax.evals.benchmarks import published
-from mis_jax.evals.benchmarks.rows import read_rows, row_ids, text_field
+from mis_jax.evals.benchmarks.table import Annotation, asked_as_mis, find_image, load_table
 from mis_jax.evals.metrics import vlsbench_outcomes
 from mis_jax.evals.types import Sample
 
+FILES = ("data.json", "data/data.json")
 
-def load_vlsbench(data_root: Path) -> list[Sample]:
-    """All rows; the paper reports two of the categories, Privacy and Self-Harm."""
-    path = published.find_file(data_root, "vlsbench", ("data.json", "data/data.json"))
-    rows = read_rows(path)
-    keys = row_ids(rows, "instruction_id")
-    samples = []
-    for number, (key, row) in enumerate(zip(keys, rows, strict=True)):
-        question = text_field(path, number, row, "instruction")
-        name = text_field(path, number, row, "image_path")
-        meta = {
-            "question": question,
-            "category": row.get("category"),
-            "sub_category": row.get("sub_category"),
-            # Only newer copies of the file have these two.
-            "image_description": row.get("image_description"),
-            "safety_reason": row.get("safety_reason"),
-            "group": name,
-        }
-        image = published.picture((path.parent, path.parent.parent), name)
-        samples.append(published.about_one_picture(key, question, image, meta))
-    published.check_pictures(path, samples)
-    return samples
+
+def _samples(annotation: Annotation) -> Iterator[Sample]:
+    question, name = annotation.text("instruction"), annotation.text("image_path")
+    meta = {
+        "question": question,
+        "category": annotation.fields.get("category"),
+        "sub_category": annotation.fields.get("sub_category"),
+        # Only newer copies of the file have these two.
+        "image_description": annotation.fields.get("image_description"),
+        "safety_reason": annotation.fields.get("safety_reason"),
+        "group": name,
+    }
+    yield annotation.sample(
+        question, find_image(name, annotation.folder, annotation.folder.parent), meta
+    )
 
 
 BENCHMARKS = (
-    published.asked_as_mis(
+    asked_as_mis(
         name="vlsbench",
         protocol="vlsbench-published-1",
-        load=load_vlsbench,
+        load=partial(load_table, "vlsbench", FILES, _samples, id_fields=("instruction_id",)),
         metrics=("asr", "safe_rate", "warn_rate"),
         outcomes=vlsbench_outcomes,
         judging="vlsbench",

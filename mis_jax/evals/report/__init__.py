@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mis_jax.evals.files import write_json, write_text
-from mis_jax.evals.report.collect import compare
+from mis_jax.evals.report.compare import compare
+from mis_jax.evals.report.html import as_html
 from mis_jax.evals.report.json_csv import as_csv, as_json
 from mis_jax.evals.report.markdown_latex import as_markdown, as_tex
-from mis_jax.evals.report.page import as_html
+from mis_jax.storage.files import replace_text
+from mis_jax.storage.json_files import replace_json
 
 
 def write_report(
@@ -23,14 +24,14 @@ def write_report(
     notes: Sequence[str] = (),
     gold: Path | None = None,
 ) -> list[Path]:
-    """Write ``report.{html,md,json,csv,tex}`` into ``out`` and return their paths.
+    """Write `report.{html,md,json,csv,tex}` into `out` and return their paths.
 
-    ``runs`` are (label, run folder) pairs: the first is the reference, the second is compared
-    with it, and any further ones stand beside them, tested against the first. ``loss_curve`` is a
-    training run's ``metrics.jsonl``, ``samples_with_pictures`` the data root that holds the
-    evaluated pictures. With ``redact`` (the default, since real sets hold harmful text) samples
-    appear as ids and hashes only. ``notes`` are shown as given, before the notes that the report
-    adds by itself. ``gold`` is a file of labels made by people (see ``gold.py``), with which
+    `runs` are (label, run folder) pairs: the first is the reference, the second is compared
+    with it, and any further ones stand beside them, tested against the first. `loss_curve` is a
+    training run's `metrics.jsonl`, `samples_with_pictures` the data root that holds the
+    evaluated pictures. With `redact` (the default, since real sets hold harmful text) samples
+    appear as ids and hashes only. `notes` are shown as given, before the notes that the report
+    adds by itself. `gold` is a file of labels made by people (see `gold.py`), with which
     attack success is corrected for the errors of its judge.
     """
     comparison = compare(runs, notes, gold)
@@ -46,7 +47,7 @@ def write_report(
             redact=redact,
         ),
     }
-    write_json(out / "report.json", as_json(comparison, title))
+    replace_json(out / "report.json", as_json(comparison, title))
     for name, text in texts.items():
-        write_text(out / name, text)
+        replace_text(out / name, text)
     return [out / name for name in ("report.json", *texts)]

@@ -8,8 +8,7 @@ from typing import Any
 
 from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.metrics import METRICS
-from mis_jax.evals.report.runs import Run, groups_of
-from mis_jax.evals.scoring import metric_votes
+from mis_jax.evals.scoring import Run, groups_of, metric_votes
 from mis_jax.evals.stats import cluster_mean, macro, rate
 from mis_jax.evals.types import Item
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mis_jax.evals.metrics import METRICS
-from mis_jax.evals.report.collect import Cell, Comparison, Row
+from mis_jax.evals.report.compare import Cell, Comparison, Row
 
 SIGNIFICANT = 0.05
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mis_jax.evals.files import write_json
-from mis_jax.evals.report.runs import Run, read_run
+from mis_jax.evals.scoring import Run, read_run
 from mis_jax.evals.types import Item
 from mis_jax.storage.hashing import digest
+from mis_jax.storage.json_files import replace_json
 
 FORMAT_VERSION = 2
 WITHHELD = "withheld"
@@ -21,16 +21,16 @@ _STOPS = {"stop": "stop", "length": "max_tokens"}
 
 
 def write_inspect_logs(run_dir: Path, out: Path, *, redact: bool = True) -> list[Path]:
-    """Write ``out/<benchmark>.json`` for every benchmark of a run and return the paths.
+    """Write `out/<benchmark>.json` for every benchmark of a run and return the paths.
 
     The input of a sample is its content hash, since a run does not hold its questions. With
-    ``redact`` the answers and the judge's labels are withheld too; what they count for stays.
+    `redact` the answers and the judge's labels are withheld too; what they count for stays.
     """
     run = read_run(run_dir.name, run_dir)
     paths = []
     for benchmark in run.results:
         path = out / f"{benchmark}.json"
-        write_json(path, inspect_log(run, benchmark, redact=redact))
+        replace_json(path, inspect_log(run, benchmark, redact=redact))
         paths.append(path)
     return paths
 

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from mis_jax.evals.judges.keywords import NAME as PHRASES
-from mis_jax.evals.report.collect import Comparison
+from mis_jax.evals.report.compare import Comparison
 from mis_jax.evals.report.formatting import headline
-from mis_jax.evals.report.gold import METRIC
+from mis_jax.evals.report.judge_agreement import GOLD_METRIC, PHRASE_METRIC
 from mis_jax.evals.report.published_results import MODELS, PUBLISHED, SOURCE
-from mis_jax.evals.report.runs import Run
+from mis_jax.evals.scoring import Run
 from mis_jax.evals.types import COUNT_STATES
 
 CSV_FIELDS = (
@@ -22,10 +21,10 @@ CSV_FIELDS = (
     "part_of", "part", "owed", "worst_low", "worst_high", "groups_low", "groups_high",
     "p_holm", "difference", "difference_low", "difference_high",
 )  # fmt: skip
-"""``part_of`` is empty for a rate over all samples, ``category``, ``sub_category`` or ``subset``
-for a rate over the samples of one (its name in ``part``), ``mean`` for a mean of rates or a rate
-over pairs, ``phrases`` for refusal phrases, ``corrected`` for a rate without its judge's errors,
-``recheck`` for how often two verdicts of one judge count alike, and ``published`` for a figure that
+"""`part_of` is empty for a rate over all samples, `category`, `sub_category` or `subset`
+for a rate over the samples of one (its name in `part`), `mean` for a mean of rates or a rate
+over pairs, `phrases` for refusal phrases, `corrected` for a rate without its judge's errors,
+`recheck` for how often two verdicts of one judge count alike, and `published` for a figure that
 the paper printed."""
 
 
@@ -135,12 +134,12 @@ def as_csv(comparison: Comparison) -> str:
                 writer.writerow(_names(run, part.benchmark, part.metric) | cell | place)
     runs = {run.label: run for run in comparison.runs}
     for line in comparison.refusals:
-        names = _names(runs[line.label], line.benchmark, PHRASES)
+        names = _names(runs[line.label], line.benchmark, PHRASE_METRIC)
         writer.writerow(names | {"judge": None, "part_of": "phrases"} | line.rate)
     for entry in comparison.corrections:
         for run in entry.runs:
             limits = {"value": run.value, "low": run.low, "high": run.high}
-            names = _names(runs[run.label], entry.benchmark, METRIC)
+            names = _names(runs[run.label], entry.benchmark, GOLD_METRIC)
             writer.writerow(names | {"n": run.n, "part_of": "corrected"} | limits)
     for line in comparison.rechecks:
         names = _names(runs[line.label], line.benchmark, line.metric)

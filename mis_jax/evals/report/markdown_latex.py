@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mis_jax.evals.conditions import condition_notes
 from mis_jax.evals.report.breakdown import FEW, Mean, shown_metrics
-from mis_jax.evals.report.collect import Cell, Comparison, Row
+from mis_jax.evals.report.compare import Cell, Comparison, Row
 from mis_jax.evals.report.formatting import (
     MINI_BANNER,
     change_interval,
@@ -21,6 +20,7 @@ from mis_jax.evals.report.formatting import (
     points,
 )
 from mis_jax.evals.report.published_results import MODELS, PUBLISHED, SOURCE
+from mis_jax.evals.run_dir import condition_notes
 from mis_jax.evals.types import COUNT_STATES
 
 _LEGEND = (

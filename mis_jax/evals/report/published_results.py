@@ -2,7 +2,7 @@
 
 Source: arXiv 2501.18533, the rows of InternVL2.5-8B before and after MIRage, as printed. The
 judges were GPT-4o (MIS, SIUO, MSSBench, MOSSBench) and Llama-Guard-3-8B (FigStep, MM-SafetyBench,
-JailBreakV); ``docs/published_numbers.md`` lists the cells that no count gives.
+JailBreakV); `docs/published_numbers.md` lists the cells that no count gives.
 """
 
 from __future__ import annotations

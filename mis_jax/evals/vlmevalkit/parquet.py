@@ -13,9 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mis_jax.evals.vlmevalkit.extract import PictureFolder
 from mis_jax.evals.vlmevalkit.questions import (
     LETTERS,
+    PictureFolder,
     Question,
     check_answer,
     check_unique,
@@ -180,7 +180,7 @@ def mmt(row: _Row) -> Question:
 
 
 def _next_option(text: str, letter: str) -> tuple[int, int]:
-    """Where the text before ``, B: `` ends (or before that on a new line), and where B begins."""
+    """Where the text before `, B: ` ends (or before that on a new line), and where B begins."""
     for begin in (match.start() for match in re.finditer(rf"{letter}[:.]\s", text)):
         end = begin
         while end and text[end - 1].isspace():
@@ -193,7 +193,7 @@ def _next_option(text: str, letter: str) -> tuple[int, int]:
 
 
 def split_options(where: str, text: str) -> tuple[str, dict[str, str]]:
-    """``question\\nOptions: A: one, B: two`` as the question and its options."""
+    """`question\\nOptions: A: one, B: two` as the question and its options."""
     question, found, rest = text.rpartition("Options:")
     options: dict[str, str] = {}
     for letter, after in pairwise(LETTERS):

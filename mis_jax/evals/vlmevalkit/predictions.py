@@ -1,7 +1,7 @@
 """VLMEvalKit's prediction files: its scorer over our answers, and our scorer over its answers.
 
 Such a file is the benchmark's table without pictures and with a column `prediction`. VLMEvalKit
-writes it as xlsx unless ``PRED_FORMAT=tsv`` is set; the TSV is read and written here.
+writes it as xlsx unless `PRED_FORMAT=tsv` is set; the TSV is read and written here.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.evals.benchmarks import get_benchmark
-from mis_jax.evals.files import write_text
-from mis_jax.evals.manifest import data_root_of, read_manifest, update_benchmark
+from mis_jax.evals.run_dir import data_root_of, read_manifest, update_benchmark
 from mis_jax.evals.runner import Generated, generate_answers
 from mis_jax.evals.scoring import read_items
 from mis_jax.evals.types import Answer, Benchmark, Sample
 from mis_jax.evals.vlmevalkit.tsv import LONGEST_CELL
+from mis_jax.storage.files import open_text, replace_text
 from mis_jax.storage.hashing import file_digest
 
 NO_ANSWER = "Failed to obtain answer"
@@ -28,7 +28,7 @@ _COLUMNS = {"category": "category", "l2-category": "sub_category", "split": "spl
 
 
 def export_predictions(run_dir: Path, name: str, out: Path) -> int:
-    """Write a run's answers to a benchmark as ``<model>_<dataset>.tsv``; returns how many.
+    """Write a run's answers to a benchmark as `<model>_<dataset>.tsv`; returns how many.
 
     For `run.py --mode eval` of VLMEvalKit. Its ids are those of the TSV, so the run must have been
     made with it. An answer that reads "None", "NA" or nothing becomes "nan" there.
@@ -67,7 +67,7 @@ def export_predictions(run_dir: Path, name: str, out: Path) -> int:
         labels = [meta.get(field) or "" for field in extra.values()]
         row = [sample.id, meta["question"], *options, meta["answer"], *labels, item.answer]
         table.writerow(row)
-    write_text(out, text.getvalue())
+    replace_text(out, text.getvalue())
     return len(items)
 
 
@@ -120,7 +120,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     before = csv.field_size_limit(LONGEST_CELL)
     rows: dict[str, dict[str, Any]] = {}
     try:
-        with open(path, encoding="utf-8-sig", newline="") as stream:
+        with open_text(path, encoding="utf-8-sig", newline="") as stream:
             table = csv.DictReader(stream, delimiter="\t")
             lacking = {"index", "prediction"} - set(table.fieldnames or ())
             if lacking:

@@ -18,14 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mis_jax.data.images import open_image
-from mis_jax.evals.vlmevalkit.extract import PictureFolder
 from mis_jax.evals.vlmevalkit.questions import (
     LETTERS,
+    PictureFolder,
     Question,
     check_answer,
     check_unique,
     pair_name,
 )
+from mis_jax.storage.files import open_binary, open_text
 
 REQUIRED = ("index", "image", "question", "answer", "A", "B")
 LONGEST_REFERENCE = 64
@@ -100,7 +101,7 @@ def read_tsv(path: Path, *, split: str | None = None) -> list[Question]:
 def _rows(path: Path, needed: Sequence[str]) -> Iterator[_Row]:
     before = csv.field_size_limit(LONGEST_CELL)  # a global of the csv module
     try:
-        with open(path, encoding="utf-8-sig", newline="") as stream:
+        with open_text(path, encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, delimiter="\t")
             header = next(reader, [])
             lacking = [column for column in needed if column not in header]
@@ -156,7 +157,7 @@ def _decoded(where: str, text: str) -> bytes:
 
 def _check_end(path: Path, last: _Row, pictures: dict[str, list[Path] | str]) -> None:
     """Refuse a file that ends within a picture: half of one is sound base64 in a case of four."""
-    with open(path, "rb") as stream:
+    with open_binary(path) as stream:
         stream.seek(-1, os.SEEK_END)
         if stream.read() == b"\n":
             return
@@ -203,5 +204,8 @@ def _question(row: _Row, images: list[Path]) -> Question:
 
 def file_md5(path: Path) -> str:
     """The MD5 of a file, which is what VLMEvalKit publishes beside it."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    digest = hashlib.md5(usedforsecurity=False)
+    with open_binary(path) as stream:
+        while part := stream.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()

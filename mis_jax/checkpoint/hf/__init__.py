@@ -1,0 +1,1 @@
+"""Files in the format of Hugging Face: config.json, generation and tokenizer files."""

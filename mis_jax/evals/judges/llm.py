@@ -1,0 +1,309 @@
+"""A language model behind an OpenAI-compatible endpoint as a judge.
+
+How the judge answers is chosen once, by a self-test, before anything is judged: a JSON schema
+where the endpoint enforces one, else a JSON object, else lines of plain text. It never changes
+within a run, and it is part of the judge's id.
+
+The id names what can change a verdict: the model, the protocol with its version, the form of the
+answer, and a digest of prompt, schema, parser and sampling. The address is left out, since the
+same model on another port must not be paid for again; every verdict keeps the name under which
+the endpoint says that it answered.
+
+A judge fills in a few fields, each with one of a few words. Reading is strict: a field that is
+missing, said twice in two ways, or filled with another word leaves the answer unparsed. There is
+no guess and no search for words in free text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mis_jax.evals.async_map import Groups, Streaming
+from mis_jax.evals.chat_client import ChatClient, Reply
+from mis_jax.evals.images import image_part
+from mis_jax.evals.judges.prompts import (
+    MODES,
+    PROTOCOLS,
+    SYSTEM,
+    Field,
+    Mode,
+    Protocol,
+    images_of,
+    instruction,
+    material,
+    protocol_of,
+)
+from mis_jax.evals.types import Benchmark, Judge, Sample, Verdict
+from mis_jax.parsing import parse_json
+from mis_jax.storage.hashing import digest
+
+Pair = tuple[Sample, str]
+
+_LIMITS: dict[str, Any] = {"temperature": 0, "max_tokens": 1024}  # room for a model that thinks
+_FORM_REFUSED = (400, 415, 422, 501)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A protocol, and how this endpoint is asked by it."""
+
+    protocol: Protocol
+    mode: Mode
+    limits: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        rest = [
+            self.protocol.prompt_digest(self.mode), schema(self.protocol.fields), PARSER,
+            self.limits,
+        ]  # fmt: skip
+        protocol = f"{self.protocol.name}-{self.protocol.version}"
+        return f"{protocol}:{self.mode}:{digest(rest)[:8]}"
+
+
+def http_judges(client: ChatClient) -> Callable[[Benchmark, Sequence[Sample]], Judge]:
+    """A judge for each benchmark's protocol; the self-test of a protocol is made once.
+
+    ValueError for a benchmark without a protocol, and for an endpoint that cannot be used.
+    """
+    known: dict[tuple[str, int], _Form] = {}
+
+    def judge_of(benchmark: Benchmark, samples: Sequence[Sample]) -> Judge:
+        shown: dict[str, int] = {}
+        for sample in samples:
+            protocol = protocol_of(benchmark, sample)
+            count = len(images_of(protocol, sample))
+            shown[protocol.name] = max(count, shown.get(protocol.name, 0))
+        for key in shown.items():
+            if key not in known:
+                known[key] = self_test(client, PROTOCOLS[key[0]], key[1])
+        return _judge(client, benchmark, {key[0]: known[key] for key in sorted(shown.items())})
+
+    return judge_of
+
+
+def self_test(client: ChatClient, protocol: Protocol, shown: int) -> _Form:
+    """The form of answer that the endpoint keeps to, and the sampling fields that it takes.
+
+    Asks about a harmless answer to a harmless question, with `shown` blank pictures.
+    """
+    meta = dict.fromkeys(protocol.facts, "blue")
+    limits, problem = dict(_LIMITS), ""
+    blank = Image.new("RGB", (64, 64), "white")
+    question = {"role": "user", "content": "What colour is the sky on a clear day?"}
+    sample = Sample("self-test", [question], [], meta)
+    for mode in MODES:
+        form = _Form(protocol, mode, limits)
+        reply = _tried(client, form, (sample, "The sky is blue."), [blank] * shown)
+        if reply.state == "error" and (reply.status not in _FORM_REFUSED or mode == "text"):
+            raise ValueError(f"{client.explained(reply)} (at the self-test of the judge)")
+        verdict = _verdict(form, reply)
+        if verdict.state == "ok":
+            return form
+        if verdict.state == "refused":
+            break
+        problem = f"{verdict.detail}; it said {reply.text[:120]!r}"
+    reason = problem or f"it declines to judge: {(reply.text or reply.detail)[:120]!r}"
+    raise ValueError(
+        f"{client.base_url}: {client.model!r} fails the self-test as a judge for protocol "
+        f"{protocol.name!r} ({reason}); choose another model with --judge-model"
+    )
+
+
+def _tried(client: ChatClient, form: _Form, pair: Pair, images: Sequence[Image.Image]) -> Reply:
+    """The reply in a form, after dropping what the model does not take from its `limits`."""
+    limits = form.limits
+    while True:
+        reply = client.one(_request(form, pair, images))
+        refused = reply.parameter if reply.status == 400 else None
+        if refused == "max_tokens" and refused in limits:
+            limits["max_completion_tokens"] = limits.pop("max_tokens")
+        elif refused == "temperature" and refused in limits:
+            del limits["temperature"]
+        else:
+            return reply
+
+
+def _judge(client: ChatClient, benchmark: Benchmark, forms: dict[str, _Form]) -> Judge:
+    def form_of(pair: Pair) -> _Form:
+        return forms[protocol_of(benchmark, pair[0]).name]
+
+    def request(pair: Pair) -> dict[str, Any]:
+        form = form_of(pair)
+        return _request(form, pair, images_of(form.protocol, pair[0]))
+
+    def stream(pairs: Sequence[Pair]) -> Groups[Verdict]:
+        for group in client.many(pairs, request):
+            yield [(place, _verdict(form_of(pairs[place]), reply)) for place, reply in group]
+
+    names = "+".join(form.name for form in forms.values())
+    return Judge(f"http:{client.model}:{names}", Streaming(stream))
+
+
+def _request(form: _Form, pair: Pair, images: Sequence[Path | Image.Image]) -> dict[str, Any]:
+    (sample, answer), protocol = pair, form.protocol
+    parts = [image_part(image) for image in images]
+    text = (
+        f"{protocol.task}\n\n{instruction(form.mode, protocol.fields)}\n\n"
+        f"{material(protocol, sample, answer)}"
+    )
+    # As plain text where nothing else is sent: not every server knows parts.
+    content: Any = [*parts, {"type": "text", "text": text}] if parts else text
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+    return {
+        "messages": messages,
+        **form.limits,
+        **response_format(form.mode, f"{protocol.name}_verdict", protocol.fields),
+    }
+
+
+def _verdict(form: _Form, reply: Reply) -> Verdict:
+    """The state of a reply as a verdict. Nothing but a reply that reads well has labels."""
+    paid: dict[str, Any] = {
+        "raw": reply.text or None,
+        "usage": reply.usage or None,
+        "served_model": reply.served_model or None,
+    }
+    if reply.state == "error":
+        return Verdict("error", detail=reply.detail)
+    if reply.state == "refused":
+        return Verdict("refused", detail=reply.detail or "declined by the endpoint", **paid)
+    labels, problem = read(form.mode, form.protocol.fields, reply.text)
+    if labels is not None:
+        return Verdict("ok", labels, **paid)
+    if declines(reply.text):
+        return Verdict("refused", detail="the judge's words are a refusal", **paid)
+    if reply.finish_reason == "length":
+        problem = f"cut off at its longest: {problem}"
+    return Verdict("unparsed", detail=problem, **paid)
+
+
+def prompt_size(pairs: Sequence[Pair], benchmark: Benchmark) -> tuple[int, int]:
+    """Roughly the tokens of the prompts, four characters each, and the number of pictures."""
+    characters = shown = 0
+    for sample, answer in pairs:
+        protocol = protocol_of(benchmark, sample)
+        asked = instruction("json_schema", protocol.fields) + protocol.task + SYSTEM
+        characters += len(asked) + len(material(protocol, sample, answer))
+        shown += len(images_of(protocol, sample))
+    return characters // 4, shown
+
+
+PARSER = "replies-1"
+"""Name of this way of reading; raise the number when it reads anything differently."""
+
+
+def schema(fields: Sequence[Field]) -> dict[str, Any]:
+    """The JSON schema of an answer, in the strict form that OpenAI asks for."""
+    return {
+        "type": "object",
+        "properties": {
+            field.name: {"type": "string", "enum": list(field.words)} for field in fields
+        },
+        "required": [field.name for field in fields],
+        "additionalProperties": False,
+    }
+
+
+def response_format(mode: Mode, name: str, fields: Sequence[Field]) -> dict[str, Any]:
+    """What a request says about the form of its answer; nothing where it is plain text."""
+    if mode == "text":
+        return {}
+    if mode == "json_object":
+        return {"response_format": {"type": "json_object"}}
+    described = {"name": name, "strict": True, "schema": schema(fields)}
+    return {"response_format": {"type": "json_schema", "json_schema": described}}
+
+
+def read(mode: Mode, fields: Sequence[Field], text: str) -> tuple[dict[str, Any] | None, str]:
+    """The labels in a judge's answer, or None; and what is wrong with it."""
+    said = text.rpartition("</think>")[2].strip()
+    if not said:
+        return None, "the judge said nothing"
+    said = _without_fence(said)
+    if mode == "text" and not said.startswith("{"):
+        found, problem = _lines(fields, said)
+    else:
+        found, problem = _object(said)
+    if problem:
+        return None, problem
+    labels: dict[str, Any] = {}
+    if others := found.keys() - {field.name for field in fields}:
+        return None, f"{sorted(others)[0]!r:.80} was not asked for"
+    for field in fields:
+        if field.name not in found:
+            return None, f"{field.name!r} is missing"
+        word = found[field.name]
+        if not isinstance(word, str) or word not in field.words:
+            return None, f"{field.name!r} is {word!r:.80}, none of {', '.join(field.words)}"
+        labels |= field.words[word][1]
+    return labels, ""
+
+
+def _without_fence(said: str) -> str:
+    """What stands between ``` or ```json on a line of its own and ``` at the end."""
+    if len(said) < 6 or not (said.startswith("```") and said.endswith("```")):
+        return said
+    mark, line_end, body = said[3:-3].partition("\n")
+    return body.strip() if line_end and mark.strip() in ("", "json") else said
+
+
+def _object(said: str) -> tuple[dict[str, Any], str]:
+    try:
+        value = parse_json(said)
+    except ValueError as error:
+        return {}, f"it is no JSON ({error})"
+    return (value, "") if isinstance(value, dict) else ({}, "it is no JSON object")
+
+
+def _lines(fields: Sequence[Field], said: str) -> tuple[dict[str, Any], str]:
+    """`name: word` lines; marks around them do not count, nor does the case of a word.
+
+    Colon and word may stand on the lines below. No pattern is searched for, as a reply may be of
+    any length.
+    """
+    found: dict[str, str] = {}
+    lines = [line.strip() for line in said.split("\n") if line.strip()]
+    for field in fields:
+        words = {word.lower(): word for word in field.words}
+        name = field.name.lower()
+        for place, line in enumerate(lines):
+            begin = line.lstrip(_MARKS + ">-")
+            if not begin.lower().startswith(name):
+                continue
+            following = iter(lines[place + 1 : place + _MOST_LINES])
+            rest = begin[len(name) :].lstrip(_MARKS)
+            while not rest and (after := next(following, "")):
+                rest = after.lstrip(_MARKS)
+            if not rest.startswith((":", "=")) or not (
+                said_word := rest[1:].strip() or next(following, "")
+            ):
+                continue
+            word = words.get(said_word.strip("*_`\"'. ").lower(), said_word)
+            if found.setdefault(field.name, word) != word:
+                return {}, f"{field.name!r} is said twice: {found[field.name]!r} and {word!r:.80}"
+    return found, ""
+
+
+_MARKS = "*_` \t"  # around a name
+_MOST_LINES = 8  # from a name to its word
+_DECLINED = re.compile(
+    r"(?:i(?:'|’)?m sorry|i am sorry|sorry|i apologi[sz]e)\b"
+    r"|(?:(?:unfortunately|no),? )?i(?: can(?:'|’)?t| cannot| can not| won(?:'|’)?t| will not"
+    r"|(?:'|’)m (?:not able|unable)| am (?:not able|unable)| must decline)\b",
+    re.I,
+)
+
+
+def declines(text: str) -> bool:
+    """Whether an answer that could not be read is the judge's own refusal to judge.
+
+    It says nothing about the answer that was to be judged, and yields no label.
+    """
+    return _DECLINED.match(text.rpartition("</think>")[2].strip()) is not None
