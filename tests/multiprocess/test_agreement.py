@@ -31,7 +31,7 @@ def test_what_differs_on_one_host_is_named_before_anything_is_written(
     content[-1] ^= 1
     weights.write_bytes(content)
     shutil.copytree(Path(mis_jax.__file__).parent, code / "mis_jax")
-    with (code / "mis_jax" / "sharding.py").open("a") as file:
+    with (code / "mis_jax" / "parallel" / "sharding.py").open("a") as file:
         file.write("# as it was last week\n")
     output = tmp_path / "run"
     first = run_config(tiny_checkpoint, tiny_data, output)

@@ -18,6 +18,7 @@ TOKENS_PER_TILE = 4
 IMAGE_TOKEN = 90
 VOCAB = 131
 PAD = 0
+TIE = 1e-4  # where the two best logits lie closer, either token is right
 
 TEXTS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 TOWERS = {
@@ -92,3 +93,27 @@ def pixel_values(tiles: list[np.ndarray]) -> torch.Tensor | None:
     pixels = np.concatenate(tiles).astype(np.float32) / 255
     pixels = (pixels - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
     return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+
+
+def assert_best_tokens(
+    model, row: np.ndarray, tiles: np.ndarray, answer: list[int], prompt: str
+) -> int:
+    """Every token of an answer is the one that `generate` would take after those before it.
+
+    One pass over prompt and answer, alone and unpadded, tells it in a fraction of the time. Tokens
+    near a tie are passed over. Returns how many were compared.
+    """
+    ids = torch.from_numpy(np.append(row, answer))[None]
+    pixels = pixel_values([tiles])
+    with torch.no_grad():
+        output = model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            **({} if pixels is None else {"pixel_values": pixels}),
+            logits_to_keep=len(answer) + 1,
+        )
+    logits = output.logits[0, :-1]
+    best = logits.topk(2)
+    sure = (best.values[:, 0] - best.values[:, 1]).numpy() > TIE
+    np.testing.assert_array_equal(np.array(answer)[sure], best.indices[:, 0].numpy()[sure], prompt)
+    return int(sure.sum())

@@ -1,11 +1,12 @@
-"""Many prompts in one continuous batch against transformers' `generate`, each alone, float32."""
+"""Many prompts in one continuous batch against transformers' choices, each alone, float32."""
 
 import numpy as np
 import pytest
 import reference as ref
+import torch
 from engine_runs import letters, requests_of, run_all
 from test_forward import checkpoint_of, our_batch
-from test_greedy import NEW_TOKENS, their_tokens
+from test_greedy import NEW_TOKENS
 
 from mis_jax.checkpoint.nnx_state import build
 from mis_jax.inference.engine import Engine
@@ -21,6 +22,8 @@ PROMPTS = 200
 def test_prompts_mixed_in_one_batch(text, seed, rng, tmp_path):
     """None to three images of one to five tiles, texts of many lengths, more prompts than rows."""
     theirs = ref.reference_model(ref.reference_config(text, "layer_norm"), seed)
+    with torch.no_grad():  # never the best: their pass would want a picture for it
+        theirs.lm_head.weight[ref.IMAGE_TOKEN] = 0
     checkpoint = checkpoint_of(theirs, tmp_path / "hf")
     ours = unrolled(build(checkpoint.config, checkpoint.arrays))
     counts = [list(rng.integers(1, 6, int(n))) for n in rng.integers(0, 4, PROMPTS)]
@@ -37,8 +40,6 @@ def test_prompts_mixed_in_one_batch(text, seed, rng, tmp_path):
     compared = 0
     for i, (row, pixels) in enumerate(zip(rows, tiles, strict=True)):
         mine = [token.id for piece in pieces[i] for token in piece.tokens]
-        expected = their_tokens(theirs, row, pixels)
         assert len(mine) == NEW_TOKENS
-        np.testing.assert_array_equal(mine[: len(expected)], expected, f"prompt {i}")
-        compared += len(expected)
-    assert compared >= NEW_TOKENS * PROMPTS // 2, f"only {compared} tokens before a near tie"
+        compared += ref.assert_best_tokens(theirs, row, pixels, mine, f"prompt {i}")
+    assert compared >= 0.95 * NEW_TOKENS * PROMPTS, f"only {compared} tokens without a near tie"

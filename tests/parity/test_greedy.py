@@ -14,7 +14,6 @@ from mis_jax.checkpoint.nnx_state import build
 pytestmark = pytest.mark.usefixtures("optimized")
 
 NEW_TOKENS = 64
-TIE = 1e-4  # where the two best logits lie closer, either token is right
 ROWS = [[], [3], [2, 4], [5], [1, 1]]  # tiles of every image of every row
 
 
@@ -36,7 +35,7 @@ def their_tokens(model, row: np.ndarray, tiles: np.ndarray, count=NEW_TOKENS) ->
     tokens = output.sequences[0, len(row) :].numpy()
     assert len(tokens) == count
     best_two = torch.stack(output.logits)[:, 0].topk(2).values
-    ties = np.flatnonzero((best_two[:, 0] - best_two[:, 1]).numpy() <= TIE)
+    ties = np.flatnonzero((best_two[:, 0] - best_two[:, 1]).numpy() <= ref.TIE)
     return tokens[: ties[0]] if len(ties) else tokens
 
 

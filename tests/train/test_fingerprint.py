@@ -39,7 +39,7 @@ def test_it_changes_with_every_bit_and_place_and_with_no_mesh():
         assert fingerprint({n: jax.device_put(x, place) for n, x in arrays.items()}) == found
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_does_not_go_on_with_another_base_model(tiny_checkpoint, tiny_data, tmp_path, rank):
     """One bit of a vision weight, frozen by itself or under adapters."""
     base = read_checkpoint(tiny_checkpoint)

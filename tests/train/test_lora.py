@@ -64,7 +64,7 @@ def names_of(kernel: str, fused: bool) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("text", "tower", "kind"),
     [
-        ("qwen2", "layer_norm", "qwen2"),
+        pytest.param("qwen2", "layer_norm", "qwen2", marks=pytest.mark.slow),
         ("llama", "rms_norm", "internlm2"),
     ],
 )

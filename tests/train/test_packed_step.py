@@ -25,14 +25,24 @@ def batch_of(rows: list[list[Example]], tiles: int, reduction) -> Batch:
     return jax.tree.map(lambda field: field[None], flat)
 
 
+@pytest.fixture(scope="module")
+def step(checkpoint):  # noqa: F811
+    """One for all cases: what a token weighs is in the batch."""
+    return step_of(checkpoint, KEPT)
+
+
 @pytest.mark.parametrize("reduction", ["token", "sample", "square"])
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_loss_and_gradients_are_those_of_the_samples_alone(checkpoint, reduction, seed):  # noqa: F811
+def test_loss_and_gradients_are_those_of_the_samples_alone(
+    checkpoint,  # noqa: F811
+    step,
+    reduction,
+    seed,
+):
     """Two rows, one of them of three samples with pictures in the first and the last."""
     made = examples(seed)
     alone = batch_of([[one] for one in made], 4, reduction)
     packed = batch_of([[made[0], made[1], made[3]], [made[2]]], 8, reduction)
-    step = step_of(checkpoint, KEPT)
     states, metrics = zip(
         *(step(initial(checkpoint, KEPT), batch) for batch in (alone, packed)), strict=True
     )
@@ -64,10 +74,11 @@ def test_nothing_of_one_sample_reaches_another(checkpoint: Checkpoint):  # noqa:
         return hidden
 
     x = model.embed(batch)
+    gradient_of = jax.jit(jax.grad(lambda x, weights: jnp.sum(output(x, model) * weights)))
     for segment in (1, 2, 3):
         own = jnp.asarray(segments == segment)[None, :, None]
         weights = jax.random.normal(jax.random.key(segment), x.shape)
-        gradient = jax.grad(lambda x, w=weights * own: jnp.sum(output(x, model) * w))(x)
+        gradient = gradient_of(x, weights * own)
         reached = np.abs(np.asarray(gradient)[0]).max(axis=-1) > 0
         assert reached[segments == segment].any()
         assert not reached[segments != segment].any()
