@@ -1,0 +1,1 @@
+"""Checkpoints of three layouts, both ways; LoRA adapters; the state of a run."""

@@ -1,1 +1,1 @@
-"""From a prompt to an answer: sampling, the engine with its rows, and answers in batches."""
+"""From a prompt to an answer: sampling, the engine with its slots, and answers in batches."""

@@ -1,0 +1,1 @@
+"""The network: arrays in, arrays out; no files, no mesh, no tokenizer."""

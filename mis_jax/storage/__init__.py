@@ -1,1 +1,1 @@
-"""Files and folders: whole or plainly not, locked, hashed; JSON of outside read with errors."""
+"""The only code that opens, writes, moves, removes and locks files: paths, folders, logs, hashes."""

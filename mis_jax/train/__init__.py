@@ -1,0 +1,1 @@
+"""Fine-tuning: loss, optimizer, the compiled step, and the trainer around it."""
