@@ -1,1 +1,1 @@
-"""The only code that opens, writes, moves, removes and locks files: paths, folders, logs, hashes."""
+"""The only code that opens, writes, moves and removes files: paths, folders, logs, locks."""
