@@ -1,7 +1,5 @@
 """Functions of many items whose results are handed on one by one, as they are ready."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager

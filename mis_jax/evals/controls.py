@@ -7,8 +7,6 @@ control can be compared with its benchmark sample by sample; the protocol and th
 differ, so no answer is ever taken over. A judge that looks at pictures sees those of the control.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import re

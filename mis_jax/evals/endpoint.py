@@ -9,8 +9,6 @@ among them, write a line break behind every picture of the chat API, so there th
 left out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

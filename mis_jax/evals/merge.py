@@ -1,7 +1,5 @@
 """One run out of several: the shards of a benchmark, or different benchmarks of one model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path

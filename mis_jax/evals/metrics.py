@@ -1,7 +1,5 @@
 """From one item's labels to the metrics it counts for, and what each metric means."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal

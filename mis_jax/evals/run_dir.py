@@ -6,8 +6,6 @@ results and tables too. They are no part of a sample's hash: a run under a condi
 in pairs with one without it.
 """
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime

@@ -6,8 +6,6 @@ hash is the one that the run expects now, so a changed question, picture, protoc
 drops what was derived from it without anything being deleted.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Stage 3: count the verdicts of a run into `RUN/results.json`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Intervals, tests and corrections for counted answers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import hypot, sqrt

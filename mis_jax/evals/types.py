@@ -1,7 +1,5 @@
 """The values that travel between benchmarks, judges and the runner."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

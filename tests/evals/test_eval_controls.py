@@ -1,7 +1,5 @@
 """Controls: the same samples without what the pictures say, and the keyword smoke test."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The TSV reader: what a cell may hold, where pictures go, and what is refused."""
 
-from __future__ import annotations
-
 import base64
 import csv
 import hashlib

@@ -4,8 +4,6 @@ An id with a control behind it (`mis_hard@black`) is that benchmark with its pic
 changed; see `mis_jax/evals/controls.py`.
 """
 
-from __future__ import annotations
-
 import pkgutil
 from collections.abc import Iterable
 from importlib import import_module

@@ -4,8 +4,6 @@ Each is read from VLMEvalKit's TSV, `DATA_ROOT/<id>/<name>.tsv`, or from the Par
 authors in the same folder, and asked with InternVL's prompts there. Q-Bench has no Parquet here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial

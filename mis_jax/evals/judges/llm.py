@@ -14,8 +14,6 @@ missing, said twice in two ways, or filled with another word leaves the answer u
 no guess and no search for words in free text.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

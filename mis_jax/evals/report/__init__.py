@@ -1,7 +1,5 @@
 """Reports over one or more evaluation runs: HTML, Markdown, JSON, CSV and LaTeX."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

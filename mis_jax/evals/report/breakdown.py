@@ -1,7 +1,5 @@
 """The same metrics by category, and their plain means over categories or halves."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Gather what a report shows: comparable rows of metrics, paired tests, and what is missing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Numbers and findings in words."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from mis_jax.evals.metrics import METRICS

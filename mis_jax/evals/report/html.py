@@ -1,7 +1,5 @@
 """The HTML page: everything prepared here, laid out by `page.html.j2`."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections.abc import Sequence

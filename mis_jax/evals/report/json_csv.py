@@ -1,7 +1,5 @@
 """The report for other programs: JSON and CSV, with every count and no text of a model or a set."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The report for repositories and papers: Markdown and LaTeX."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

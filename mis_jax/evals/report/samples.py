@@ -1,7 +1,5 @@
 """Samples in a report: a few examples chosen by rule, and the page's list of all with filters."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

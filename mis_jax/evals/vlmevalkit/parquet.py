@@ -4,8 +4,6 @@ The fields differ from set to set. Ids are those of these files, so a run over t
 up with one over the TSV, and an option called "None" is shown here.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence

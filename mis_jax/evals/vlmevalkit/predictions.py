@@ -4,8 +4,6 @@ Such a file is the benchmark's table without pictures and with a column `predict
 writes it as xlsx unless `PRED_FORMAT=tsv` is set; the TSV is read and written here.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Sequence

@@ -10,8 +10,6 @@ killed goes on where it stopped, a changed table cannot meet an old image, and s
 extract at once.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import string

@@ -5,8 +5,6 @@ pictures it shares. Rows are read one after the other and their pictures go to f
 a file has up to a gigabyte.
 """
 
-from __future__ import annotations
-
 import ast
 import base64
 import binascii
