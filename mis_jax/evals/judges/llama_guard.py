@@ -28,7 +28,7 @@ def guard_judges(
 ) -> Callable[[Benchmark, Sequence[Sample]], Judge]:
     """The guard in a folder for every benchmark whose protocol is `guard`; loaded when needed."""
     fingerprint = folder_fingerprint(folder)
-    guards: list["Guard"] = []
+    guards: list[Guard] = []
 
     number = dtype or "own"
     name = f"guard:{folder.resolve().name}:{fingerprint[:12]}:{number}:p>{THRESHOLD}"
