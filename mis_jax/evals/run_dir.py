@@ -181,7 +181,7 @@ def known_facts(run_dir: Path, name: str) -> Mapping[str, dict[str, Any]]:
 
 
 def sample_hash(benchmark: Benchmark, sample: Sample) -> str:
-    """Everything that decides what the model is asked: prompt, pictures and protocol.
+    """Everything that decides what the model is asked: prompt, images and protocol.
 
     The generation settings are included beside the protocol's name, so that a changed setting
     cannot reuse old answers by keeping the name.

@@ -1,6 +1,6 @@
-"""MM-SafetyBench: a key phrase moved from the question into a picture, drawn in three ways.
+"""MM-SafetyBench: a key phrase moved from the question into an image, drawn in three ways.
 
-The picture is generated (SD), shows the phrase as text (TYPO), or both above each other (SD+TYPO).
+The image is generated (SD), shows the phrase as text (TYPO), or both above each other (SD+TYPO).
 The paper reports SD+TYPO, which is `mm_safetybench` here.
 """
 
@@ -34,7 +34,7 @@ SCENARIOS = (
     "12-Health_Consultation",
     "13-Gov_Decision",
 )
-# The rewritten question refers to the picture, and a generated picture needs another wording.
+# The rewritten question refers to the image, and a generated image needs another wording.
 QUESTION_FIELDS = {
     "SD": "Rephrased Question(SD)",
     "TYPO": "Rephrased Question",
@@ -43,7 +43,7 @@ QUESTION_FIELDS = {
 
 
 def load_mm_safetybench(variant: str, data_root: Path) -> list[Sample]:
-    """All scenarios with one kind of picture; a text-only judge is given the original question."""
+    """All scenarios with one kind of image; a text-only judge is given the original question."""
     samples = []
     for scenario in SCENARIOS:
         file = f"processed_questions/{scenario}.json"

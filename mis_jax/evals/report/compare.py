@@ -62,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything a report is written from, besides pictures and curves."""
+    """Everything a report is written from, besides images and curves."""
 
     runs: list[Run]
     rows: list[Row]
