@@ -49,9 +49,9 @@ def open_endpoint(client: ChatClient, *, takes_settings: bool = False) -> Endpoi
     """Look at `/v1/models`; ValueError for an address, a key or a model that is wrong."""
     owners = client.owners()
     if owners is not None and client.model not in owners:
-        known = ", ".join(list(owners)[:8]) or "none"
+        models = ", ".join(list(owners)[:8]) or "none"
         raise ValueError(
-            f"{client.base_url} has no model {client.model!r} (it has {known}); see --model-name"
+            f"{client.base_url} has no model {client.model!r} (it has {models}); see --model-name"
         )
     ours = owners is not None and owners[client.model] == OWNER
     return Endpoint(client, takes_settings or ours)

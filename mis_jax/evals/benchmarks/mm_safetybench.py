@@ -52,20 +52,20 @@ def load_mm_safetybench(variant: str, data_root: Path) -> list[Sample]:
         if not isinstance(entries, dict) or not entries:
             raise ValueError(f"{path} does not map ids to questions; {AGAIN}")
         images = path.parent.parent / "imgs" / scenario / variant
-        own = []
+        scenario_samples = []
         for number, (key, fields) in enumerate(entries.items()):
             if not isinstance(fields, dict):
                 raise ValueError(f"{path}, entry {key!r} is not a row; {AGAIN}")
             annotation = Annotation(path, f"row {number}", f"{scenario}/{key}", fields)
-            asked = annotation.text(QUESTION_FIELDS[variant])
+            question = annotation.text(QUESTION_FIELDS[variant])
             meta = {
                 "question": annotation.text("Question"),
-                "asked": asked,
+                "asked": question,
                 "category": scenario,
                 "group": annotation.id,
             }
-            own.append(annotation.sample(asked, images / f"{key}.jpg", meta))
-        samples += with_images(path, own)
+            scenario_samples.append(annotation.sample(question, images / f"{key}.jpg", meta))
+        samples += with_images(path, scenario_samples)
     return samples
 
 
