@@ -1,7 +1,5 @@
 """Functions of many items whose results are handed on one by one, as they are ready."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -30,8 +28,8 @@ class Streaming(Generic[T, R]):
     stream: Callable[[Sequence[T]], Groups[R]]
 
     def __call__(self, items: Sequence[T]) -> list[R]:
-        found = dict(pair for group in self.stream(items) for pair in group)
-        return [found[place] for place in range(len(items))]
+        results = dict(pair for group in self.stream(items) for pair in group)
+        return [results[place] for place in range(len(items))]
 
 
 def groups_of(

@@ -5,8 +5,6 @@ replies that are no chat completion. `Retry-After` holds back every request, not
 that was told. All attempts count as calls.
 """
 
-from __future__ import annotations
-
 import asyncio
 import random
 import time

@@ -1,13 +1,11 @@
-"""Controls of a benchmark: the same questions without what the pictures say.
+"""Controls of a benchmark: the same questions without what the images say.
 
-`mis_hard@black` asks the questions of `mis_hard` over black pictures, `@white` over white
-ones, `@text` with no pictures at all, `@swapped` with the two pictures exchanged. A model that
+`mis_hard@black` asks the questions of `mis_hard` over black images, `@white` over white
+ones, `@text` with no images at all, `@swapped` with the two images exchanged. A model that
 answers a control as it answers the benchmark has not looked. Samples keep their ids, so that a
 control can be compared with its benchmark sample by sample; the protocol and the sample hashes
-differ, so no answer is ever taken over. A judge that looks at pictures sees those of the control.
+differ, so no answer is ever taken over. A judge that looks at images sees those of the control.
 """
-
-from __future__ import annotations
 
 import io
 import os
@@ -46,17 +44,15 @@ def _load(benchmark: Benchmark, control: str, data_root: Path) -> list[Sample]:
         raise ValueError(f"{benchmark.name}@{control}: {error}") from error
 
 
-def plain_pictures(sample: Sample, colour: str) -> Sample:
-    """The sample with each picture replaced by one of a single colour and the same size."""
+def plain_images(sample: Sample, colour: str) -> Sample:
+    """The sample with each image replaced by one of a single colour and the same size."""
     if not sample.images:
         raise ValueError(f"sample {sample.id} has no pictures to replace")
-    return replace(
-        sample, images=[plain_picture(colour, image_size(path)) for path in sample.images]
-    )
+    return replace(sample, images=[plain_image(colour, image_size(path)) for path in sample.images])
 
 
-def without_pictures(sample: Sample) -> Sample:
-    """The sample with its pictures and the words that announce them left out."""
+def without_images(sample: Sample) -> Sample:
+    """The sample with its images and the words that announce them left out."""
     if not sample.images:
         raise ValueError(f"sample {sample.id} has no pictures to leave out")
     conversation = [
@@ -66,8 +62,8 @@ def without_pictures(sample: Sample) -> Sample:
     return replace(sample, images=[], conversation=conversation)
 
 
-def swapped_pictures(sample: Sample) -> Sample:
-    """The sample with its two pictures exchanged, and what is known to be on them (mini world)."""
+def swapped_images(sample: Sample) -> Sample:
+    """The sample with its two images exchanged, and what is known to be on them (mini world)."""
     if len(sample.images) != 2:
         raise ValueError(f"sample {sample.id} has {len(sample.images)} pictures; swapping needs 2")
     meta = dict(sample.meta)
@@ -77,10 +73,10 @@ def swapped_pictures(sample: Sample) -> Sample:
 
 
 CONTROLS: dict[str, Callable[[Sample], Sample]] = {
-    "black": partial(plain_pictures, colour="black"),
-    "white": partial(plain_pictures, colour="white"),
-    "text": without_pictures,
-    "swapped": swapped_pictures,
+    "black": partial(plain_images, colour="black"),
+    "white": partial(plain_images, colour="white"),
+    "text": without_images,
+    "swapped": swapped_images,
 }
 
 
@@ -94,13 +90,13 @@ def _without_markers(content: Any) -> Any:
     ]
 
 
-def plain_picture(colour: str, size: tuple[int, int]) -> Path:
-    """The file of a picture of one colour, drawn once into the user's cache folder."""
+def plain_image(colour: str, size: tuple[int, int]) -> Path:
+    """The file of an image of one colour, drawn once into the user's cache folder."""
     cache_root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache_root / "mis-jax" / "plain" / f"{colour}-{size[0]}x{size[1]}.png"
     if not path.exists():
         make_folder(path.parent)
         drawn = io.BytesIO()
         Image.new("RGB", size, colour).save(drawn, "PNG")
-        replace_file(path, drawn.getvalue())  # another process never reads half a picture
+        replace_file(path, drawn.getvalue())  # another process never reads half an image
     return path

@@ -1,15 +1,13 @@
 """Any OpenAI-compatible endpoint as the model under test.
 
-Pictures are sent as data URIs where the prompt has its `<image>` markers. Decoding is greedy.
-Two settings of a benchmark have no place in the chat API: tiles for each picture, and whether the
+Images are sent as data URIs where the prompt has its `<image>` markers. Decoding is greedy.
+Two settings of a benchmark have no place in the chat API: tiles for each image, and whether the
 checkpoint's own system turn is left out. Our server takes them as `max_dynamic_patch` and
 `system_prompt`; another one answers with settings of its own, which is a condition of the run.
 Templates of InternVL, ours
-among them, write a line break behind every picture of the chat API, so there the prompt's own is
+among them, write a line break behind every image of the chat API, so there the prompt's own is
 left out.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -51,9 +49,9 @@ def open_endpoint(client: ChatClient, *, takes_settings: bool = False) -> Endpoi
     """Look at `/v1/models`; ValueError for an address, a key or a model that is wrong."""
     owners = client.owners()
     if owners is not None and client.model not in owners:
-        known = ", ".join(list(owners)[:8]) or "none"
+        models = ", ".join(list(owners)[:8]) or "none"
         raise ValueError(
-            f"{client.base_url} has no model {client.model!r} (it has {known}); see --model-name"
+            f"{client.base_url} has no model {client.model!r} (it has {models}); see --model-name"
         )
     ours = owners is not None and owners[client.model] == OWNER
     return Endpoint(client, takes_settings or ours)
@@ -99,9 +97,9 @@ def _answer(reply: Reply) -> Answer:
 
 
 def chat_messages(sample: Sample, *, breaks_lines: bool = False) -> list[dict[str, Any]]:
-    """The conversation as the chat API has it; ValueError where markers and pictures differ.
+    """The conversation as the chat API has it; ValueError where markers and images differ.
 
-    `breaks_lines` says that the server writes a line break behind every picture.
+    `breaks_lines` says that the server writes a line break behind every image.
     """
     images = iter(shown_images(sample))
     marked = insert_image_markers(sample.conversation, len(sample.images))
@@ -114,7 +112,7 @@ def chat_messages(sample: Sample, *, breaks_lines: bool = False) -> list[dict[st
 def _content(
     message: Any, images: Iterator[Path | Image.Image], breaks_lines: bool
 ) -> str | list[dict[str, Any]]:
-    """Text, or parts where there are pictures."""
+    """Text, or parts where there are images."""
     content = message["content"]
     if not isinstance(content, str):
         first, *others = _stretches(content)
@@ -132,7 +130,7 @@ def _content(
 
 
 def _stretches(parts: list[dict[str, Any]]) -> list[str]:
-    """The text between pictures; behind each is the line break that our processor writes."""
+    """The text between images; behind each is the line break that our processor writes."""
     stretches = [""]
     for part in parts:
         if part["type"] == "image":

@@ -1,7 +1,5 @@
 """One run out of several: the shards of a benchmark, or different benchmarks of one model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -69,11 +67,11 @@ def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
 
 def _other_sessions(manifests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The sessions under other versions than the first one's, each of these once."""
-    known, others = [manifests[0]["versions"]], []
+    versions, others = [manifests[0]["versions"]], []
     for manifest in manifests:
         for session in (manifest, *manifest.get("resumed", ())):
-            if session["versions"] not in known:
-                known.append(session["versions"])
+            if session["versions"] not in versions:
+                versions.append(session["versions"])
                 others.append({"date": session["date"], "versions": session["versions"]})
     return others
 
@@ -98,11 +96,11 @@ def _entry(name: str, having: list[tuple[Path, dict[str, Any]]]) -> dict[str, An
     if len(kinds) > 1:
         raise ValueError(f"{name}: the runs are shards of different divisions; see their manifests")
     ((limit, shards, of),) = kinds
-    there = [part["shard"] for part in parts]
-    if missing := set(range(1, shards + 1)) - set(there):
+    present = [part["shard"] for part in parts]
+    if missing := set(range(1, shards + 1)) - set(present):
         shown = ", ".join(f"{shard}/{shards}" for shard in sorted(missing))
         raise ValueError(f"{name}: shard {shown} is missing; name its run too")
-    if len(there) > shards:
+    if len(present) > shards:
         twice = ", ".join(str(run) for run, _ in having)
         raise ValueError(f"{name}: a part occurs twice in {twice}; leave one of them out")
     whole = {"limit": limit, "shard": 1, "shards": 1, "of": of} if limit else None
@@ -115,10 +113,10 @@ def _expected(name: str, having: list[tuple[Path, dict[str, Any]]]) -> dict[str,
     """The samples of all shards in the order of the whole set."""
     in_order = sorted(having, key=lambda pair: (pair[1].get("part") or {"shard": 1})["shard"])
     shards = [list(expected(run, name).items()) for run, _ in in_order]
-    owed: dict[str, str] = {}
-    for row in zip_longest(*shards):
-        for sample, content in filter(None, row):
-            if sample in owed:
+    hashes: dict[str, str] = {}
+    for samples in zip_longest(*shards):
+        for sample, content in filter(None, samples):
+            if sample in hashes:
                 raise ValueError(f"{name}: sample {sample} is in two of the runs")
-            owed[sample] = content
-    return owed
+            hashes[sample] = content
+    return hashes

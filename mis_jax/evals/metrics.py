@@ -1,7 +1,5 @@
 """From one item's labels to the metrics it counts for, and what each metric means."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -96,10 +94,10 @@ def mis_outcomes(labels: Mapping[str, Any]) -> dict[str, bool]:
     }
 
 
-def _one_of(labels: Mapping[str, Any], name: str, known: tuple[str, ...]) -> str:
+def _one_of(labels: Mapping[str, Any], name: str, words: tuple[str, ...]) -> str:
     value = labels.get(name)
-    if value not in known:
-        raise ValueError(f"label {name!r} is {value!r}; a judge must say {' or '.join(known)}")
+    if value not in words:
+        raise ValueError(f"label {name!r} is {value!r}; a judge must say {' or '.join(words)}")
     return value
 
 

@@ -6,8 +6,6 @@ results and tables too. They are no part of a sample's hash: a run under a condi
 in pairs with one without it.
 """
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -183,12 +181,12 @@ def known_facts(run_dir: Path, name: str) -> Mapping[str, dict[str, Any]]:
 
 
 def sample_hash(benchmark: Benchmark, sample: Sample) -> str:
-    """Everything that decides what the model is asked: prompt, pictures and protocol.
+    """Everything that decides what the model is asked: prompt, images and protocol.
 
     The generation settings are included beside the protocol's name, so that a changed setting
     cannot reuse old answers by keeping the name.
     """
-    asked = {
+    content = {
         "conversation": sample.conversation,
         "images": [file_digest(path) for path in sample.images],
         "protocol": benchmark.protocol,
@@ -197,8 +195,8 @@ def sample_hash(benchmark: Benchmark, sample: Sample) -> str:
         "max_tiles_per_image": benchmark.tiles_for(sample),
     }
     if sample.first_image_scale != 1:  # left out otherwise: hashes of earlier runs stay valid
-        asked["first_image_scale"] = sample.first_image_scale
-    return digest(asked)
+        content["first_image_scale"] = sample.first_image_scale
+    return digest(content)
 
 
 def answer_hash(sample_digest: str, text: str) -> str:
@@ -226,17 +224,17 @@ def condition_notes(label: str, manifest: Mapping[str, Any]) -> list[str]:
     return [f"{label} was answered {_WORDS.get(name, name)}." for name in conditions_of(manifest)]
 
 
-def same_conditions(known: Sequence[str], now: Sequence[str], here: str, there: str) -> None:
+def same_conditions(earlier: Sequence[str], now: Sequence[str], here: str, there: str) -> None:
     """ValueError that names the options in which two places differ."""
-    if set(known) == set(now):
+    if set(earlier) == set(now):
         return
-    differing = sorted(set(known) ^ set(now))
+    differing = sorted(set(earlier) ^ set(now))
     options = ", ".join(_OPTIONS.get(name, name) for name in differing)
     raise ValueError(
-        f"{here} has answers made {_shown(known)}, {there} {_shown(now)}; they do not mix: "
+        f"{here} has answers made {_as_words(earlier)}, {there} {_as_words(now)}; they do not mix: "
         f"evaluate alike ({options}), or choose another output folder"
     )
 
 
-def _shown(conditions: Sequence[str]) -> str:
+def _as_words(conditions: Sequence[str]) -> str:
     return f"under {' and '.join(conditions)}" if conditions else "as the protocols say"

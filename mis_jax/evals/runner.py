@@ -1,12 +1,10 @@
 """Ask a model, then have its answers judged; both stages can be killed and resumed.
 
-Each stage appends rows to a log and fsyncs them in batches, or one by one where they come from an
-endpoint: what a kill can cost is what was under way. A row counts only while its content
-hash is the one that the run expects now, so a changed question, picture, protocol or answer
+Each stage appends lines to a log and fsyncs them in batches, or one by one where they come from an
+endpoint: what a kill can cost is what was under way. A line counts only while its content
+hash is the one that the run expects now, so a changed question, image, protocol or answer
 drops what was derived from it without anything being deleted.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -52,9 +50,9 @@ class Generated:
 def _ask(answer_fn: Callable[[list[Sample]], list[Answer]], batch: list[Sample]) -> list[Answer]:
     """Answers of a batch; a sample that cannot be asked fails alone.
 
-    ValueError and OSError are what bad input raises (an unreadable picture, a prompt that is too
+    ValueError and OSError are what bad input raises (an unreadable image, a prompt that is too
     long). Any other exception is a fault of the program or the device: it ends the run, which
-    loses nothing since the rows before it are on disk.
+    loses nothing since the lines before it are on disk.
     """
     try:
         answers = answer_fn(batch)
@@ -88,7 +86,7 @@ def generate_answers(
     hashes = expect(run_dir, benchmark, samples)
     update_benchmark(run_dir, benchmark.name, part=dict(part) if part else None)
     with AppendLog(run_dir / benchmark.name / "samples.jsonl") as log:
-        done = {(row["id"], row["hash"]) for row in log.entries if row["state"] == "ok"}
+        done = {(line["id"], line["hash"]) for line in log.entries if line["state"] == "ok"}
         waiting = [sample for sample in samples if (sample.id, hashes[sample.id]) not in done]
         finished = reused = len(samples) - len(waiting)
         failed = 0
@@ -99,7 +97,7 @@ def generate_answers(
                 {
                     "id": waiting[place].id,
                     "hash": hashes[waiting[place].id],
-                    **_answer_row(answer),
+                    **_answer_entry(answer),
                 }
                 for place, answer in group
             )
@@ -116,17 +114,17 @@ def _answers(answer_fn: AnswerFn, samples: list[Sample], size: int) -> Groups[An
     return groups_of(lambda batch: _ask(answer_fn, batch), samples, size)
 
 
-def _answer_row(answer: Answer) -> dict[str, Any]:
-    row = asdict(answer)
-    row["answer"] = row.pop("text")
-    if row["error"] is None:
-        del row["error"]
-    return row
+def _answer_entry(answer: Answer) -> dict[str, Any]:
+    entry = asdict(answer)
+    entry["answer"] = entry.pop("text")
+    if entry["error"] is None:
+        del entry["error"]
+    return entry
 
 
 @dataclass(frozen=True)
 class JudgingTask:
-    """What a judge owes to one benchmark of a run: a verdict on each of `answers`.
+    """What a judge has to do for one benchmark of a run: give a verdict on each of `answers`.
 
     `keys` are what a verdict must carry to count for an answer.
     """
@@ -137,12 +135,12 @@ class JudgingTask:
     answers: Mapping[str, str]
     keys: Mapping[str, tuple[str, str, str, str]]
 
-    def waiting(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """The answers without a verdict among the rows; a refusal to judge is one."""
+    def waiting(self, verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
+        """The answers without a verdict among these; a refusal to judge is one."""
         settled = {
-            (row["id"], row["answer_hash"], row["judge"], row["reference"])
-            for row in rows
-            if row["state"] in ("ok", "refused")
+            (verdict["id"], verdict["answer_hash"], verdict["judge"], verdict["reference"])
+            for verdict in verdicts
+            if verdict["state"] in ("ok", "refused")
         }
         return [key for key in self.answers if self.keys[key] not in settled]
 
@@ -178,26 +176,26 @@ def judge_run(
     `summarise` and returns its results; a judge that stops does so too, and its `Stopped` is
     raised.
     """
-    known = list(read_manifest(run_dir)["benchmarks"])
+    names = list(read_manifest(run_dir)["benchmarks"])
     for name in benchmarks or ():
-        if name not in known:
+        if name not in names:
             raise ValueError(
-                f"{run_dir} has no answers to {name!r} (it has {', '.join(known) or 'none'}); "
+                f"{run_dir} has no answers to {name!r} (it has {', '.join(names) or 'none'}); "
                 f"run `mis-jax eval` with --benchmarks {name} first"
             )
     # All that can be wrong with the files or the judge shows before the first verdict is paid for.
-    found = [_read(get_benchmark(name), run_dir, data_root) for name in benchmarks or known]
-    owed = [_owed(judge, *one) for one in found]
+    contents = [_read(get_benchmark(name), run_dir, data_root) for name in benchmarks or names]
+    tasks = [_judging_task(judge, *content) for content in contents]
     if cache:
-        for one in owed:
-            _exchange(cache, one, run_dir)
+        for task in tasks:
+            _exchange(cache, task, run_dir)
     if announce:
-        announce([(one, one.pairs(_ahead(one, run_dir, recheck))) for one in owed])
+        announce([(task, task.pairs(_ahead(task, run_dir, recheck))) for task in tasks])
     try:
-        for one in owed:
-            _judge_benchmark(one, run_dir, batch_size, cache, progress)
-        for one in owed if recheck else ():
-            _judge_again(one, run_dir, recheck, batch_size, progress)
+        for task in tasks:
+            _judge_benchmark(task, run_dir, batch_size, cache, progress)
+        for task in tasks if recheck else ():
+            _judge_again(task, run_dir, recheck, batch_size, progress)
     except Stopped:
         summarise(run_dir)
         raise
@@ -223,14 +221,14 @@ def _read(benchmark: Benchmark, run_dir: Path, data_root: Path) -> _RunAnswers:
     _check_same_data(benchmark, samples, hashes, run_dir, data_root)
     write_facts(run_dir, benchmark.name, samples.values())
     answers = {
-        row["id"]: row["answer"]
-        for row in read_log(run_dir / benchmark.name / "samples.jsonl")
-        if row["state"] == "ok" and hashes.get(row["id"]) == row["hash"]
+        entry["id"]: entry["answer"]
+        for entry in read_log(run_dir / benchmark.name / "samples.jsonl")
+        if entry["state"] == "ok" and hashes.get(entry["id"]) == entry["hash"]
     }
     return benchmark, samples, hashes, answers
 
 
-def _owed(
+def _judging_task(
     judge: Judge | JudgeOf | None,
     benchmark: Benchmark,
     samples: dict[str, Sample],
@@ -248,82 +246,82 @@ def _owed(
     return JudgingTask(benchmark, judge, samples, answers, keys)
 
 
-def _ahead(owed: JudgingTask, run_dir: Path, recheck: int) -> list[str]:
+def _ahead(task: JudgingTask, run_dir: Path, recheck: int) -> list[str]:
     """The answers that are about to be judged, those for the second time at the end."""
-    folder = run_dir / owed.benchmark.name
-    waiting = owed.waiting(read_log(folder / "verdicts.jsonl"))
+    folder = run_dir / task.benchmark.name
+    waiting = task.waiting(read_log(folder / "verdicts.jsonl"))
     if not recheck:
         return waiting
-    again = set(owed.waiting(read_log(folder / "rechecks.jsonl")))
-    return [*waiting, *(key for key in owed.drawn(owed.answers, recheck) if key in again)]
+    unchecked = set(task.waiting(read_log(folder / "rechecks.jsonl")))
+    return [*waiting, *(key for key in task.drawn(task.answers, recheck) if key in unchecked)]
 
 
-def _exchange(cache: VerdictCache, owed: JudgingTask, run_dir: Path) -> None:
+def _exchange(cache: VerdictCache, task: JudgingTask, run_dir: Path) -> None:
     """Give the cache what the run has of this judge, and the run what the cache has for it.
 
     A run that was judged without the cache, or killed before it was written, adds to it too.
     """
-    with AppendLog(run_dir / owed.benchmark.name / "verdicts.jsonl") as log:
-        cache.add(row for row in log.entries if row["judge"] == owed.judge.id)
-        waiting = owed.waiting(log.entries)
-        found = [(key, cache.find(owed.keys[key][1:])) for key in waiting]
-        log.append({"id": key} | row for key, row in found if row is not None)
+    with AppendLog(run_dir / task.benchmark.name / "verdicts.jsonl") as log:
+        cache.add(verdict for verdict in log.entries if verdict["judge"] == task.judge.id)
+        waiting = task.waiting(log.entries)
+        verdicts = [(key, cache.find(task.keys[key][1:])) for key in waiting]
+        log.append({"id": key} | verdict for key, verdict in verdicts if verdict is not None)
 
 
 def _judge_benchmark(
-    owed: JudgingTask,
+    task: JudgingTask,
     run_dir: Path,
     batch_size: int,
     cache: VerdictCache | None,
     progress: Callable[[str], Progress] | None,
 ) -> None:
-    name = owed.benchmark.name
+    name = task.benchmark.name
     with AppendLog(run_dir / name / "verdicts.jsonl") as log:
-        waiting = owed.waiting(log.entries)
+        waiting = task.waiting(log.entries)
         # Only now: a judge that cannot start must not take the place of the one that finished.
-        update_benchmark(run_dir, name, judge=owed.judge.id)
+        update_benchmark(run_dir, name, judge=task.judge.id)
         show = progress(name) if progress else None
-        for rows in _judged(owed, waiting, len(owed.answers), batch_size, show):
-            log.append(rows)
+        for verdicts in _verdicts(task, waiting, len(task.answers), batch_size, show):
+            log.append(verdicts)
             if cache:
-                cache.add(rows)
+                cache.add(verdicts)
 
 
 def _judge_again(
-    owed: JudgingTask,
+    task: JudgingTask,
     run_dir: Path,
     count: int,
     batch_size: int,
     progress: Callable[[str], Progress] | None,
 ) -> None:
     """Second verdicts on `count` of the answers that have labels."""
-    name = owed.benchmark.name
+    name = task.benchmark.name
     verdicts = read_log(run_dir / name / "verdicts.jsonl")
-    unlabelled = set(owed.waiting([row for row in verdicts if row["state"] == "ok"]))
-    chosen = owed.drawn([key for key in owed.answers if key not in unlabelled], count)
+    unlabelled = set(task.waiting([verdict for verdict in verdicts if verdict["state"] == "ok"]))
+    chosen = task.drawn([key for key in task.answers if key not in unlabelled], count)
     with AppendLog(run_dir / name / "rechecks.jsonl") as log:
-        again = set(owed.waiting(log.entries))
-        waiting = [key for key in chosen if key in again]
+        unchecked = set(task.waiting(log.entries))
+        waiting = [key for key in chosen if key in unchecked]
         show = progress(f"{name} again") if progress else None
-        for rows in _judged(owed, waiting, len(chosen), batch_size, show):
-            log.append(rows)
+        for second in _verdicts(task, waiting, len(chosen), batch_size, show):
+            log.append(second)
 
 
-def _judged(
-    owed: JudgingTask, waiting: list[str], total: int, batch_size: int, show: Progress | None
+def _verdicts(
+    task: JudgingTask, waiting: list[str], total: int, batch_size: int, show: Progress | None
 ) -> Iterator[list[dict[str, Any]]]:
-    """Rows of verdicts as they come; the next ones are asked for when these are dealt with."""
+    """Verdicts as they come; the next ones are asked for when these are dealt with."""
     finished = total - len(waiting)
     if show:
         show(finished, total)
-    for group in groups_of(owed.judge.judge, owed.pairs(waiting), batch_size):
-        yield [_verdict_row(owed.keys[waiting[place]], verdict) for place, verdict in group]
+    for group in groups_of(task.judge.judge, task.pairs(waiting), batch_size):
+        yield [_verdict_entry(task.keys[waiting[place]], verdict) for place, verdict in group]
         finished += len(group)
         if show:
             show(finished, total)
 
 
-def _verdict_row(key: tuple[str, str, str, str], verdict: Verdict) -> dict[str, Any]:
+def _verdict_entry(key: tuple[str, str, str, str], verdict: Verdict) -> dict[str, Any]:
     fields = dict(zip(("id", "answer_hash", "judge", "reference"), key, strict=True))
     return fields | {name: value for name, value in asdict(verdict).items() if value is not None}
 
@@ -331,12 +329,12 @@ def _verdict_row(key: tuple[str, str, str, str], verdict: Verdict) -> dict[str, 
 def _check_same_data(
     benchmark: Benchmark,
     samples: dict[str, Sample],
-    owed: dict[str, str],
+    hashes: dict[str, str],
     run_dir: Path,
     data_root: Path,
 ) -> None:
     """Refuse to judge answers against questions that the model was not asked."""
-    for key, content in owed.items():
+    for key, content in hashes.items():
         if key not in samples:
             problem = "is not in"
         elif sample_hash(benchmark, samples[key]) != content:

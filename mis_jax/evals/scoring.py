@@ -1,7 +1,5 @@
 """Stage 3: count the verdicts of a run into `RUN/results.json`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,11 +16,11 @@ from mis_jax.storage.jsonl import read_log
 
 def read_items(run_dir: Path, name: str, judge: str | None) -> list[Item]:
     """Join what was expected, answered and judged; the last row of an id and hash wins."""
-    owed = expected(run_dir, name)
+    hashes = expected(run_dir, name)
     answers: dict[str, dict[str, Any]] = {}
-    for row in read_log(run_dir / name / "samples.jsonl"):
-        if owed.get(row["id"]) == row["hash"]:
-            answers[row["id"]] = row
+    for answer in read_log(run_dir / name / "samples.jsonl"):
+        if hashes.get(answer["id"]) == answer["hash"]:
+            answers[answer["id"]] = answer
     verdicts = _verdicts(run_dir / name / "verdicts.jsonl", judge)
     rechecks = _verdicts(run_dir / name / "rechecks.jsonl", judge)
     facts = known_facts(run_dir, name)
@@ -30,10 +28,10 @@ def read_items(run_dir: Path, name: str, judge: str | None) -> list[Item]:
     return [
         _counted(
             benchmark,
-            _item(key, owed[key], answers.get(key), verdicts, rechecks),
+            _item(key, hashes[key], answers.get(key), verdicts, rechecks),
             facts.get(key, {}),
         )
-        for key in owed
+        for key in hashes
     ]
 
 
@@ -41,7 +39,11 @@ _Verdicts = Mapping[tuple[str, str], dict[str, Any]]
 
 
 def _verdicts(path: Path, judge: str | None) -> _Verdicts:
-    return {(row["id"], row["answer_hash"]): row for row in read_log(path) if row["judge"] == judge}
+    return {
+        (verdict["id"], verdict["answer_hash"]): verdict
+        for verdict in read_log(path)
+        if verdict["judge"] == judge
+    }
 
 
 def _counted(benchmark: Benchmark, item: Item, facts: Mapping[str, Any]) -> Item:
@@ -238,8 +240,8 @@ def read_run(label: str, run_dir: Path) -> Run:
     manifest = read_manifest(run_dir)
     items = run_items(run_dir)
     results = {
-        name: count_items(name, manifest["benchmarks"][name]["protocol"], found)
-        for name, found in items.items()
+        name: count_items(name, manifest["benchmarks"][name]["protocol"], samples)
+        for name, samples in items.items()
     }
     return Run(label, manifest, items, results)
 

@@ -1,7 +1,5 @@
 """Intervals, tests and corrections for counted answers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import hypot, sqrt
@@ -133,8 +131,8 @@ SEED = 20250131
 
 def linked(votes: Mapping[str, bool], groups: Mapping[str, str]) -> bool:
     """Whether any two of the samples belong to one group; a sample without one is its own."""
-    known = [groups.get(key, key) for key in votes]
-    return len(set(known)) < len(known)
+    names = [groups.get(key, key) for key in votes]
+    return len(set(names)) < len(names)
 
 
 def cluster_rate(
@@ -320,14 +318,14 @@ def rogan_gladen(
     size = n + z * z
     rate = (k + z * z / 2) / size
     positives, negatives = gold.positives + 2, gold.negatives + 2
-    found, passed = (gold.true_positives + 1) / positives, (gold.true_negatives + 1) / negatives
-    power = found + passed - 1
+    se, sp = (gold.true_positives + 1) / positives, (gold.true_negatives + 1) / negatives
+    power = se + sp - 1
     if power <= 0:
         return None
-    truth = (rate + passed - 1) / power
-    of_found, of_passed = found * (1 - found) / positives, passed * (1 - passed) / negatives
-    shift = 2 * z * z * (truth * of_found - (1 - truth) * of_passed)
-    spread = rate * (1 - rate) / size + (1 - truth) ** 2 * of_passed + truth**2 * of_found
+    truth = (rate + sp - 1) / power
+    se_variance, sp_variance = se * (1 - se) / positives, sp * (1 - sp) / negatives
+    shift = 2 * z * z * (truth * se_variance - (1 - truth) * sp_variance)
+    spread = rate * (1 - rate) / size + (1 - truth) ** 2 * sp_variance + truth**2 * se_variance
     reach = z * sqrt(spread) / power
     value = (k / n + specificity - 1) / (sensitivity + specificity - 1)
     return _clip(value), _clip(truth + shift - reach), _clip(truth + shift + reach)

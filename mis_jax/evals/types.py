@@ -1,7 +1,5 @@
 """The values that travel between benchmarks, judges and the runner."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +14,14 @@ COUNT_STATES = ("ok", "unparsed", "refused", "error", "missing")
 
 @dataclass(frozen=True)
 class Sample:
-    """One question: OpenAI-style messages with `<image>` markers and the pictures in order.
+    """One question: OpenAI-style messages with `<image>` markers and the images in order.
 
     `meta` is what a judge may see besides the prompt (category, reference answer, known truth).
     It is never shown to the model. `meta["group"]`, where present, names what several samples
     have in common, so that a report can say how few different things a large n stands for.
 
     `max_tiles_per_image` takes the place of the benchmark's where a protocol's limit depends on
-    how many pictures a question has. `first_image_scale` enlarges the first picture that many
+    how many images a question has. `first_image_scale` enlarges the first image that many
     times before it is cut into tiles (see `images.shown_images`).
     """
 
@@ -121,7 +119,7 @@ class Benchmark:
     holds of both samples. A pair are the two samples of one `meta["group"]`."""
 
     def tiles_for(self, sample: Sample) -> int | None:
-        """How many tiles each picture of a sample may have; None leaves it to the checkpoint."""
+        """How many tiles each image of a sample may have; None leaves it to the checkpoint."""
         return sample.max_tiles_per_image or self.max_tiles_per_image
 
 

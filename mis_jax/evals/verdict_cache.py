@@ -35,11 +35,11 @@ class VerdictCache:
                 f"{folder} cannot hold a verdict cache ({error.strerror}); "
                 "name a folder that can be written to with --verdict-cache"
             ) from error
-        self._known = {_key(entry): entry for entry in entries if _is_sound(entry)}
+        self._entries = {_key(entry): entry for entry in entries if _is_sound(entry)}
 
     def find(self, key: tuple[str, ...]) -> dict[str, Any] | None:
         """What a verdict has besides its key (see `KEY`); None for an unknown one."""
-        entry = self._known.get(key)
+        entry = self._entries.get(key)
         if entry is None:
             return None
         return {"state": "ok", "cached": True} | {k: entry[k] for k in _FIELDS if k in entry}
@@ -49,9 +49,9 @@ class VerdictCache:
         new = {
             _key(verdict): {name: verdict[name] for name in _FIELDS if name in verdict}
             for verdict in verdicts
-            if verdict["state"] == "ok" and _key(verdict) not in self._known
+            if verdict["state"] == "ok" and _key(verdict) not in self._entries
         }
-        self._known |= new
+        self._entries |= new
         if new:  # not durable: the run's own log is, and gives them again
             append_shared(self._path, new.values())
 

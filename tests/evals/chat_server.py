@@ -3,8 +3,6 @@
 Built on http.server: neither our server nor the library that the client uses.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import threading

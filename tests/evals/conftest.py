@@ -1,7 +1,5 @@
 """Fixtures over the few rows of ``eval_world``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

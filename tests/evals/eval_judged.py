@@ -1,7 +1,5 @@
 """Runs over harmless rows in MIS's layout, and clients of the scripted judge."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

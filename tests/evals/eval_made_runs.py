@@ -1,7 +1,5 @@
 """Run folders written row by row, for reports over any number of samples and any benchmark."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Nothing in them is from the sets. The questions are about kitchens and gardens, 
 can be read, and kept, by anyone.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Callable

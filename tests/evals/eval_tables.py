@@ -1,7 +1,5 @@
 """Benign tables in the published formats, written with the csv module and tiny drawn pictures."""
 
-from __future__ import annotations
-
 import base64
 import csv
 import io

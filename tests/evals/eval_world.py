@@ -1,7 +1,5 @@
 """A mini world of a few rows, drawn in one colour each, and models that say what they are told."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

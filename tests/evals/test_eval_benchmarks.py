@@ -1,7 +1,5 @@
 """Benchmarks: what the model is shown, where files are looked for, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The page's list of samples: in a real browser, and how large it may become."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

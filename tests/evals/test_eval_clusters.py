@@ -1,7 +1,5 @@
 """The cluster bootstrap against scipy's, and the correction for a judge's errors by simulation."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from scipy.stats import bootstrap

@@ -1,7 +1,5 @@
 """Answers in 8 bits, or by an endpoint with settings of its own: kept apart and said."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Controls: the same samples without what the pictures say, and the keyword smoke test."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +11,7 @@ from eval_world import answering, careful, helpful
 from PIL import Image
 
 from mis_jax.evals.benchmarks import BENCHMARKS, get_benchmark, in_order, size_note
-from mis_jax.evals.controls import CONTROLS, control_of, without_pictures
+from mis_jax.evals.controls import CONTROLS, control_of, without_images
 from mis_jax.evals.judges import get_judge
 from mis_jax.evals.metrics import METRICS
 from mis_jax.evals.report import write_report
@@ -76,7 +74,7 @@ def test_text_alone_leaves_out_the_words_that_announce_pictures(data_root: Path)
         {"type": "text", "text": "What does <image> mean?"},
     ]
     sample = Sample("0", [{"role": "user", "content": announced}], [Path("a"), Path("b")], {})
-    assert without_pictures(sample).conversation[0]["content"] == announced[-1:]
+    assert without_images(sample).conversation[0]["content"] == announced[-1:]
     single = get_benchmark("mini_recognition@text").load(data_root)[0]
     assert single.conversation[0]["content"] == "What is in the image?"
     (data_root / "mis_hard.json").write_text((data_root / "mini_hard.json").read_text())
@@ -87,7 +85,7 @@ def test_text_alone_leaves_out_the_words_that_announce_pictures(data_root: Path)
 def test_text_alone_of_a_conversation_in_parts() -> None:
     parts = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
     sample = Sample("0", [{"role": "user", "content": parts}], [Path("a.png")])
-    changed = without_pictures(sample)
+    changed = without_images(sample)
     assert changed.conversation == [{"role": "user", "content": parts[1:]}]
     assert sample.conversation[0]["content"] == parts  # the sample itself is untouched
 

@@ -1,7 +1,5 @@
 """A model behind any OpenAI-compatible endpoint, and our own server among them."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -281,8 +279,8 @@ def test_our_own_server_answers_as_the_checkpoint_does(data_root: Path, tmp_path
             draw_scene(name, rng).save(path)
     wanted = answers_of(model, processor, benchmark)(samples)  # type: ignore[operator]
     context = processor.config.text.max_position
-    service = Service(engine_for(model, processor, rows=4, max_length=context), max_concurrent=4,
-                      max_queue=64)  # fmt: skip
+    engine = engine_for(model, processor, max_num_seqs=4, max_length=context)
+    service = Service(engine, max_concurrent=4, max_queue=64)
     bound = bind("127.0.0.1", 0)
     app = create_app(service, processor, Settings("mini", context))
     config = uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=2)

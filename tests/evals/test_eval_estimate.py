@@ -1,7 +1,5 @@
 """The time that a run will take, from the pace of its first answers."""
 
-from __future__ import annotations
-
 from mis_jax.cli.eta import TimeAhead
 
 

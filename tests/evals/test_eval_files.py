@@ -1,7 +1,5 @@
 """Logs and documents that survive a kill."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The five general sets: prompts letter by letter, tiles, labels, sizes, and how they are asked."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ images and the last digits of floats. A change that means to alter a report writ
 the failure shows them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """The log for Inspect's readers: complete, and without a score where there is no verdict."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

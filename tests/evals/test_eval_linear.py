@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from growth import slow_texts
 
-from mis_jax.evals.controls import without_pictures
+from mis_jax.evals.controls import without_images
 from mis_jax.evals.judges import llm, reference_answers, rules
 from mis_jax.evals.judges.prompts import PROTOCOLS
 from mis_jax.evals.types import Sample
@@ -32,7 +32,7 @@ READERS: dict[str, Callable[[str], object]] = {
     "an option": lambda text: reference_answers.infer(text, OPTIONS),
     "a short answer": reference_answers.normalise,
     "options of a question": lambda text: split_options("x", f"Q?\nOptions: A: {text}, B: b"),
-    "markers of images": lambda text: without_pictures(asked(text)),
+    "markers of images": lambda text: without_images(asked(text)),
 }
 #: (begin, what is repeated, end)
 TEXTS = {

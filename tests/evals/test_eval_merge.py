@@ -1,7 +1,5 @@
 """Shards of a benchmark over several runs, and one run out of them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

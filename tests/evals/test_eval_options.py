@@ -3,8 +3,6 @@
 Groups named "weakness" hold what the rules get wrong; they are kept so that scores compare.
 """
 
-from __future__ import annotations
-
 import pytest
 
 from mis_jax.evals.judges import get_judge

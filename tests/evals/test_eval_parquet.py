@@ -1,7 +1,5 @@
 """The sets as Hugging Face holds them, with files written by pyarrow."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Prediction files of VLMEvalKit, out of a run and into one, checked with the csv module."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ The counts are what the printed percentages stand for, where they stand for anyt
 of the stated size of each set. The page that lists the others is checked against the same code.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

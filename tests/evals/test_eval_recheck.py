@@ -1,7 +1,5 @@
 """Second verdicts: drawn without a look at the answers, paid once, and never counted as a rate."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections import Counter

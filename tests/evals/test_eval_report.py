@@ -1,7 +1,5 @@
 """Reports: complete, self-contained, and silent about texts unless told to speak."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -1,7 +1,5 @@
 """What a report says of categories, groups, judges and the paper, against counts made by hand."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path

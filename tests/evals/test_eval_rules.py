@@ -1,7 +1,5 @@
 """The mini world's judge: every sentence of the world, and answers made to mislead it."""
 
-from __future__ import annotations
-
 from itertools import permutations, product
 
 import pytest

@@ -1,7 +1,5 @@
 """Generation and judging: resumed, never stale, with every sample accounted for."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The published safety sets: what is asked, how it is counted, and which files are refused."""
 
-from __future__ import annotations
-
 import csv
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Intervals and tests against formulas written out here and against statsmodels."""
 
-from __future__ import annotations
-
 from math import comb, sqrt
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Every benchmark from one command: the tiny model answers, judges of all kinds judge, a report."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

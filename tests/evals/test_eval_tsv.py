@@ -1,7 +1,5 @@
 """The TSV reader: what a cell may hold, where pictures go, and what is refused."""
 
-from __future__ import annotations
-
 import base64
 import csv
 import hashlib
@@ -16,7 +14,7 @@ import pytest
 from eval_tables import b64, picture, several, write_table
 from PIL import Image
 
-from mis_jax.evals.vlmevalkit.questions import picture_kind
+from mis_jax.evals.vlmevalkit.questions import image_suffix
 from mis_jax.evals.vlmevalkit.tsv import file_md5, read_tsv
 
 
@@ -277,5 +275,5 @@ def test_a_temporary_folder_that_others_can_write_to(read_only: Path, tmp_path: 
     [("PNG", ".png"), ("JPEG", ".jpg"), ("GIF", ".gif"), ("BMP", ".bmp"), ("WEBP", ".webp")],
 )
 def test_formats_are_known_by_their_first_bytes(kind: str, suffix: str) -> None:
-    assert picture_kind(picture(1, kind=kind)) == suffix
-    assert picture_kind(b"%PDF-1.7") is None
+    assert image_suffix(picture(1, kind=kind)) == suffix
+    assert image_suffix(b"%PDF-1.7") is None

@@ -1,7 +1,5 @@
 """Verdicts across runs: paid for once, asked again where anything differs, and no text kept."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 from pathlib import Path

@@ -1,10 +1,8 @@
 """Every benchmark by its id. A new one is a file beside this one that holds `BENCHMARKS`.
 
-An id with a control behind it (`mis_hard@black`) is that benchmark with its pictures or words
+An id with a control behind it (`mis_hard@black`) is that benchmark with its images or words
 changed; see `mis_jax/evals/controls.py`.
 """
-
-from __future__ import annotations
 
 import pkgutil
 from collections.abc import Iterable
@@ -14,18 +12,18 @@ from mis_jax.evals.controls import CONTROLS, control_of
 from mis_jax.evals.types import Benchmark
 
 
-def _found() -> dict[str, Benchmark]:
+def _registered() -> dict[str, Benchmark]:
     """What the files of this folder define, in the order of their names."""
-    found: dict[str, Benchmark] = {}
+    benchmarks: dict[str, Benchmark] = {}
     for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
         defined = getattr(import_module(f"{__name__}.{module.name}"), "BENCHMARKS", ())
         for benchmark in defined:
-            assert benchmark.name not in found, f"two benchmarks are called {benchmark.name}"
-            found[benchmark.name] = benchmark
-    return found
+            assert benchmark.name not in benchmarks, f"two benchmarks are called {benchmark.name}"
+            benchmarks[benchmark.name] = benchmark
+    return benchmarks
 
 
-BENCHMARKS: dict[str, Benchmark] = _found()
+BENCHMARKS: dict[str, Benchmark] = _registered()
 
 
 def get_benchmark(name: str) -> Benchmark:

@@ -4,8 +4,6 @@ Each is read from VLMEvalKit's TSV, `DATA_ROOT/<id>/<name>.tsv`, or from the Par
 authors in the same folder, and asked with InternVL's prompts there. Q-Bench has no Parquet here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -96,7 +94,7 @@ def _questions(name: str, data_root: Path) -> list[Question]:
 
 
 def load_general(name: str, data_root: Path) -> list[Sample]:
-    """The samples of one set; the first call writes the pictures in the table out as files."""
+    """The samples of one set; the first call writes the images in the table out as files."""
     published = SETS[name]
     return [
         questions.sample_of(
@@ -113,10 +111,10 @@ def md5_note(name: str, data_root: Path) -> str | None:
     """A sentence for a TSV whose MD5 is not the published one: reported, never refused."""
     if name not in SETS or not (file := data_root / name / SETS[name].tsv).is_file():
         return None
-    found = file_md5(file)
-    if found == SETS[name].md5:
+    md5 = file_md5(file)
+    if md5 == SETS[name].md5:
         return None
-    return f"{file} has MD5 {found}; the published file has {SETS[name].md5}."
+    return f"{file} has MD5 {md5}; the published file has {SETS[name].md5}."
 
 
 BENCHMARKS = tuple(

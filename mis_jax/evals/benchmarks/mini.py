@@ -36,24 +36,24 @@ def load_pairs(name: str, dangerous: bool, data_root: Path) -> list[Sample]:
     samples = []
     for annotation in read_annotations(path):
         key = f"{name}/{annotation.id}"
-        known = truth.get(key)
-        if not isinstance(known, dict) or len(known.get("objects", ())) != 2:
+        entry = truth.get(key)
+        if not isinstance(entry, dict) or len(entry.get("objects", ())) != 2:
             raise ValueError(
                 f"{truth_path}: entry {key!r} is missing or lacks two 'objects'; "
                 "write the mini world again, so that its files agree"
             )
-        if (known.get("danger") is not None) != dangerous:
+        if (entry.get("danger") is not None) != dangerous:
             raise ValueError(
-                f"{truth_path}: entry {key!r} has danger {known.get('danger')!r}, but "
+                f"{truth_path}: entry {key!r} has danger {entry.get('danger')!r}, but "
                 f"pairs of {name} are {'dangerous' if dangerous else 'harmless'}; "
                 "write the mini world again, so that its files agree"
             )
         meta = {
             "category": annotation.fields.get("category"),
             "sub_category": annotation.fields.get("sub_category"),
-            "objects": list(known["objects"]),
-            "danger": known["danger"],
-            "group": " + ".join(sorted(known["objects"])),
+            "objects": list(entry["objects"]),
+            "danger": entry["danger"],
+            "group": " + ".join(sorted(entry["objects"])),
         }
         samples.append(_sample(annotation, 2, meta))
     return samples

@@ -1,6 +1,6 @@
-"""MM-SafetyBench: a key phrase moved from the question into a picture, drawn in three ways.
+"""MM-SafetyBench: a key phrase moved from the question into an image, drawn in three ways.
 
-The picture is generated (SD), shows the phrase as text (TYPO), or both above each other (SD+TYPO).
+The image is generated (SD), shows the phrase as text (TYPO), or both above each other (SD+TYPO).
 The paper reports SD+TYPO, which is `mm_safetybench` here.
 """
 
@@ -34,7 +34,7 @@ SCENARIOS = (
     "12-Health_Consultation",
     "13-Gov_Decision",
 )
-# The rewritten question refers to the picture, and a generated picture needs another wording.
+# The rewritten question refers to the image, and a generated image needs another wording.
 QUESTION_FIELDS = {
     "SD": "Rephrased Question(SD)",
     "TYPO": "Rephrased Question",
@@ -43,7 +43,7 @@ QUESTION_FIELDS = {
 
 
 def load_mm_safetybench(variant: str, data_root: Path) -> list[Sample]:
-    """All scenarios with one kind of picture; a text-only judge is given the original question."""
+    """All scenarios with one kind of image; a text-only judge is given the original question."""
     samples = []
     for scenario in SCENARIOS:
         file = f"processed_questions/{scenario}.json"
@@ -52,20 +52,20 @@ def load_mm_safetybench(variant: str, data_root: Path) -> list[Sample]:
         if not isinstance(entries, dict) or not entries:
             raise ValueError(f"{path} does not map ids to questions; {AGAIN}")
         images = path.parent.parent / "imgs" / scenario / variant
-        own = []
+        scenario_samples = []
         for number, (key, fields) in enumerate(entries.items()):
             if not isinstance(fields, dict):
                 raise ValueError(f"{path}, entry {key!r} is not a row; {AGAIN}")
             annotation = Annotation(path, f"row {number}", f"{scenario}/{key}", fields)
-            asked = annotation.text(QUESTION_FIELDS[variant])
+            question = annotation.text(QUESTION_FIELDS[variant])
             meta = {
                 "question": annotation.text("Question"),
-                "asked": asked,
+                "asked": question,
                 "category": scenario,
                 "group": annotation.id,
             }
-            own.append(annotation.sample(asked, images / f"{key}.jpg", meta))
-        samples += with_images(path, own)
+            scenario_samples.append(annotation.sample(question, images / f"{key}.jpg", meta))
+        samples += with_images(path, scenario_samples)
     return samples
 
 

@@ -1,7 +1,7 @@
 """MSSBench, chat part: one harmless question in a safe situation and in an unsafe one.
 
-Each item is asked twice, over the picture of either situation; of its several wordings the first
-is taken, which gives the published 300 pairs. Two controls ask the safe half over a white picture
+Each item is asked twice, over the image of either situation; of its several wordings the first
+is taken, which gives the published 300 pairs. Two controls ask the safe half over a white image
 and over none: a model that still declines was not moved by what it saw.
 """
 
@@ -66,7 +66,7 @@ def _sample(item: Annotation, situation: str) -> Sample:
 
 
 def load_control(control: str, data_root: Path) -> list[Sample]:
-    """The safe half with its pictures changed; over no picture the two halves are the same."""
+    """The safe half with its images changed; over no image the two halves are the same."""
     safe = [s for s in load_mssbench(data_root) if s.meta["expected"] == "safe"]
     return [CONTROLS[control](sample) for sample in safe]
 

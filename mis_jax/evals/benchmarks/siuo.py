@@ -21,8 +21,11 @@ CHOICE_PROMPT = (
 
 def _sample(annotation: Annotation, text: str, **meta: Any) -> Sample:
     image = find_image(annotation.text("image"), annotation.folder / "images", annotation.folder)
-    known = {"question": annotation.text("question"), "category": annotation.fields.get("category")}
-    return annotation.sample(text, image, known | meta)
+    common = {
+        "question": annotation.text("question"),
+        "category": annotation.fields.get("category"),
+    }
+    return annotation.sample(text, image, common | meta)
 
 
 def _questions(annotation: Annotation) -> Iterator[Sample]:

@@ -3,8 +3,6 @@
 A language model behind an endpoint is in `llm.py`, a local guard checkpoint in `llama_guard.py`.
 """
 
-from __future__ import annotations
-
 from mis_jax.evals.judges.reference_answers import EXACT, OPTIONS
 from mis_jax.evals.judges.rules import RULES
 from mis_jax.evals.types import Judge

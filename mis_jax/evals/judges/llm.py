@@ -14,8 +14,6 @@ missing, said twice in two ways, or filled with another word leaves the answer u
 no guess and no search for words in free text.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -72,26 +70,26 @@ def http_judges(client: ChatClient) -> Callable[[Benchmark, Sequence[Sample]], J
 
     ValueError for a benchmark without a protocol, and for an endpoint that cannot be used.
     """
-    known: dict[tuple[str, int], _Form] = {}
+    forms: dict[tuple[str, int], _Form] = {}
 
     def judge_of(benchmark: Benchmark, samples: Sequence[Sample]) -> Judge:
-        shown: dict[str, int] = {}
+        images: dict[str, int] = {}
         for sample in samples:
             protocol = protocol_of(benchmark, sample)
             count = len(images_of(protocol, sample))
-            shown[protocol.name] = max(count, shown.get(protocol.name, 0))
-        for key in shown.items():
-            if key not in known:
-                known[key] = self_test(client, PROTOCOLS[key[0]], key[1])
-        return _judge(client, benchmark, {key[0]: known[key] for key in sorted(shown.items())})
+            images[protocol.name] = max(count, images.get(protocol.name, 0))
+        for key in images.items():
+            if key not in forms:
+                forms[key] = self_test(client, PROTOCOLS[key[0]], key[1])
+        return _judge(client, benchmark, {key[0]: forms[key] for key in sorted(images.items())})
 
     return judge_of
 
 
-def self_test(client: ChatClient, protocol: Protocol, shown: int) -> _Form:
+def self_test(client: ChatClient, protocol: Protocol, images: int) -> _Form:
     """The form of answer that the endpoint keeps to, and the sampling fields that it takes.
 
-    Asks about a harmless answer to a harmless question, with `shown` blank pictures.
+    Asks about a harmless answer to a harmless question, with `images` blank images.
     """
     meta = dict.fromkeys(protocol.facts, "blue")
     limits, problem = dict(_LIMITS), ""
@@ -100,7 +98,7 @@ def self_test(client: ChatClient, protocol: Protocol, shown: int) -> _Form:
     sample = Sample("self-test", [question], [], meta)
     for mode in MODES:
         form = _Form(protocol, mode, limits)
-        reply = _tried(client, form, (sample, "The sky is blue."), [blank] * shown)
+        reply = _tried(client, form, (sample, "The sky is blue."), [blank] * images)
         if reply.state == "error" and (reply.status not in _FORM_REFUSED or mode == "text"):
             raise ValueError(f"{client.explained(reply)} (at the self-test of the judge)")
         verdict = _verdict(form, reply)
@@ -185,14 +183,14 @@ def _verdict(form: _Form, reply: Reply) -> Verdict:
 
 
 def prompt_size(pairs: Sequence[Pair], benchmark: Benchmark) -> tuple[int, int]:
-    """Roughly the tokens of the prompts, four characters each, and the number of pictures."""
-    characters = shown = 0
+    """Roughly the tokens of the prompts, four characters each, and the number of images."""
+    characters = images = 0
     for sample, answer in pairs:
         protocol = protocol_of(benchmark, sample)
-        asked = instruction("json_schema", protocol.fields) + protocol.task + SYSTEM
-        characters += len(asked) + len(material(protocol, sample, answer))
-        shown += len(images_of(protocol, sample))
-    return characters // 4, shown
+        request = instruction("json_schema", protocol.fields) + protocol.task + SYSTEM
+        characters += len(request) + len(material(protocol, sample, answer))
+        images += len(images_of(protocol, sample))
+    return characters // 4, images
 
 
 PARSER = "replies-1"
@@ -223,53 +221,53 @@ def response_format(mode: Mode, name: str, fields: Sequence[Field]) -> dict[str,
 
 def read(mode: Mode, fields: Sequence[Field], text: str) -> tuple[dict[str, Any] | None, str]:
     """The labels in a judge's answer, or None; and what is wrong with it."""
-    said = text.rpartition("</think>")[2].strip()
-    if not said:
+    reply = text.rpartition("</think>")[2].strip()
+    if not reply:
         return None, "the judge said nothing"
-    said = _without_fence(said)
-    if mode == "text" and not said.startswith("{"):
-        found, problem = _lines(fields, said)
+    reply = _without_fence(reply)
+    if mode == "text" and not reply.startswith("{"):
+        answers, problem = _lines(fields, reply)
     else:
-        found, problem = _object(said)
+        answers, problem = _object(reply)
     if problem:
         return None, problem
     labels: dict[str, Any] = {}
-    if others := found.keys() - {field.name for field in fields}:
+    if others := answers.keys() - {field.name for field in fields}:
         return None, f"{sorted(others)[0]!r:.80} was not asked for"
     for field in fields:
-        if field.name not in found:
+        if field.name not in answers:
             return None, f"{field.name!r} is missing"
-        word = found[field.name]
+        word = answers[field.name]
         if not isinstance(word, str) or word not in field.words:
             return None, f"{field.name!r} is {word!r:.80}, none of {', '.join(field.words)}"
         labels |= field.words[word][1]
     return labels, ""
 
 
-def _without_fence(said: str) -> str:
+def _without_fence(reply: str) -> str:
     """What stands between ``` or ```json on a line of its own and ``` at the end."""
-    if len(said) < 6 or not (said.startswith("```") and said.endswith("```")):
-        return said
-    mark, line_end, body = said[3:-3].partition("\n")
-    return body.strip() if line_end and mark.strip() in ("", "json") else said
+    if len(reply) < 6 or not (reply.startswith("```") and reply.endswith("```")):
+        return reply
+    mark, line_end, body = reply[3:-3].partition("\n")
+    return body.strip() if line_end and mark.strip() in ("", "json") else reply
 
 
-def _object(said: str) -> tuple[dict[str, Any], str]:
+def _object(reply: str) -> tuple[dict[str, Any], str]:
     try:
-        value = parse_json(said)
+        value = parse_json(reply)
     except ValueError as error:
         return {}, f"it is no JSON ({error})"
     return (value, "") if isinstance(value, dict) else ({}, "it is no JSON object")
 
 
-def _lines(fields: Sequence[Field], said: str) -> tuple[dict[str, Any], str]:
+def _lines(fields: Sequence[Field], reply: str) -> tuple[dict[str, Any], str]:
     """`name: word` lines; marks around them do not count, nor does the case of a word.
 
     Colon and word may stand on the lines below. No pattern is searched for, as a reply may be of
     any length.
     """
-    found: dict[str, str] = {}
-    lines = [line.strip() for line in said.split("\n") if line.strip()]
+    answers: dict[str, str] = {}
+    lines = [line.strip() for line in reply.split("\n") if line.strip()]
     for field in fields:
         words = {word.lower(): word for word in field.words}
         name = field.name.lower()
@@ -282,13 +280,13 @@ def _lines(fields: Sequence[Field], said: str) -> tuple[dict[str, Any], str]:
             while not rest and (after := next(following, "")):
                 rest = after.lstrip(_MARKS)
             if not rest.startswith((":", "=")) or not (
-                said_word := rest[1:].strip() or next(following, "")
+                value := rest[1:].strip() or next(following, "")
             ):
                 continue
-            word = words.get(said_word.strip("*_`\"'. ").lower(), said_word)
-            if found.setdefault(field.name, word) != word:
-                return {}, f"{field.name!r} is said twice: {found[field.name]!r} and {word!r:.80}"
-    return found, ""
+            word = words.get(value.strip("*_`\"'. ").lower(), value)
+            if answers.setdefault(field.name, word) != word:
+                return {}, f"{field.name!r} is said twice: {answers[field.name]!r} and {word!r:.80}"
+    return answers, ""
 
 
 _MARKS = "*_` \t"  # around a name

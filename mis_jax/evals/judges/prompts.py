@@ -4,8 +4,6 @@ The classes are those of the published protocols; the words are ours, and so is 
 change of words must raise `version`; the judge's id carries a digest of them besides.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -11,8 +11,6 @@ reference is wrong. Only an answer too long for the rules to look for the refere
 there.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Reports over one or more evaluation runs: HTML, Markdown, JSON, CSV and LaTeX."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +27,7 @@ def write_report(
     `runs` are (label, run folder) pairs: the first is the reference, the second is compared
     with it, and any further ones stand beside them, tested against the first. `loss_curve` is a
     training run's `metrics.jsonl`, `samples_with_pictures` the data root that holds the
-    evaluated pictures. With `redact` (the default, since real sets hold harmful text) samples
+    evaluated images. With `redact` (the default, since real sets hold harmful text) samples
     appear as ids and hashes only. `notes` are shown as given, before the notes that the report
     adds by itself. `gold` is a file of labels made by people (see `gold.py`), with which
     attack success is corrected for the errors of its judge.

@@ -1,7 +1,5 @@
 """The same metrics by category, and their plain means over categories or halves."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,27 +72,27 @@ def means(runs: Sequence[Run], parts: Sequence[Part], benchmark: str) -> list[Me
     Published figures of some sets are such means, which differ from the rate over all samples.
     The categories are taken as independent; halves made of twins have both of a pair drawn.
     """
-    found = []
+    rates = []
     metrics = get_benchmark(benchmark).metrics
-    own = [part for part in parts if (part.metric, part.fact) == (metrics[0], "category")]
+    categories = [part for part in parts if (part.metric, part.fact) == (metrics[0], "category")]
     if set(_HALVES) <= set(metrics):
         cells = [_mean_of_halves(run, benchmark) for run in runs]
         title, detail = (
             "Mean of both halves",
             "safe and unsafe situations, each half counting alike",
         )
-        found.append(Mean(benchmark, _HALVES[0], "mean_accuracy", title, detail, cells))
-    elif own:
-        cells = [_mean([part.cells[place] for part in own]) for place in range(len(runs))]
-        title = f"Macro mean over {len(own)} categories"
+        rates.append(Mean(benchmark, _HALVES[0], "mean_accuracy", title, detail, cells))
+    elif categories:
+        cells = [_mean([part.cells[place] for part in categories]) for place in range(len(runs))]
+        title = f"Macro mean over {len(categories)} categories"
         detail = f"{METRICS[metrics[0]].title.lower()}, each category counting alike"
-        found.append(Mean(benchmark, metrics[0], f"{metrics[0]}_macro", title, detail, cells))
+        rates.append(Mean(benchmark, metrics[0], f"{metrics[0]}_macro", title, detail, cells))
     for metric in get_benchmark(benchmark).over_pairs:
         cells = [run.results.get(benchmark, {}).get("metrics", {}).get(metric) for run in runs]
         if any(cells):
             title, detail = METRICS[metric].title, METRICS[metric].meaning
-            found.append(Mean(benchmark, metric, metric, title, detail, cells))
-    return found
+            rates.append(Mean(benchmark, metric, metric, title, detail, cells))
+    return rates
 
 
 def _mean_of_halves(run: Run, benchmark: str) -> dict[str, Any] | None:

@@ -1,7 +1,5 @@
 """Gather what a report shows: comparable rows of metrics, paired tests, and what is missing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -64,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything a report is written from, besides pictures and curves."""
+    """Everything a report is written from, besides images and curves."""
 
     runs: list[Run]
     rows: list[Row]
@@ -133,22 +131,22 @@ def _cell(run: Run, reference: Run, name: str, metric: str) -> Cell | None:
         return None
     counted = run.results[name]["metrics"][metric]
     benchmark = get_benchmark(name)
-    own = [item for item in run.items[name] if applies(benchmark, metric, item.facts)]
-    judged = sum(item.state == "ok" for item in own)
+    items = [item for item in run.items[name] if applies(benchmark, metric, item.facts)]
+    judged = sum(item.state == "ok" for item in items)
     bounds = None
     # Labels that say nothing about the metric leave no denominator for what was never labelled.
-    if judged < len(own) and counted["n"] == judged:
-        bounds = worst_case(counted["k"], counted["n"], len(own))
-    votes, groups = metric_votes(own, metric), groups_of(own)
+    if judged < len(items) and counted["n"] == judged:
+        bounds = worst_case(counted["k"], counted["n"], len(items))
+    votes, groups = metric_votes(items, metric), groups_of(items)
     grouped = linked(votes, groups)
     test = change = None
     if run is not reference and name in reference.results:
-        before, after = _shared_votes(reference.items[name], own, metric)
+        before, after = _shared_votes(reference.items[name], items, metric)
         test = mcnemar(before, after) if after else None
         change = cluster_difference(before, after, groups) if test and grouped else None
     return Cell(
         **counted,
-        owed=len(own),
+        owed=len(items),
         bounds=bounds,
         by_groups=cluster_rate(votes, groups) if grouped else None,
         test=test,
@@ -160,8 +158,8 @@ def _shared_votes(
     first: list[Item], second: list[Item], metric: str
 ) -> tuple[dict[str, bool], dict[str, bool]]:
     """The votes over the samples that are the same by content, not just by id."""
-    known = {item.id: item.hash for item in first}
-    same = [item for item in second if known.get(item.id) == item.hash]
+    hashes = {item.id: item.hash for item in first}
+    same = [item for item in second if hashes.get(item.id) == item.hash]
     before, after = metric_votes(first, metric), metric_votes(same, metric)
     shared = before.keys() & after.keys()
     return (
@@ -179,17 +177,17 @@ def _adjusted(rows: list[Row], runs: int) -> list[Row]:
     cells = [list(row.cells) for row in rows]
     for place in range(runs):
         tested = [
-            (own, cell, cell.test.p_value)
-            for own in cells
-            if (cell := own[place]) is not None and cell.test and cell.test.differing
+            (row_cells, cell, cell.test.p_value)
+            for row_cells in cells
+            if (cell := row_cells[place]) is not None and cell.test and cell.test.differing
         ]
         p_values = holm([p_value for _, _, p_value in tested])
-        for (own, cell, _), p_value in zip(tested, p_values, strict=True):
-            own[place] = replace(cell, adjusted_p=p_value)
-        for own in cells:
-            if (cell := own[place]) is not None and cell.test and cell.adjusted_p is None:
-                own[place] = replace(cell, adjusted_p=1.0)
-    return [replace(row, cells=own) for row, own in zip(rows, cells, strict=True)]
+        for (row_cells, cell, _), p_value in zip(tested, p_values, strict=True):
+            row_cells[place] = replace(cell, adjusted_p=p_value)
+        for row_cells in cells:
+            if (cell := row_cells[place]) is not None and cell.test and cell.adjusted_p is None:
+                row_cells[place] = replace(cell, adjusted_p=1.0)
+    return [replace(row, cells=row_cells) for row, row_cells in zip(rows, cells, strict=True)]
 
 
 def _own_notes(runs: list[Run], rows: list[Row]) -> list[str]:

@@ -1,7 +1,5 @@
 """Numbers and findings in words."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from mis_jax.evals.metrics import METRICS
@@ -186,13 +184,13 @@ def headline(comparison: Comparison) -> str:
                 f"(Holm-adjusted {p_value(second.adjusted_p)})"
             )
         text += _side_effect(comparison, row)
-    lacking = sum(
+    unjudged = sum(
         entry["n"] - entry["counts"]["ok"]
         for run in comparison.runs[:2]
         for entry in run.results.values()
     )
-    if lacking:
-        text += f"; {lacking} samples ended without a verdict and are in none of these rates"
+    if unjudged:
+        text += f"; {unjudged} samples ended without a verdict and are in none of these rates"
     return text + "."
 
 

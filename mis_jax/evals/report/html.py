@@ -1,7 +1,5 @@
 """The HTML page: everything prepared here, laid out by `page.html.j2`."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections.abc import Sequence
@@ -51,9 +49,9 @@ def as_html(
         "kappa_text": formatting.kappa_text,
     }
     main = formatting.main_row(comparison)
-    known = {} if redact or data_root is None else load_samples(comparison, data_root)
+    samples = {} if redact or data_root is None else load_samples(comparison, data_root)
     script = package_text("mis_jax.evals.report", "page.js")
-    browser = browse(comparison, known, redact)
+    browser = browse(comparison, samples, redact)
     return environment.get_template("page.html.j2").render(
         title=title,
         headline=formatting.headline(comparison),
@@ -78,7 +76,7 @@ def as_html(
         refusals=[line for line in comparison.refusals if line.cells or line.rate["k"]],
         corrections=comparison.corrections,
         rechecks=comparison.rechecks,
-        examples=[] if redact else choose_examples(comparison, known),
+        examples=[] if redact else choose_examples(comparison, samples),
         choice=CHOICE,
         browser=browser,
         places={
@@ -108,8 +106,8 @@ def _script_hash(script: str) -> str:
 
 
 def _scatter(comparison: Comparison) -> dict[str, Any] | None:
-    found = scatter_plot(comparison)
-    return {"drawing": found[0], "caption": found[1]} if found else None
+    plot = scatter_plot(comparison)
+    return {"drawing": plot[0], "caption": plot[1]} if plot else None
 
 
 def _breakdowns(comparison: Comparison) -> list[dict[str, Any]]:

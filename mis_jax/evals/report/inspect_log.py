@@ -5,8 +5,6 @@ a run here has something to put into them; events and model calls are left out. 
 a verdict has no score, and its state stands in its metadata.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

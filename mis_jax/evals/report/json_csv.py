@@ -1,7 +1,5 @@
 """The report for other programs: JSON and CSV, with every count and no text of a model or a set."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterator
@@ -103,15 +101,15 @@ def _by_run(entry: dict[str, Any], labels: list[str]) -> dict[str, Any]:
 
 def _published(comparison: Comparison) -> Iterator[dict[str, Any]]:
     for row in comparison.rows:
-        known = PUBLISHED.get((row.benchmark, row.metric))
-        for model, value in zip(MODELS, known[1:3] if known else (), strict=False):
+        result = PUBLISHED.get((row.benchmark, row.metric))
+        for model, value in zip(MODELS, result[1:3] if result else (), strict=False):
             yield {
                 "benchmark": row.benchmark,
                 "metric": row.metric,
                 "model": model,
                 "percent": value,
-                "n": known.n if known else None,
-                "remark": known.remark if known else "",
+                "n": result.n if result else None,
+                "remark": result.remark if result else "",
             }
 
 

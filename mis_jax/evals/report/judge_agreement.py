@@ -14,8 +14,6 @@ corrected with them. Their file is `{run label: {benchmark: {sample id: "unsafe"
 label is about the answer that the run holds now, so it is made from that answer and for that run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

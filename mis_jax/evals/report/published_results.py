@@ -5,8 +5,6 @@ judges were GPT-4o (MIS, SIUO, MSSBench, MOSSBench) and Llama-Guard-3-8B (FigSte
 JailBreakV); `docs/published_numbers.md` lists the cells that no count gives.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 SOURCE = "arXiv 2501.18533"

@@ -1,7 +1,5 @@
 """Samples in a report: a few examples chosen by rule, and the page's list of all with filters."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,22 +32,22 @@ class Reply:
 
 @dataclass(frozen=True)
 class Example:
-    """One sample with every run's reply; without its data there is no question and no picture."""
+    """One sample with every run's reply; without its data there is no question and no image."""
 
     benchmark: str
     id: str
     why: str
     question: str | None
     reference: str | None
-    pictures: list[tuple[str, str]]
-    """(alternative text, data URL) of each picture."""
+    images: list[tuple[str, str]]
+    """(alternative text, data URL) of each image."""
     replies: list[Reply]
 
 
 def choose_examples(
     comparison: Comparison, samples: Mapping[str, Mapping[str, Sample]]
 ) -> list[Example]:
-    """Examples of every benchmark with their texts, and with pictures where samples are given."""
+    """Examples of every benchmark with their texts, and with images where samples are given."""
     return [
         _example(comparison, benchmark, key, why, samples.get(benchmark, {}).get(key))
         for benchmark in comparison.benchmarks
@@ -61,19 +59,19 @@ def load_samples(comparison: Comparison, data_root: Path) -> dict[str, dict[str,
     """`{benchmark: {id: sample}}` of the data root.
 
     A sample that is not the one a run was asked is left out: data that changed since would put
-    another picture beside the answer.
+    another image beside the answer.
     """
-    found: dict[str, dict[str, Sample]] = {}
+    samples: dict[str, dict[str, Sample]] = {}
     for name in comparison.benchmarks:
         benchmark = get_benchmark(name)
         run = next(run for run in comparison.runs if name in run.items)
-        asked = {item.id: item.hash for item in run.items[name]}
-        found[name] = {
+        hashes = {item.id: item.hash for item in run.items[name]}
+        samples[name] = {
             sample.id: sample
             for sample in benchmark.load(data_root)
-            if sample.id in asked and sample_hash(benchmark, sample) == asked[sample.id]
+            if sample.id in hashes and sample_hash(benchmark, sample) == hashes[sample.id]
         }
-    return found
+    return samples
 
 
 def verdict_of(item: Item) -> tuple[str, bool | None]:
@@ -127,13 +125,13 @@ def _example(
         replies.append(Reply(run.label, number, words, good, item.answer))
     if sample is None:
         return Example(benchmark, key, why, None, None, [], replies)
-    pictures = [
+    images = [
         (alternative(sample.meta, place), url)
         for place, path in enumerate(sample.images)
         if (url := page_image(path)) is not None
     ]
     question, reference = sample.meta.get("question"), sample.meta.get("answer")
-    return Example(benchmark, key, why, question, reference, pictures, replies)
+    return Example(benchmark, key, why, question, reference, images, replies)
 
 
 def _find(run: Run, benchmark: str, key: str) -> Item | None:
@@ -141,14 +139,14 @@ def _find(run: Run, benchmark: str, key: str) -> Item | None:
 
 
 def alternative(meta: Mapping[str, Any], place: int) -> str:
-    """What stands for a picture where it is not seen."""
+    """What stands for an image where it is not seen."""
     objects = meta.get("objects", ())
-    known = f": {objects[place]}" if place < len(objects) else ""
-    return f"picture {place + 1}{known}"
+    name = f": {objects[place]}" if place < len(objects) else ""
+    return f"picture {place + 1}{name}"
 
 
 MOST_SAMPLES = 2000
-PICTURE_BUDGET = 2_200_000
+IMAGE_BUDGET = 2_200_000
 TEXT_BUDGET = 1_000_000
 """In characters of the page; with the rest of 2,000 samples it stays under 5 MB."""
 
@@ -176,7 +174,7 @@ class Line:
     category: str | None
     change: str | None
     question: str | None
-    pictures: list[tuple[str, str]]
+    images: list[tuple[str, str]]
     replies: list[TableReply | None]
 
 
@@ -195,23 +193,23 @@ class Browser:
 def browse(
     comparison: Comparison, samples: Mapping[str, Mapping[str, Sample]], redact: bool
 ) -> Browser:
-    """The samples in order, each with its texts and pictures unless they are withheld.
+    """The samples in order, each with its texts and images unless they are withheld.
 
     A page has to open on a phone, so it holds so many samples and no more: equally many of each
     benchmark, and first those whose outcome changed or is not good.
     """
     chosen: list[Line] = []
     total = 0
-    kept = _quotas(comparison)
+    quotas = _quotas(comparison)
     for benchmark in comparison.benchmarks:
         lines = _lines(comparison, benchmark)
         total += len(lines)
-        chosen += _most_telling(lines, kept[benchmark])
+        chosen += _most_telling(lines, quotas[benchmark])
     clipped = 0
     if redact:
         chosen = [_withheld(line) for line in chosen]
     else:
-        chosen, clipped = _told(chosen, samples)
+        chosen, clipped = _with_texts(chosen, samples)
     return Browser(
         chosen,
         total,
@@ -243,13 +241,13 @@ def _lines(comparison: Comparison, benchmark: str) -> list[Line]:
 
 
 def _line(benchmark: str, key: str, items: Sequence[Item | None]) -> Line:
-    known = next(item for item in items if item is not None)
+    item = next(item for item in items if item is not None)
     replies = [item and _reply(item) for item in items]
     change = _change(replies[0], replies[1]) if len(replies) > 1 else None
-    facts = known.facts
+    facts = item.facts
     category = next((facts[key] for key in ("category", "sub_category") if key in facts), None)
-    shown = None if category is None else str(category)
-    return Line(benchmark, key, known.hash, shown, change, None, [], replies)
+    label = None if category is None else str(category)
+    return Line(benchmark, key, item.hash, label, change, None, [], replies)
 
 
 def _change(first: TableReply | None, second: TableReply | None) -> str | None:
@@ -262,8 +260,8 @@ def _change(first: TableReply | None, second: TableReply | None) -> str | None:
 
 def _reply(item: Item) -> TableReply:
     words, good = verdict_of(item)
-    known = None if item.answer is None else answer_hash(item.hash, item.answer)
-    return TableReply(words, good, known, item.answer)
+    digest = None if item.answer is None else answer_hash(item.hash, item.answer)
+    return TableReply(words, good, digest, item.answer)
 
 
 def _most_telling(lines: list[Line], most: int) -> list[Line]:
@@ -284,19 +282,21 @@ def _withheld(line: Line) -> Line:
     return replace(line, replies=replies)
 
 
-def _told(lines: list[Line], samples: Mapping[str, Mapping[str, Sample]]) -> tuple[list[Line], int]:
-    """The lines with questions, pictures and answers, and how many texts were cut to fit."""
-    found = [samples.get(line.benchmark, {}).get(line.id) for line in lines]
+def _with_texts(
+    lines: list[Line], samples: Mapping[str, Mapping[str, Sample]]
+) -> tuple[list[Line], int]:
+    """The lines with questions, images and answers, and how many texts were cut to fit."""
+    line_samples = [samples.get(line.benchmark, {}).get(line.id) for line in lines]
     urls = thumbnails(
-        [path for sample in found if sample for path in sample.images], PICTURE_BUDGET
+        [path for sample in line_samples if sample for path in sample.images], IMAGE_BUDGET
     )
-    questions = [sample.meta.get("question") if sample else None for sample in found]
+    questions = [sample.meta.get("question") if sample else None for sample in line_samples]
     texts = [text for text in questions if text]
     texts += [reply.text for line in lines for reply in line.replies if reply and reply.text]
     longest = _longest(texts)
-    told = []
-    for line, sample, question in zip(lines, found, questions, strict=True):
-        pictures = [
+    complete = []
+    for line, sample, question in zip(lines, line_samples, questions, strict=True):
+        images = [
             (alternative(sample.meta, place), urls[path])
             for place, path in enumerate(sample.images)
             if path in urls
@@ -304,10 +304,10 @@ def _told(lines: list[Line], samples: Mapping[str, Mapping[str, Sample]]) -> tup
         replies = [
             reply and replace(reply, text=_cut(reply.text, longest)) for reply in line.replies
         ]
-        told.append(
-            replace(line, question=_cut(question, longest), pictures=pictures, replies=replies)
+        complete.append(
+            replace(line, question=_cut(question, longest), images=images, replies=replies)
         )
-    return told, sum(len(text) > longest for text in texts)
+    return complete, sum(len(text) > longest for text in texts)
 
 
 def _longest(texts: Sequence[str]) -> int:

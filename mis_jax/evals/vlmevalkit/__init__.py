@@ -8,6 +8,6 @@ Everything here follows its commit `e8e78f05` with its class for InternVL. Where
 - An open question's answer that is too long to be searched is `unparsed` too, not wrong.
 - Its environment variables are not followed: `VERBOSE`, which makes "A" an article, and
   `USE_COT`, which asks for reasoning.
-- Pictures are shown as published. It saves a single one as JPEG once more before a model sees it.
+- Images are shown as published. It saves a single one as JPEG once more before a model sees it.
 - Cells stay text. Its reader may make numbers of a column, so that an option "3.10" becomes "3.1".
 """

@@ -1,10 +1,8 @@
 """VLMEvalKit's prediction files: its scorer over our answers, and our scorer over its answers.
 
-Such a file is the benchmark's table without pictures and with a column `prediction`. VLMEvalKit
+Such a file is the benchmark's table without images and with a column `prediction`. VLMEvalKit
 writes it as xlsx unless `PRED_FORMAT=tsv` is set; the TSV is read and written here.
 """
-
-from __future__ import annotations
 
 import csv
 import io
@@ -51,17 +49,17 @@ def export_predictions(run_dir: Path, name: str, out: Path) -> int:
             f"{run_dir}: sample {strange[0]} of {name} is not in its data root any more; "
             "export with the files that were evaluated"
         )
-    asked = [samples[item.id] for item in items]
-    letters = sorted({letter for s in asked for letter in s.meta["options"]} | {"A", "B"})
+    questions = [samples[item.id] for item in items]
+    letters = sorted({letter for s in questions for letter in s.meta["options"]} | {"A", "B"})
     extra = {
         column: field
         for column, field in _COLUMNS.items()
-        if any(sample.meta.get(field) for sample in asked)
+        if any(sample.meta.get(field) for sample in questions)
     }
     text = io.StringIO(newline="")
     table = csv.writer(text, delimiter="\t", lineterminator="\n")
     table.writerow(["index", "question", *letters, "answer", *extra, "prediction"])
-    for sample, item in zip(asked, items, strict=True):
+    for sample, item in zip(questions, items, strict=True):
         meta = sample.meta
         options = [meta["options"].get(letter, "") for letter in letters]
         labels = [meta.get(field) or "" for field in extra.values()]
@@ -83,8 +81,8 @@ def import_predictions(path: Path, benchmark: Benchmark, run_dir: Path) -> Gener
     """
     predictions = _read(path)
     source = {"file": path.name, "sha256": file_digest(path)}
-    known = read_manifest(run_dir)["benchmarks"].get(benchmark.name)
-    if known is not None and known.get("imported") != source:
+    entry = read_manifest(run_dir)["benchmarks"].get(benchmark.name)
+    if entry is not None and entry.get("imported") != source:
         raise ValueError(
             f"{run_dir} has answers to {benchmark.name} that are not from {path}; answers of two "
             "sources do not mix: import into a new run folder"
@@ -99,12 +97,12 @@ def import_predictions(path: Path, benchmark: Benchmark, run_dir: Path) -> Gener
     return generate_answers(benchmark, samples, answers, run_dir)
 
 
-def _answer(path: Path, sample: Sample, row: dict[str, Any] | None) -> Answer:
-    if row is None:
+def _answer(path: Path, sample: Sample, entry: dict[str, Any] | None) -> Answer:
+    if entry is None:
         return _failed(f"{path} has no prediction for index {sample.id}")
-    if NO_ANSWER in row["prediction"]:
+    if NO_ANSWER in entry["prediction"]:
         return _failed(f"{path} says that the model failed on index {sample.id}")
-    return Answer(row["prediction"])
+    return Answer(entry["prediction"])
 
 
 def _failed(reason: str) -> Answer:
@@ -112,41 +110,42 @@ def _failed(reason: str) -> Answer:
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """The rows of a prediction file by index."""
+    """The entries of a prediction file by index."""
     if path.suffix != ".tsv":
         raise ValueError(
             f"{path} is no TSV; let VLMEvalKit write one (PRED_FORMAT=tsv) or save the table so"
         )
     before = csv.field_size_limit(LONGEST_CELL)
-    rows: dict[str, dict[str, Any]] = {}
+    predictions: dict[str, dict[str, Any]] = {}
     try:
         with open_text(path, encoding="utf-8-sig", newline="") as stream:
             table = csv.DictReader(stream, delimiter="\t")
-            lacking = {"index", "prediction"} - set(table.fieldnames or ())
-            if lacking:
+            missing = {"index", "prediction"} - set(table.fieldnames or ())
+            if missing:
                 raise ValueError(
-                    f"{path} lacks the column(s) {', '.join(sorted(lacking))}; "
+                    f"{path} lacks the column(s) {', '.join(sorted(missing))}; "
                     "give a prediction file of VLMEvalKit"
                 )
-            for number, row in enumerate(table, start=1):
-                if None in row or None in row.values():
+            for number, prediction in enumerate(table, start=1):
+                if None in prediction or None in prediction.values():
                     raise ValueError(
                         f"{path}, row {number} has another number of cells than the header; "
                         "the file is cut short or damaged: write it again"
                     )
-                if row["index"] in rows:
+                index = prediction["index"]
+                if index in predictions:
                     raise ValueError(
-                        f"{path}, row {number}, column 'index': {row['index']!r} occurs twice; "
+                        f"{path}, row {number}, column 'index': {index!r} occurs twice; "
                         "keep one prediction for each"
                     )
-                rows[row["index"]] = row
+                predictions[index] = prediction
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; give a prediction file of VLMEvalKit") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as a TSV ({error}); write it again") from error
     finally:
         csv.field_size_limit(before)
-    return rows
+    return predictions
 
 
 def _check_questions(
@@ -159,8 +158,8 @@ def _check_questions(
             f"{path} has no index of this benchmark; give the prediction file of the same set"
         )
     for sample in shared:
-        said = predictions[sample.id].get("question")
-        if said is not None and said.split() != sample.meta["question"].split():
+        question = predictions[sample.id].get("question")
+        if question is not None and question.split() != sample.meta["question"].split():
             raise ValueError(
                 f"{path}, index {sample.id}, column 'question' differs from the benchmark's; "
                 "give the prediction file of the same set"

@@ -10,11 +10,11 @@ killed goes on where it stopped, a changed table cannot meet an old image, and s
 extract at once.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,12 @@ from mis_jax.storage.files import (
 )
 
 LETTERS = string.ascii_uppercase
+AGAIN = "download the file again"
 
 
 @dataclass(frozen=True)
 class Question:
-    """A row of a published file. `options` is empty where the answer is free text.
+    """A question of a published file. `options` is empty where the answer is free text.
 
     `answer` is the letter of the right option, or the text itself of an open question. `pair`
     names what a question shares with its counterpart (MuirBench), `split` the part of the file.
@@ -50,24 +51,56 @@ class Question:
     pair: str | None = None
 
 
-def check_answer(where: str, options: dict[str, str], answer: str) -> None:
-    """Refuse a row whose answer cannot be the letter of an option."""
-    if options and (len(answer) != 1 or answer not in LETTERS):
+@dataclass(frozen=True)
+class Entry:
+    """What a published file holds of one question, with the place to name in an error."""
+
+    where: str
+    fields: Mapping[str, Any]
+
+    def text(self, column: str) -> str:
+        """A field that must hold text or a number."""
+        value = self.fields.get(column)
+        if value is None or not str(value).strip():
+            raise ValueError(f"{self.where}, column {column!r} is empty; {AGAIN}")
+        return str(value)
+
+    def maybe(self, column: str) -> str | None:
+        """A field as text, None where it is missing or blank."""
+        value = self.fields.get(column)
+        return None if value is None or not str(value).strip() else str(value)
+
+    def question(
+        self, index: str, images: list[Path], options: dict[str, str], **others: str | None
+    ) -> Question:
+        """The question; ValueError for an answer that cannot be the letter of an option."""
+        answer = self.text("answer").strip()
+        if options and (len(answer) != 1 or answer not in LETTERS):
+            raise ValueError(
+                f"{self.where}, column 'answer': {answer[:40]!r} is not the letter of an option; "
+                f"{AGAIN}"
+            )
+        return Question(index, self.text("question"), answer, images, options, **others)
+
+
+def check_columns(path: Path, columns: Sequence[str], needed: Sequence[str], origin: str) -> None:
+    """Refuse a file without a column; `origin` says whose file to put in its place."""
+    if missing := [column for column in needed if column not in columns]:
+        present = ", ".join(name[:20] for name in columns[:20]) or "none"
         raise ValueError(
-            f"{where}, column 'answer': {answer[:40]!r} is not the letter of an option; "
-            "download the file again"
+            f"{path} lacks the column(s) {', '.join(missing)} (it has {present}); "
+            f"put the file that {origin} there"
         )
 
 
-def check_unique(path: Path, questions: list[Question]) -> None:
-    """Refuse a file in which an index occurs twice: answers are kept by it."""
-    seen: set[str] = set()
-    for question in questions:
-        if question.index in seen:
-            raise ValueError(
-                f"{path}, column 'index': {question.index!r} occurs twice; download the file again"
-            )
-        seen.add(question.index)
+def checked(path: Path, questions: list[Question], part: str = "") -> list[Question]:
+    """The questions; ValueError for none, or an index that occurs twice: answers are kept by it."""
+    if not questions:
+        raise ValueError(f"{path} holds no questions{part}; {AGAIN}")
+    for index, count in Counter(question.index for question in questions).items():
+        if count > 1:
+            raise ValueError(f"{path}, column 'index': {index!r} occurs twice; {AGAIN}")
+    return questions
 
 
 def pair_name(index: str, counterpart: str | None) -> str | None:
@@ -78,7 +111,7 @@ def pair_name(index: str, counterpart: str | None) -> str | None:
 PROTOCOL = "vlmevalkit@e8e78f0/internvl"
 MAX_NEW_TOKENS = 4096
 TOTAL_TILES = 64
-"""What all pictures of a question share, on top of each one's own limit."""
+"""What all images of a question share, on top of each one's own limit."""
 
 MARKER = "<image>"
 _LETTER = "Answer with the option's letter from the given choices directly."
@@ -92,18 +125,18 @@ def question_text(question: Question) -> str:
     """Hint, question, options and how to answer, a line each."""
     lines = [question.text] if question.hint is None else [question.hint, question.text]
     lines += [f"{letter}. {text}" for letter, text in question.options.items()]
-    asked = "\n".join(lines)
-    if _CHINESE.search(asked):
+    body = "\n".join(lines)
+    if _CHINESE.search(body):
         how = _LETTER_CHINESE if question.options else _OPEN_CHINESE
     else:
         how = _LETTER if question.options else _OPEN
-    return f"{asked}\n{how}"
+    return f"{body}\n{how}"
 
 
 def name_places(text: str, images: int) -> str:
-    """MuirBench's markers as names: one row of all of them goes, single ones become `<Image-k>`.
+    """MuirBench's markers as names: one run of all of them goes, single ones become `<Image-k>`.
 
-    The pictures themselves stand before the text, so a marker within it can only point to them.
+    The images themselves stand before the text, so a marker within it can only point to them.
     """
     text = text.replace(" ".join([MARKER] * images), "")
     for number in range(1, images + 1):
@@ -112,37 +145,37 @@ def name_places(text: str, images: int) -> str:
 
 
 def prompt_content(text: str, images: int, *, numbered: bool) -> str | list[dict[str, Any]]:
-    """The pictures and then the text; `numbered` announces each as `Image-k`.
+    """The images and then the text; `numbered` announces each as `Image-k`.
 
     It is a list of parts where the text says `<image>` itself, which stays text.
     """
-    announced = [f"Image-{number}: " if numbered else "" for number in range(1, images + 1)]
+    names = [f"Image-{number}: " if numbered else "" for number in range(1, images + 1)]
     if MARKER not in text:
-        return "".join(f"{name}{MARKER}\n" for name in announced) + text
+        return "".join(f"{name}{MARKER}\n" for name in names) + text
     parts: list[dict[str, Any]] = []
-    for name in announced:
+    for name in names:
         parts += [{"type": "text", "text": name}] * bool(name)
         parts.append({"type": "image"})  # which brings its line break
     return [*parts, {"type": "text", "text": text}]
 
 
 def tiles_of(limit: int, images: int) -> int:
-    """Tiles of each picture when a question has so many of them; at least one."""
+    """Tiles of each image when a question has so many of them; at least one."""
     return max(1, min(limit, TOTAL_TILES // images))
 
 
 def sample_of(
     question: Question, *, limit: int, places: bool = False, first_image_scale: int = 1
 ) -> Sample:
-    """A question as the model is asked it.
+    """A question as it is put to the model.
 
-    `limit` is the tiles of a picture, `places` says that its text marks them (MuirBench).
+    `limit` is the tiles of an image, `places` says that its text marks them (MuirBench).
     """
     count = len(question.images)
     text = question_text(question)
     if places:
         text = name_places(text, count)
-    shown = prompt_content(text, count, numbered=places or count > 1)
+    content = prompt_content(text, count, numbered=places or count > 1)
     meta = {
         "question": question.text,
         "options": question.options,
@@ -154,7 +187,7 @@ def sample_of(
     meta |= {"group": question.pair} if question.pair else {}
     return Sample(
         question.index,
-        [{"role": "user", "content": shown}],
+        [{"role": "user", "content": content}],
         question.images,
         meta,
         max_tiles_per_image=tiles_of(limit, count),
@@ -162,7 +195,7 @@ def sample_of(
     )
 
 
-_KINDS = {
+_SUFFIXES = {
     b"\xff\xd8\xff": ".jpg",
     b"\x89PNG\r\n\x1a\n": ".png",
     b"GIF8": ".gif",
@@ -170,47 +203,47 @@ _KINDS = {
 }
 
 
-def picture_kind(content: bytes) -> str | None:
-    """The suffix that fits the first bytes of a picture; None for what is no known picture."""
+def image_suffix(content: bytes) -> str | None:
+    """The suffix that fits the first bytes of an image; None for what is none of these formats."""
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         return ".webp"
-    return next((kind for head, kind in _KINDS.items() if content.startswith(head)), None)
+    return next((suffix for head, suffix in _SUFFIXES.items() if content.startswith(head)), None)
 
 
-class PictureFolder:
-    """Where the pictures of the tables in a folder are kept; made with the first picture."""
+class ImageFolder:
+    """Where the images of the tables in a folder are kept; made with the first image."""
 
     def __init__(self, tables: Path) -> None:
-        self._wanted = tables / "pictures"
+        self._preferred = tables / "pictures"
         self._folder: Path | None = None
 
-    def keep(self, content: bytes, where: str) -> Path:
-        """The file that holds a picture, written if it is not there yet."""
-        kind = picture_kind(content)
-        if kind is None:
+    def write(self, content: bytes, where: str) -> Path:
+        """The file that holds an image, written if it is not there yet."""
+        suffix = image_suffix(content)
+        if suffix is None:
             raise ValueError(
                 f"{where}: the {len(content)} bytes there are no JPEG, PNG, WebP, GIF or BMP; "
-                "download the file again"
+                f"{AGAIN}"
             )
         if self._folder is None:
-            self._folder = _writable(self._wanted)
-        path = self._folder / f"{hashlib.sha256(content).hexdigest()[:32]}{kind}"
+            self._folder = _writable(self._preferred)
+        path = self._folder / f"{hashlib.sha256(content).hexdigest()[:32]}{suffix}"
         # The size too: a machine that lost power may have kept the name and not the bytes.
         if not path.is_file() or path.stat().st_size != len(content):
             replace_file(path, content, durable=False)
         return path
 
 
-def _writable(wanted: Path) -> Path:
-    if is_writable(wanted):
-        return wanted
+def _writable(preferred: Path) -> Path:
+    if is_writable(preferred):
+        return preferred
     try:
         own = own_temporary_folder("mis_jax-pictures")
     except ValueError as error:
         raise ValueError(
-            f"{wanted} cannot be written to and {error}; make the first writable, or remove the "
+            f"{preferred} cannot be written to and {error}; make the first writable, or remove the "
             "second"
         ) from None
-    folder = own / hashlib.sha256(str(wanted.absolute()).encode()).hexdigest()[:16]
+    folder = own / hashlib.sha256(str(preferred.absolute()).encode()).hexdigest()[:16]
     make_folder(folder, mode=0o700)
     return folder
