@@ -30,8 +30,8 @@ make_step, make_mesh = compiled_step.make_train_step, trainer.make_mesh
 trees, programs = [], []
 
 
-def watched(*arguments):
-    step = make_step(*arguments)
+def watched(*arguments, **options):
+    step = make_step(*arguments, **options)
 
     def run(state, batch):
         before = jax.tree.map(lambda x: x.sharding, state)
