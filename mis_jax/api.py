@@ -12,7 +12,7 @@ from mis_jax.checkpoint import nnx_state
 from mis_jax.checkpoint.load import load as load_weights
 from mis_jax.checkpoint.load import open_checkpoint
 from mis_jax.checkpoint.parameter_source import Progress
-from mis_jax.checkpoint.run_checkpoint import model_files
+from mis_jax.checkpoint.trained_model import model_files
 from mis_jax.data.processor import ImageLike, Message, Processor
 from mis_jax.inference.offline import answer
 from mis_jax.inference.sampling import Sampling

@@ -13,7 +13,7 @@ import mis_jax
 from mis_jax.checkpoint import nnx_state
 from mis_jax.checkpoint.hf.config import read_config
 from mis_jax.checkpoint.peft.mapping import linear_modules
-from mis_jax.checkpoint.run_checkpoint import model_fingerprint, model_name
+from mis_jax.checkpoint.trained_model import model_fingerprint, model_name
 from mis_jax.cli import main
 from mis_jax.config import MeshConfig
 from mis_jax.mini.icons import draw_scene

@@ -18,8 +18,8 @@ from mis_jax.model.family import published
 from mis_jax.plan import Plan, model_config, plan
 from mis_jax.plan.advice import advice
 from mis_jax.plan.collectives import Collective, Sum, collectives, sums
+from mis_jax.plan.compile import Memory, compile_for
 from mis_jax.plan.generation import GenerationShape
-from mis_jax.plan.memory import Memory, compile_for
 from mis_jax.plan.roofline import roofline
 from mis_jax.plan.shape import training_shape
 from mis_jax.plan.topology import Topology, open_topology

@@ -10,9 +10,9 @@ from mis_jax.checkpoint import nnx_state
 from mis_jax.checkpoint.hf.config import detect_format, read_config
 from mis_jax.checkpoint.load import find_problems, open_checkpoint
 from mis_jax.checkpoint.native import DIGESTS, PARAMS, native_digests, stored_shapes
-from mis_jax.checkpoint.run_checkpoint import refuse_part_of_run, run_of
 from mis_jax.checkpoint.safetensors_reader import Shards
 from mis_jax.checkpoint.train_state import inspect_run_checkpoint, is_run_checkpoint, open_trained
+from mis_jax.checkpoint.trained_model import refuse_part_of_run, run_of
 from mis_jax.storage.hashing import changed_files
 from mis_jax.tokenizer.files import tokenizer_problems
 

@@ -26,7 +26,9 @@ from mis_jax.checkpoint.peft.mapping import (
     factor_problems,
     value_problems,
 )
-from mis_jax.checkpoint.run_checkpoint import (
+from mis_jax.checkpoint.safetensors_reader import PublishedSource, Shards, misfit, problems
+from mis_jax.checkpoint.train_state import is_run_checkpoint
+from mis_jax.checkpoint.trained_model import (
     Trained,
     adapter_of,
     check_saved,
@@ -34,8 +36,6 @@ from mis_jax.checkpoint.run_checkpoint import (
     run_of,
     trained_values,
 )
-from mis_jax.checkpoint.safetensors_reader import PublishedSource, Shards, misfit, problems
-from mis_jax.checkpoint.train_state import is_run_checkpoint
 from mis_jax.model.config import InternVLConfig
 from mis_jax.storage.json_files import Fields
 from mis_jax.storage.paths import files_below

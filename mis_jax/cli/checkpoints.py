@@ -123,10 +123,10 @@ def verify(
         json: Print the result as JSON.
     """
     from mis_jax.checkpoint.hf.config import read_config
-    from mis_jax.checkpoint.run_checkpoint import model_files
+    from mis_jax.checkpoint.trained_model import model_files
     from mis_jax.checkpoint.verify import Thresholds, verify_checkpoints
     from mis_jax.data.processor import Processor
-    from mis_jax.probes import probe_batches
+    from mis_jax.probe_prompts import probe_batches
 
     files = model_files(a)
     processor = Processor.from_folder(files, read_config(files)[0])

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NoReturn
 from rich.console import Console
 from tyro.conf import arg
 
-from mis_jax.stopping import RESUMABLE, LostWorker, Stop, came
+from mis_jax.signals import RESUMABLE, LostWorker, Stop, came
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # the run's fate, not the user's mistake
 Dtype = Literal["float32", "bfloat16", "float16"]

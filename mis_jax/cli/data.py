@@ -30,7 +30,7 @@ def data_show(
         json: Print JSON: id, text, input_ids, loss_mask and tiles, or the statistics.
     """
     from mis_jax.checkpoint.hf.config import read_config
-    from mis_jax.checkpoint.run_checkpoint import model_files
+    from mis_jax.checkpoint.trained_model import model_files
     from mis_jax.config import load_config
     from mis_jax.data.preview import show_sample, statistics
     from mis_jax.data.processor import Processor

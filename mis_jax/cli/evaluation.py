@@ -265,7 +265,7 @@ def _local(
 ) -> _Model:
     """A checkpoint, and the adapter that is merged into it."""
     from mis_jax.checkpoint.load import open_checkpoint
-    from mis_jax.checkpoint.run_checkpoint import model_fingerprint, model_name
+    from mis_jax.checkpoint.trained_model import model_fingerprint, model_name
     from mis_jax.evals.models import answers_of
     from mis_jax.evals.run_dir import int8_conditions
 

@@ -70,7 +70,7 @@ def generate(
         out: Output JSON Lines file for --batch, one answer per line.
         json: Print text, prompt_tokens, completion_tokens and finish_reason as JSON.
     """
-    from mis_jax.checkpoint.run_checkpoint import model_fingerprint
+    from mis_jax.checkpoint.trained_model import model_fingerprint
     from mis_jax.inference.batch_file import Settings, answer_file, ask_once, printed
     from mis_jax.inference.sampling import Sampling
     from mis_jax.storage.files import make_folder

@@ -14,7 +14,7 @@ import tyro
 from rich.logging import RichHandler
 from tyro.conf import FlagCreatePairsOff
 
-from mis_jax import stopping
+from mis_jax import signals
 from mis_jax.cli.chat import chat
 from mis_jax.cli.checkpoints import convert, inspect, verify
 from mis_jax.cli.common import described, err_console, fail
@@ -70,10 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not debug:  # orbax tells the trace of an error there that it raises too
         logging.getLogger("absl").setLevel(logging.CRITICAL)
     name, verb, rest = _find_verb(words)
-    with stopping.stoppable() if name in _RESUMABLE else contextlib.nullcontext():
+    with signals.stoppable() if name in _RESUMABLE else contextlib.nullcontext():
         try:
             if verb is not train:  # which may fork yet
-                stopping.watch()
+                signals.watch()
             _run(name, verb, rest)
         except (Exception, KeyboardInterrupt) as error:
             if debug and not isinstance(error, KeyboardInterrupt):

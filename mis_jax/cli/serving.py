@@ -70,7 +70,7 @@ def serve(
         max_megapixels: Maximum total size of the images of a request, in megapixels.
     """
     try:
-        from mis_jax.checkpoint.run_checkpoint import model_name
+        from mis_jax.checkpoint.trained_model import model_name
         from mis_jax.inference.async_engine import EngineFailure
         from mis_jax.inference.memory import OutOfMemory
         from mis_jax.server import run

@@ -13,12 +13,12 @@ def train(config: Any) -> None:
     Exit code 75 means that the same command resumes the run: after SIGTERM, SIGHUP or Ctrl-C, or
     when another process of the run is lost.
     """
-    from mis_jax import stopping
+    from mis_jax import signals
     from mis_jax.parallel import processes
 
     try:
         processes.start(config.distributed, Path(config.output))  # before JAX looks for devices
-        stopping.watch()
+        signals.watch()
         _train(config)
     except KeyboardInterrupt as error:  # perhaps in the middle of an import: import nothing
         processes.abandon(*described(error))

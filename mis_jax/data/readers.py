@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import grain
 
-from mis_jax.stopping import SIGNALS, LostWorker
+from mis_jax.signals import SIGNALS, LostWorker
 
 _THREADS = 2  # of each process; a picture is decoded outside of Python's lock
 

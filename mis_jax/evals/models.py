@@ -7,7 +7,7 @@ from mis_jax.data.processor import Processor
 from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.images import shown_images
 from mis_jax.evals.judges import get_judge
-from mis_jax.evals.metrics import counted
+from mis_jax.evals.outcomes import counted
 from mis_jax.evals.run_dir import facts_of
 from mis_jax.evals.runner import AnswerFn
 from mis_jax.evals.types import Answer, Benchmark, Sample

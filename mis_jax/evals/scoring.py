@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.evals.benchmarks import get_benchmark, is_benchmark, known_names
-from mis_jax.evals.metrics import counted
+from mis_jax.evals.outcomes import counted
 from mis_jax.evals.run_dir import answer_hash, expected, known_facts, read_manifest
 from mis_jax.evals.stats import kappa, rate
 from mis_jax.evals.types import COUNT_STATES, Again, Benchmark, Item

@@ -16,10 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mis_jax import stopping
+from mis_jax import signals
 from mis_jax.config import DistributedConfig
 from mis_jax.parallel.launcher import supervise
-from mis_jax.stopping import RESUMABLE
+from mis_jax.signals import RESUMABLE
 from mis_jax.storage.paths import newest_step
 
 CHECKPOINTS = "checkpoints"  # in a run's folder
@@ -42,7 +42,7 @@ def start(config: DistributedConfig, output: Path) -> None:
     if config.coordinator is None and not _started_by_cluster():
         return
     supervise(lambda text, number: _explain(text, number, config, output))
-    stopping.watch()  # also while it waits for the others, in native code
+    signals.watch()  # also while it waits for the others, in native code
     import jax
 
     if _only_cpu():

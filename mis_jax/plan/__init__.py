@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from mis_jax import flops
 from mis_jax.checkpoint import nnx_state
 from mis_jax.checkpoint.hf.config import read_config
-from mis_jax.checkpoint.run_checkpoint import model_files
+from mis_jax.checkpoint.trained_model import model_files
 from mis_jax.config import RunConfig
 from mis_jax.model.config import InternVLConfig
 from mis_jax.model.family import FAMILY, published
 from mis_jax.parallel.sharding import make_mesh
 from mis_jax.plan.advice import advice
 from mis_jax.plan.collectives import Collective, collectives, sums
+from mis_jax.plan.compile import Compiled, Memory, compile_for
 from mis_jax.plan.generation import (
     GenerationShape,
     cache_bytes,
@@ -28,7 +29,6 @@ from mis_jax.plan.generation import (
     compile_prefill,
     generation_shape,
 )
-from mis_jax.plan.memory import Compiled, Memory, compile_for
 from mis_jax.plan.roofline import Roofline, assumptions, roofline
 from mis_jax.plan.shape import Shape, training_shape
 from mis_jax.plan.topology import Topology, open_topology

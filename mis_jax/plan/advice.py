@@ -3,7 +3,7 @@
 from jax.sharding import AbstractMesh, Mesh
 
 from mis_jax.config import RunConfig
-from mis_jax.plan.memory import Memory
+from mis_jax.plan.compile import Memory
 
 
 def advice(config: RunConfig, step: str, memory: Memory, mesh: Mesh | AbstractMesh) -> list[str]:

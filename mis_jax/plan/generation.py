@@ -23,7 +23,7 @@ from mis_jax.inference.model_runner import (
 from mis_jax.model.config import InternVLConfig
 from mis_jax.model.kv_cache import KVCache
 from mis_jax.parallel.sharding import BATCH_AXES, FSDP_TENSOR, padded_vocab, parameter_shardings
-from mis_jax.plan.memory import Compiled, compile_for
+from mis_jax.plan.compile import Compiled, compile_for
 from mis_jax.plan.shape import QUESTION_TOKENS, sample_tiles
 from mis_jax.plan.topology import Topology
 from mis_jax.train.compiled_step import execution_on

@@ -25,7 +25,7 @@ from mis_jax.config import RunConfig
 from mis_jax.data.loader import Rejected, TrainingData
 from mis_jax.model.batch import Batch
 from mis_jax.parallel import processes
-from mis_jax.stopping import LostWorker
+from mis_jax.signals import LostWorker
 from mis_jax.storage.hashing import digest, file_digest, sampled_digest
 from mis_jax.train.outcome import FailedRun, Resumable
 

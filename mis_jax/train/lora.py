@@ -12,7 +12,7 @@ from jax.sharding import Sharding
 from mis_jax.checkpoint.load import OpenCheckpoint, load
 from mis_jax.checkpoint.mapping import Layout
 from mis_jax.checkpoint.peft.files import write_adapter
-from mis_jax.checkpoint.run_checkpoint import adapter_of
+from mis_jax.checkpoint.trained_model import adapter_of
 from mis_jax.config import RunConfig
 from mis_jax.model.lora import is_adapter, quantise
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mis_jax.stopping import RESUMABLE, LostWorker
+from mis_jax.signals import RESUMABLE, LostWorker
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from mis_jax.storage.locks import LOCK, Lock, key_of_folder, locked_folder
 from mis_jax.storage.paths import destination_path, local_path, newest_step
 from mis_jax.train.metrics import BOARD_FOLDER, LOG_FILES, SITE_RUN
 from mis_jax.train.profile import FOLDER as PROFILE
-from mis_jax.train.skipped_steps import FOLDER as KEPT_BATCHES
+from mis_jax.train.skipped_batches import FOLDER as KEPT_BATCHES
 
 FINAL_MODEL = "final"  # the trained checkpoint in a run's folder, in native format
 CONFIG = "config.yaml"

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from mis_jax import stopping
+from mis_jax import signals
 from mis_jax.checkpoint.convert import write_checkpoint
 from mis_jax.checkpoint.load import Checkpoint, OpenCheckpoint, open_checkpoint
 from mis_jax.checkpoint.train_state import RunCheckpoints, set_aside_damaged
@@ -40,7 +40,7 @@ from mis_jax.train.metrics import MetricsLog, ThroughputMeter
 from mis_jax.train.outcome import FailedRun, Interrupted, Resumable, SavedFailure, Trained
 from mis_jax.train.profile import ProfileWindow
 from mis_jax.train.run_folder import FINAL_MODEL, RunFolder, run_folder
-from mis_jax.train.skipped_steps import save_skipped_batch
+from mis_jax.train.skipped_batches import save_skipped_batch
 from mis_jax.train.step import TrainState
 
 _log = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class _Trainer:
             if self.failure:
                 raise SavedFailure(self.failure, self.done)
             if stopped or self.done < self.data.steps:
-                stopping.say(str(Interrupted(self.done)))
+                signals.say(str(Interrupted(self.done)))
                 raise Interrupted(self.done)
             final = self._final_model()
             self.checkpoints.finish()
@@ -252,7 +252,7 @@ class _Trainer:
                 if asked is None:  # it is compiled and under way
                     if several:
                         processes.listen_for_stop()
-                    asked = deferring.enter_context(stopping.deferred(several))
+                    asked = deferring.enter_context(signals.deferred(several))
                 if taken is not None:
                     self._finish_step(taken, log)
                     if self.failure:

@@ -14,7 +14,7 @@ import pytest
 from waiting import until
 
 from mis_jax.data.readers import in_order
-from mis_jax.stopping import LostWorker
+from mis_jax.signals import LostWorker
 
 SIZE = 300_000  # bytes: more than a pipe holds
 

@@ -9,7 +9,7 @@ import pytest
 
 from mis_jax.evals.benchmarks import BENCHMARKS, get_benchmark, size_note
 from mis_jax.evals.judges import JUDGES, get_judge
-from mis_jax.evals.metrics import METRICS
+from mis_jax.evals.outcomes import METRICS
 from mis_jax.evals.run_dir import sample_hash
 from mis_jax.storage.hashing import folder_fingerprint
 

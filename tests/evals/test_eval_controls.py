@@ -13,7 +13,7 @@ from PIL import Image
 from mis_jax.evals.benchmarks import BENCHMARKS, get_benchmark, in_order, size_note
 from mis_jax.evals.controls import CONTROLS, control_of, without_images
 from mis_jax.evals.judges import get_judge
-from mis_jax.evals.metrics import METRICS
+from mis_jax.evals.outcomes import METRICS
 from mis_jax.evals.report import write_report
 from mis_jax.evals.report.judge_agreement import (
     PHRASE_METRIC,

@@ -33,7 +33,7 @@ from mis_jax.evals.judges import prompts
 from mis_jax.evals.judges.llama_guard import guard_judges
 from mis_jax.evals.judges.llm import declines, http_judges, read, schema
 from mis_jax.evals.judges.prompts import PROTOCOLS, instruction, material
-from mis_jax.evals.metrics import mis_outcomes
+from mis_jax.evals.outcomes import mis_outcomes
 from mis_jax.evals.run_dir import open_run, read_manifest
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.scoring import without_verdict

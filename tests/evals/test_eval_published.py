@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mis_jax.evals.benchmarks import BENCHMARKS
-from mis_jax.evals.metrics import MIS_METRICS, counted
+from mis_jax.evals.outcomes import MIS_METRICS, counted
 from mis_jax.evals.scoring import count_items
 from mis_jax.evals.types import Item
 

@@ -7,7 +7,7 @@ import pytest
 from mis_jax.evals.judges import JUDGES
 from mis_jax.evals.judges.reference_answers import normalise
 from mis_jax.evals.judges.rules import encourages, label, refuses, warns
-from mis_jax.evals.metrics import mis_outcomes
+from mis_jax.evals.outcomes import mis_outcomes
 from mis_jax.evals.types import Sample
 from mis_jax.mini import language
 from mis_jax.mini.world import DANGERS, OBJECTS, danger_of, describe

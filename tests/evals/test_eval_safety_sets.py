@@ -12,7 +12,7 @@ from eval_safety_files import BENCHMARK_IDS, WRITERS, draw, write_csv, write_saf
 from eval_world import answering
 
 from mis_jax.evals.benchmarks import BENCHMARKS, get_benchmark, size_note
-from mis_jax.evals.metrics import MIS_METRICS, counted
+from mis_jax.evals.outcomes import MIS_METRICS, counted
 from mis_jax.evals.report.compare import compare
 from mis_jax.evals.report.samples import choose_examples
 from mis_jax.evals.report.samples import verdict_of as verdict_in_words

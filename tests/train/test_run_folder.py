@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tiny_world import picture, read_lines, run_config, sample, write_yaml
 
-from mis_jax import cli, stopping
+from mis_jax import cli, signals
 from mis_jax.checkpoint.train_state import RunCheckpoints
 from mis_jax.config import TrainConfig, load_config
 from mis_jax.storage.locks import LOCK
@@ -266,10 +266,10 @@ def test_a_signal_where_nothing_is_lost_ends_with_75_and_a_line(
 
 NATIVE = """
 import os, signal, sys, threading
-from mis_jax import stopping
-stopping._GRACE = 0.3
-with stopping.stoppable():
-    stopping.watch()
+from mis_jax import signals
+signals._GRACE = 0.3
+with signals.stoppable():
+    signals.watch()
     os.system("echo ready; sleep 60")  # C, as a compiler is: Python cannot raise
 """
 
@@ -298,7 +298,7 @@ def test_a_signal_in_a_callback_that_drops_what_is_raised_is_not_lost(capsys):
         del [Dropping()][0]
         time.sleep(30)
 
-    with pytest.raises(stopping.Stop, match="stopped by SIGTERM"), stopping.stoppable():
+    with pytest.raises(signals.Stop, match="stopped by SIGTERM"), signals.stoppable():
         drop()
     assert "Traceback" not in capsys.readouterr().err
 
@@ -306,7 +306,7 @@ def test_a_signal_in_a_callback_that_drops_what_is_raised_is_not_lost(capsys):
 def test_what_was_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     try:
-        with stopping.stoppable(), stopping.deferred() as asked:
+        with signals.stoppable(), signals.deferred() as asked:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not asked()
     finally:

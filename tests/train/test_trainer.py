@@ -364,7 +364,7 @@ def test_a_spike_is_left_out_and_counted(config, monkeypatch, caplog):
 
 def test_only_the_newest_kept_batches_stay(config, tmp_path):
     from mis_jax.model.batch import Batch
-    from mis_jax.train.skipped_steps import save_skipped_batch
+    from mis_jax.train.skipped_batches import save_skipped_batch
 
     batch = Batch(*(np.zeros(2) for _ in range(6)))
     for step in range(1, 14):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from mis_jax.evals.benchmarks.table import Annotation, asked_as_mis, find_image, load_table
-from mis_jax.evals.metrics import guard_outcomes
+from mis_jax.evals.outcomes import guard_outcomes
 from mis_jax.evals.types import Sample
 
 # The published prompt, the same for every image.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mis_jax.evals.metrics import accuracy_outcomes
+from mis_jax.evals.outcomes import accuracy_outcomes
 from mis_jax.evals.types import Benchmark, Sample
 from mis_jax.evals.vlmevalkit import parquet, questions
 from mis_jax.evals.vlmevalkit.questions import Question

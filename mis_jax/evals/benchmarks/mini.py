@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.evals.benchmarks.table import Annotation, find_mis_file, read_annotations
-from mis_jax.evals.metrics import MIS_METRICS, accuracy_outcomes, mis_outcomes, refusal_outcomes
+from mis_jax.evals.outcomes import MIS_METRICS, accuracy_outcomes, mis_outcomes, refusal_outcomes
 from mis_jax.evals.types import Benchmark, Sample
 from mis_jax.storage.json_files import read_document
 

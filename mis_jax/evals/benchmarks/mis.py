@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from mis_jax.evals.benchmarks.table import asked_as_mis, find_mis_file, read_annotations
-from mis_jax.evals.metrics import MIS_METRICS, mis_outcomes
+from mis_jax.evals.outcomes import MIS_METRICS, mis_outcomes
 from mis_jax.evals.types import Sample
 
 PREFIX = "Image-1: <image>\n\nImage-2: <image>\n\n"

@@ -14,7 +14,7 @@ from mis_jax.evals.benchmarks.table import (
     find_file,
     with_images,
 )
-from mis_jax.evals.metrics import guard_outcomes
+from mis_jax.evals.outcomes import guard_outcomes
 from mis_jax.evals.types import Benchmark, Sample
 from mis_jax.storage.json_files import read_document
 

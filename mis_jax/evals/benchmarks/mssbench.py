@@ -18,7 +18,7 @@ from mis_jax.evals.benchmarks.table import (
     with_images,
 )
 from mis_jax.evals.controls import CONTROLS
-from mis_jax.evals.metrics import situation_outcomes
+from mis_jax.evals.outcomes import situation_outcomes
 from mis_jax.evals.types import Sample
 from mis_jax.storage.json_files import read_document
 

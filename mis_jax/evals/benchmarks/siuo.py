@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from mis_jax.evals.benchmarks.table import Annotation, asked_as_mis, find_image, load_table
-from mis_jax.evals.metrics import accuracy_outcomes, siuo_outcomes
+from mis_jax.evals.outcomes import accuracy_outcomes, siuo_outcomes
 from mis_jax.evals.types import Sample
 
 # The published prompt of the choice set, misspellings included: they are what models were asked.

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from mis_jax.evals.benchmarks.table import Annotation, asked_as_mis, find_image, load_table
-from mis_jax.evals.metrics import graded_refusal_outcomes, guard_outcomes
+from mis_jax.evals.outcomes import graded_refusal_outcomes, guard_outcomes
 from mis_jax.evals.types import Sample
 
 # subset: where its question stands, and what is expected of it

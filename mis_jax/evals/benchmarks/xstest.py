@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mis_jax.evals.benchmarks.table import Annotation, asked_as_mis, find_file, read_annotations
-from mis_jax.evals.metrics import graded_refusal_outcomes
+from mis_jax.evals.outcomes import graded_refusal_outcomes
 from mis_jax.evals.types import Sample
 
 # The second name is the first release, whose rows say by their type alone what is unsafe.

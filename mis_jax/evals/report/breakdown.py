@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mis_jax.evals.benchmarks import get_benchmark
-from mis_jax.evals.metrics import METRICS
+from mis_jax.evals.outcomes import METRICS
 from mis_jax.evals.scoring import Run, groups_of, metric_votes
 from mis_jax.evals.stats import cluster_mean, macro, rate
 from mis_jax.evals.types import Item

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mis_jax.evals.benchmarks import get_benchmark, in_order, size_note
-from mis_jax.evals.metrics import METRICS, applies
+from mis_jax.evals.outcomes import METRICS, applies
 from mis_jax.evals.report.breakdown import Mean, Part, by_category, means
 from mis_jax.evals.report.judge_agreement import (
     Correction,

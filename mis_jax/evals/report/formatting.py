@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from mis_jax.evals.metrics import METRICS
+from mis_jax.evals.outcomes import METRICS
 from mis_jax.evals.report.compare import Cell, Comparison, Row
 
 SIGNIFICANT = 0.05

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mis_jax.evals.metrics import METRICS
+from mis_jax.evals.outcomes import METRICS
 from mis_jax.evals.report import formatting
 from mis_jax.evals.report.breakdown import FEW, Part, shown_metrics
 from mis_jax.evals.report.compare import Comparison, Row

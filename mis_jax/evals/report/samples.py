@@ -7,7 +7,7 @@ from typing import Any
 
 from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.images import page_image, thumbnails
-from mis_jax.evals.metrics import METRICS
+from mis_jax.evals.outcomes import METRICS
 from mis_jax.evals.report.compare import Comparison
 from mis_jax.evals.run_dir import answer_hash, sample_hash
 from mis_jax.evals.scoring import Run

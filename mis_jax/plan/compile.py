@@ -1,4 +1,4 @@
-"""Memory of a compiled program by kind, per device; a program that is too large is a finding."""
+"""Programs compiled for absent hardware, and their memory by kind; too large is a finding."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Steps that were left out because their loss or gradient is no good, and what is kept of them."""
+"""Batches of steps that were left out because loss or gradient is no good, kept for inspection."""
 
 import json
 import math

@@ -11,7 +11,7 @@ from tiny_world import picture, run_config
 import mis_jax
 from mis_jax.checkpoint import nnx_state
 from mis_jax.checkpoint.load import load, open_checkpoint, read_checkpoint
-from mis_jax.checkpoint.run_checkpoint import model_fingerprint, model_name
+from mis_jax.checkpoint.trained_model import model_fingerprint, model_name
 from mis_jax.cli.main import main
 from mis_jax.config import DtypeConfig, LoraConfig
 from mis_jax.quickstart import BASE_MODEL
