@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.parsing import parse_json
-from mis_jax.storage.files import replace_file
-from mis_jax.storage.jsonl import append_shared, dump_line, read_log
+from mis_jax.storage.jsonl import AppendLog, append_shared
 from mis_jax.storage.locks import LOCK, boot_id, locked
 from mis_jax.storage.paths import destination_path, is_mount
 
@@ -79,10 +78,9 @@ class Journal:
         self._lock = threading.Lock()
         self.done: dict[str, Any] = {}
         if path.exists():
-            entries = read_log(path, damaged="end")  # what follows damage is done again
-            replace_file(path, b"".join(map(dump_line, entries)))
-            for entry in entries:
-                self.done |= entry
+            with AppendLog(path, durable=False, damaged="end") as log:
+                for entry in log.entries:  # what follows damage is done again
+                    self.done |= entry
 
     def record(self, name: str, value: Any) -> None:
         """Enter one thing that is done."""

@@ -13,7 +13,7 @@ from mis_jax.checkpoint.convert import convert
 from mis_jax.checkpoint.load import open_checkpoint, read_checkpoint
 from mis_jax.cli.main import main
 from mis_jax.storage.files import replace_file, replace_text
-from mis_jax.storage.folders import finished_folder, resumable_folder
+from mis_jax.storage.folders import Journal, finished_folder, resumable_folder
 from mis_jax.storage.paths import destination_path
 from mis_jax.train.trainer import train
 
@@ -94,7 +94,7 @@ MOUNTED = """
 import sys
 from pathlib import Path
 from mis_jax.storage.files import replace_text
-from mis_jax.storage.folders import finished_folder
+from mis_jax.storage.folders import Journal, finished_folder
 from mis_jax.storage.paths import destination_path
 for name in sys.argv[1:]:
     try:
@@ -182,3 +182,12 @@ def test_verbs_refuse_an_output_below_a_file_at_once(verb, tmp_path, monkeypatch
         main(words)
     assert ended.value.code == 2
     assert "file is a file, nothing can be written below it" in capsys.readouterr().err
+
+
+def test_a_torn_journal_is_cut_in_place_so_that_a_kill_leaves_no_stray_file(tmp_path, monkeypatch):
+    """A copy beside it, which a kill would leave there, would lie in the finished folder."""
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"b": ')
+    inode = path.stat().st_ino
+    assert Journal(path).done == {"a": 1}
+    assert path.read_bytes() == b'{"a": 1}\n' and path.stat().st_ino == inode
