@@ -14,7 +14,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from mis_jax.parsing import parse_yaml
-from mis_jax.storage.files import read_text, replace_file
+from mis_jax.storage.files import read_text
 
 Part = Literal["vision", "projector", "language"]
 Dtype = Literal["float32", "bfloat16"]
@@ -417,11 +417,6 @@ def load_config(path: Path) -> RunConfig:
 def config_text(config: RunConfig) -> str:
     """The YAML of a configuration, which `load_config` reads back."""
     return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
-
-
-def save_config(config: RunConfig, path: Path) -> None:
-    """Write a configuration so that `load_config` gives it back; whole or not at all."""
-    replace_file(path, config_text(config))
 
 
 def changed_fields(before: RunConfig, after: RunConfig) -> list[str]:

@@ -19,8 +19,8 @@ from mis_jax.config import (
     Source,
     TrainConfig,
     changed_fields,
+    config_text,
     load_config,
-    save_config,
 )
 
 #: What `mis-jax train CONFIG --...` takes. It grows on purpose: change it together with the docs.
@@ -160,9 +160,8 @@ def test_round_trip(tmp_path):
     )  # fmt: skip
     path = tmp_path / "saved.yaml"
     for config in (full, load_config(write(tmp_path, MINIMAL))):
-        save_config(config, path)
+        path.write_text(config_text(config), encoding="utf-8")
         assert load_config(path) == config
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.yaml", "saved.yaml"]
 
 
 @pytest.mark.parametrize("written", ["5e-6", "5.0e-06", "0.000005", "'5e-6'"])

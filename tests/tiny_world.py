@@ -137,10 +137,9 @@ def run_config(checkpoint: Path, data: Path, output: Path, **changes: Any) -> An
 
 def write_yaml(config: Any, path: Path, **changes: Any) -> Path:
     """The YAML file of a run; `changes` are `section__field=value`, unknown fields allowed."""
-    from mis_jax.config import save_config
+    from mis_jax.config import config_text
 
-    save_config(config, path)
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = yaml.safe_load(config_text(config))
     for name, value in changes.items():
         *sections, field = name.split("__")
         node = content

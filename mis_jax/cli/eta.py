@@ -21,7 +21,7 @@ def answers_ahead(benchmark: Benchmark, samples: Sequence[Sample]) -> str:
 class TimeAhead:
     """Says once, early in a run, how long all of its answers will take.
 
-    The first ``at_once`` answers are not timed, since loading and compiling are in them; the next
+    The first `at_once` answers are not timed, since loading and compiling are in them; the next
     as many are, a whole round of what is under way together. Nothing is said of a run that would
     be over in a minute, or is too short to tell.
     """

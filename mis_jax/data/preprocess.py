@@ -62,7 +62,7 @@ def _identity(image: Any) -> tuple[Any, ...]:
 class Size:
     """How large a sample is."""
 
-    tokens: int  # of a annotation, image tokens included
+    tokens: int  # of a sample, image tokens included
     loss_tokens: int
     tiles: int
     cut: int  # tokens that truncation took away
