@@ -60,6 +60,7 @@ def eval_(
     concurrency: Concurrency = 8,
     requests_per_minute: RequestsPerMinute = None,
     internvl_fields: bool = False,
+    include_reasoning: bool = False,
 ) -> None:
     """Generate a model's answers to benchmarks. Run the same command again to resume.
 
@@ -84,6 +85,8 @@ def eval_(
         model_name: Name of the model on the server.
         internvl_fields: Send max_dynamic_patch and system_prompt to the server (`mis-jax serve` is
             detected automatically).
+        include_reasoning: Put the reasoning that the server sends apart from the answer
+            (reasoning_content or reasoning) before it; without this option it is left out.
     """
     from mis_jax.cli.eta import TimeAhead, answers_ahead
     from mis_jax.evals.async_map import Stopped
@@ -105,9 +108,10 @@ def eval_(
         client = _client(
             model, model_name, api_key_env, concurrency, requests_per_minute, timeout=_ANSWERING
         )
-        tested = _served(client, internvl_fields)
-    elif model_name:
-        raise ValueError("--model-name belongs to a server; give its http://host/v1 as MODEL")
+        tested = _served(client, internvl_fields, include_reasoning)
+    elif model_name or include_reasoning:
+        option = "--model-name" if model_name else "--include-reasoning"
+        raise ValueError(f"{option} belongs to a server; give its http://host/v1 as MODEL")
     else:
         tested = _local(
             Path(model), adapter, batch_size, dtype, mesh, int8_weights, int8_cache, check_digests
@@ -129,7 +133,7 @@ def eval_(
                 if note:
                     err_console.print(note, markup=False)
             _say(answers_ahead(benchmark, samples))
-        failed = 0
+        failed, problem = 0, None
         answer = tested.load()
         at_once = concurrency if model.startswith(_HTTP) else batch_size
         ahead = TimeAhead(sum(map(len, asked)), at_once, _say)
@@ -147,9 +151,13 @@ def eval_(
                     )
                 except Stopped as stopped:
                     raise Failed(f"{stopped}; call again to go on") from None
-                failed += done.failed
+                failed, problem = failed + done.failed, done.problem or problem
+                if done.empty:
+                    _say(f"{benchmark.name}: {done.empty} of {done.answered} answers are empty")
         if failed:
-            raise Failed(f"{failed} sample(s) have no answer; call again to retry them")
+            raise Failed(
+                f"{failed} sample(s) have no answer (the last: {problem}); call again to retry them"
+            )
         console.print(f"answers in {out}; next: mis-jax judge {out}")
 
 
@@ -289,11 +297,13 @@ def _local(
     return _Model(name, fingerprint, conditions, load)
 
 
-def _served(client: "ChatClient", takes_settings: bool) -> _Model:
+def _served(client: "ChatClient", takes_settings: bool, includes_reasoning: bool) -> _Model:
     """A model behind an endpoint."""
     from mis_jax.evals.endpoint import endpoint_answers, open_endpoint
 
-    endpoint = open_endpoint(client, takes_settings=takes_settings)
+    endpoint = open_endpoint(
+        client, takes_settings=takes_settings, includes_reasoning=includes_reasoning
+    )
     if not endpoint.takes_settings:
         _say(
             f"{client.base_url} does not say that it is mis-jax: tiles and system turn are its own "

@@ -25,11 +25,13 @@ nothing that was asked or shown."""
 INT8_WEIGHTS = "int8-weights"
 INT8_CACHE = "int8-cache"
 ENDPOINT_SETTINGS = "endpoint-settings"
+REASONING = "reasoning"
 
 _OPTIONS = {
     INT8_WEIGHTS: "--int8-weights",
     INT8_CACHE: "--int8-cache",
     ENDPOINT_SETTINGS: "--internvl-fields",
+    REASONING: "--include-reasoning",
 }
 _WORDS = {
     INT8_WEIGHTS: "with the decoder's kernels in 8 bits",
@@ -38,6 +40,7 @@ _WORDS = {
         "by an endpoint that was not told the protocols' tiles and default system turns: "
         "its own settings held"
     ),
+    REASONING: "with the model's reasoning as the beginning of every answer",
 }
 
 NO_RUN = "run `mis-jax eval` with this folder as --out first"

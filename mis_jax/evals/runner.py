@@ -39,12 +39,17 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Generated:
-    """What a generation stage did: `failed` answers are tried again by the next resume."""
+    """What a generation stage did: `failed` answers are tried again by the next resume.
+
+    `empty` counts answers without a word in them; `problem` is what the last failure says.
+    """
 
     total: int
     reused: int
     answered: int
     failed: int
+    empty: int = 0
+    problem: str | None = None
 
 
 def _ask(answer_fn: Callable[[list[Sample]], list[Answer]], batch: list[Sample]) -> list[Answer]:
@@ -89,7 +94,8 @@ def generate_answers(
         done = {(line["id"], line["hash"]) for line in log.entries if line["state"] == "ok"}
         waiting = [sample for sample in samples if (sample.id, hashes[sample.id]) not in done]
         finished = reused = len(samples) - len(waiting)
-        failed = 0
+        failed = empty = 0
+        problem = None
         if progress:
             progress(finished, len(samples))
         for group in _answers(answer_fn, waiting, batch_size):
@@ -102,10 +108,13 @@ def generate_answers(
                 for place, answer in group
             )
             finished += len(group)
-            failed += sum(answer.state == "error" for _, answer in group)
+            for _, answer in group:
+                failed += answer.state == "error"
+                empty += answer.state == "ok" and not answer.text.strip()
+                problem = answer.error or problem
             if progress:
                 progress(finished, len(samples))
-    return Generated(len(samples), reused, len(waiting) - failed, failed)
+    return Generated(len(samples), reused, len(waiting) - failed, failed, empty, problem)
 
 
 def _answers(answer_fn: AnswerFn, samples: list[Sample], size: int) -> Groups[Answer]:

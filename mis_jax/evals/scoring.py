@@ -9,7 +9,7 @@ from mis_jax.evals.benchmarks import get_benchmark, is_benchmark, known_names
 from mis_jax.evals.outcomes import counted
 from mis_jax.evals.run_dir import answer_hash, expected, known_facts, read_manifest
 from mis_jax.evals.stats import kappa, rate
-from mis_jax.evals.types import COUNT_STATES, Again, Benchmark, Item
+from mis_jax.evals.types import COUNT_STATES, EMPTY, Again, Benchmark, Item
 from mis_jax.storage.json_files import replace_json
 from mis_jax.storage.jsonl import read_log
 
@@ -109,7 +109,7 @@ def pair_rate(items: list[Item], metric: str) -> dict[str, Any] | None:
 
 
 def count_items(name: str, protocol: str, items: list[Item]) -> dict[str, Any]:
-    """One benchmark's entry of `results.json`; `cached` and `recheck` where there is any."""
+    """One benchmark's entry of `results.json`; `empty`, `cached`, `recheck` where there is any."""
     counts = {state: sum(item.state == state for item in items) for state in COUNT_STATES}
     benchmark = get_benchmark(name)
     metrics = {}
@@ -120,9 +120,17 @@ def count_items(name: str, protocol: str, items: list[Item]) -> dict[str, Any]:
         if (counted_pairs := pair_rate(items, single)) is not None:
             metrics[metric] = counted_pairs
     cached = sum(item.cached for item in items)
+    empty = sum(is_empty(item) for item in items)
     entry = {"protocol": protocol, "n": len(items), "counts": counts, "metrics": metrics}
-    extra = {"cached": cached, "recheck": self_agreement(items, benchmark.metrics)}
+    extra = {"empty": empty, "cached": cached, "recheck": self_agreement(items, benchmark.metrics)}
     return entry | {key: value for key, value in extra.items() if value}
+
+
+def is_empty(item: Item) -> bool:
+    """Whether the model was heard and said nothing: an answer, or an endpoint's error."""
+    if item.answer is None:
+        return item.finish_reason == EMPTY
+    return not item.answer.strip()
 
 
 def run_items(run_dir: Path) -> dict[str, list[Item]]:
@@ -161,6 +169,8 @@ def without_verdict(results: Mapping[str, Any]) -> int:
 def verdict_notes(entry: Mapping[str, Any]) -> list[str]:
     """What a benchmark's entry says of its verdicts besides the counts, in words."""
     notes = []
+    if empty := entry.get("empty"):
+        notes.append(f"{empty} of {entry['n']} answers are empty")
     if cached := entry.get("cached"):
         notes.append(f"{cached} verdicts were paid for by earlier runs")
     if recheck := entry.get("recheck"):

@@ -8,6 +8,8 @@ from typing import Any, Literal
 AnswerState = Literal["ok", "error"]
 VerdictState = Literal["ok", "unparsed", "refused", "error"]
 
+EMPTY = "empty"
+
 COUNT_STATES = ("ok", "unparsed", "refused", "error", "missing")
 """How a sample can end. `missing` is computed: it is the absence of an answer or a verdict."""
 
@@ -35,7 +37,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said about one sample; `state` keeps a failure apart from an answer."""
+    """What a model said about one sample; `state` keeps a failure apart from an answer.
+
+    A failure whose `finish_reason` is `EMPTY` is an endpoint's reply without an answer in it.
+    """
 
     text: str
     prompt_tokens: int = 0
@@ -114,6 +119,8 @@ class Benchmark:
     counted_over: Mapping[str, str] = field(default_factory=dict)
     max_tiles_per_image: int | None = None
     published_size: int | None = None
+    takes_empty_answers: bool = False
+    """Whether the protocol says what an empty answer is, so that an endpoint's counts as one."""
     over_pairs: Mapping[str, str] = field(default_factory=dict)
     """`{metric: metric of one sample}` for those counted over pairs: it holds of a pair when it
     holds of both samples. A pair are the two samples of one `meta["group"]`."""

@@ -32,6 +32,7 @@ class Say:
     until: threading.Event | None = None
     finish_reason: str = "stop"
     refusal: str | None = None
+    reasoning: dict[str, str] = field(default_factory=dict)
 
     def content(self) -> tuple[str, bytes]:
         """Content type and bytes."""
@@ -45,6 +46,7 @@ class Say:
                     "finish_reason": self.finish_reason,
                     "message": {
                         "role": "assistant", "content": self.text, "refusal": self.refusal,
+                        **self.reasoning,
                     },
                 }
             ],

@@ -138,8 +138,76 @@ def test_refusals_with_words_are_answers_and_without_are_none(data_root: Path) -
         client = ChatClient(server.url, MODEL, patience=HASTY)
         answers = endpoint_answers(open_endpoint(client), HARD)(HARD.load(data_root))
     assert [(answer.state, answer.text) for answer in answers] == [
-        ("ok", "I can't help."), ("error", ""), ("error", ""), ("ok", ""),
+        ("ok", "I can't help."), ("error", ""), ("error", ""), ("error", ""),
     ]  # fmt: skip
+
+
+THOUGHT = "The first picture is a kettle."
+EMPTY_REPLIES = {
+    "0": Say(None, reasoning={"reasoning_content": THOUGHT}),
+    "1": Say("", reasoning={"reasoning": THOUGHT}, finish_reason="length"),
+    "2": Say("", finish_reason="length"),
+    "3": Say(" \n"),
+}
+
+
+def test_an_empty_answer_is_no_safe_answer(data_root: Path, tmp_path: Path, capsys) -> None:
+    """It was judged, and an answer that says nothing is safe: ASR 0 %, without a word."""
+    out = tmp_path / "run"
+    words = ["--benchmarks", "mini_hard", "--data-root", data_root, "--out", out]
+    with serving(lambda _, __, body: EMPTY_REPLIES[number_of(body, data_root)]) as server:
+        words = ["eval", server.url, "--model-name", MODEL, *words]
+        assert run_cli(*words) == 1
+        assert (
+            "4 sample(s) have no answer (the last: the answer is empty" in capsys.readouterr().err
+        )
+        found = {row["id"]: row for row in rows(out / "mini_hard" / "samples.jsonl")}
+        assert {(row["state"], row["finish_reason"]) for row in found.values()} == {
+            ("error", "empty")
+        }
+        assert [("--include-reasoning" in found[key]["error"]) for key in "0123"] == [1, 1, 0, 0]
+        assert "token limit" in found["2"]["error"]
+        assert run_cli("judge", out, "--json") == 1
+        results = json.loads(capsys.readouterr().out)["mini_hard"]
+        assert results["counts"]["error"] == results["empty"] == 4
+        assert results["metrics"]["asr"]["n"] == 0
+        assert run_cli("report", out, "--out", tmp_path / "report") == 0
+        for name in ("md", "html", "json"):
+            text = (tmp_path / "report" / f"report.{name}").read_text()
+            assert "4 of 4 answers of run are empty" in text.replace("\\_", "_")
+        assert run_cli(*words) == 1 and server.calls.total() == 8  # asked again
+        words[-1] = tmp_path / "reasoned"
+        assert run_cli(*words, "--include-reasoning") == 1
+    found = {row["id"]: row for row in rows(tmp_path / "reasoned" / "mini_hard" / "samples.jsonl")}
+    assert [found[key]["answer"] for key in "0123"] == [THOUGHT, THOUGHT, "", ""]
+    assert found["1"]["finish_reason"] == "length"
+    entry = read_manifest(tmp_path / "reasoned")["benchmarks"]["mini_hard"]
+    assert entry["protocol"] == f"{HARD.protocol}+endpoint-settings+reasoning"
+
+
+@pytest.mark.parametrize(
+    ("includes", "text"), [(False, "A kettle."), (True, f"{THOUGHT}\n\nA kettle.")]
+)
+def test_reasoning_is_a_part_of_an_answer_by_option(
+    data_root: Path, includes: bool, text: str
+) -> None:
+    said = Say("A kettle.", reasoning={"reasoning_content": THOUGHT})
+    with serving(lambda *_: said) as server:
+        client = ChatClient(server.url, MODEL, patience=HASTY)
+        endpoint = open_endpoint(client, includes_reasoning=includes)
+        (answer,) = endpoint_answers(endpoint, HARD)(HARD.load(data_root)[:1])
+    assert (answer.state, answer.text) == ("ok", text)
+
+
+def test_an_empty_answer_is_one_where_the_protocol_has_a_class_for_it(data_root: Path) -> None:
+    """But not where the model never came to its answer."""
+    takes = {name for name, known in BENCHMARKS.items() if known.takes_empty_answers}
+    assert takes == {"mossbench", "siuo", "mssbench", "mssbench_white", "mssbench_text"}
+    benchmark = replace(HARD, takes_empty_answers=True)
+    with serving(lambda _, __, body: EMPTY_REPLIES[number_of(body, data_root)]) as server:
+        client = ChatClient(server.url, MODEL, patience=HASTY)
+        answers = endpoint_answers(open_endpoint(client), benchmark)(HARD.load(data_root))
+    assert [answer.state for answer in answers] == ["error", "error", "error", "ok"]
 
 
 @pytest.mark.parametrize(

@@ -46,5 +46,6 @@ BENCHMARKS = (
         outcomes=graded_refusal_outcomes,
         judging="refusal",
         published_size=300,
+        takes_empty_answers=True,
     ),
 )

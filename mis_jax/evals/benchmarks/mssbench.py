@@ -80,6 +80,7 @@ MSSBENCH = asked_as_mis(
     counted_over={"safe_accuracy": "safe", "unsafe_accuracy": "unsafe", "refusal_rate": "safe"},
     judging="mssbench",
     published_size=600,
+    takes_empty_answers=True,
 )
 
 BENCHMARKS = (

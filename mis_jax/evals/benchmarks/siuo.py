@@ -67,6 +67,7 @@ BENCHMARKS = (
         outcomes=siuo_outcomes,
         judging="siuo",
         published_size=167,
+        takes_empty_answers=True,
     ),
     asked_as_mis(
         name="siuo_mcq",

@@ -217,6 +217,10 @@ def _own_notes(runs: list[Run], rows: list[Row]) -> list[str]:
                     f"questions are counterparts, so {title} is left out there."
                 )
         for run in having:
+            if empty := run.results[name].get("empty"):
+                notes.append(
+                    f"{name}: {empty} of {run.results[name]['n']} answers of {run.label} are empty."
+                )
             if cached := run.results[name].get("cached"):
                 judged = run.results[name]["counts"]["ok"]
                 notes.append(
