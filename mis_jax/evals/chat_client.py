@@ -29,10 +29,7 @@ _OF_THE_SERVER = {401, 403, 404, *_RETRIED}
 _LONGEST_BACKOFF = 30.0
 _LONGEST_WAIT = 600.0  # a server that asks for more is as good as down
 _ERRORS_IN_A_ROW = 20  # then the server is down and the rest need not wait for it
-_REASONING = (
-    "reasoning_content",
-    "reasoning",
-)  # vLLM, DeepSeek and SGLang; OpenRouter and newer vLLM
+_REASONING = ("reasoning_content", "reasoning")  # the name depends on the server
 
 
 def _whole(value: Any) -> Any:

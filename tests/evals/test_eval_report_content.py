@@ -263,6 +263,32 @@ def test_runs_without_verdicts_answers_or_benchmarks_have_a_report(tmp_path: Pat
     ]  # fmt: skip
 
 
+def test_the_headline_speaks_of_the_first_row_with_a_value(tmp_path: Path) -> None:
+    """The first row may be a set that no judge has seen, or that another run was not asked."""
+    unjudged = [Made("0", TOLD)]
+    declined = [Made(str(n), TOLD, {"refusal": "full"}) for n in range(4)]
+    for place, (first, words) in enumerate(
+        [
+            ({"mis_hard": unjudged, "figstep": guarded([1, 0])}, "On figstep, the rate of unsafe "),
+            ({"figstep": unjudged, "xstest": [
+                Made("0", TOLD, {"refusal": "none"}, facts={"expected": "unsafe"})
+            ]}, "On xstest, accuracy, unsafe half of one is 0.0"),
+            ({"mis_hard": unjudged, "vlguard": [
+                Made("0", TOLD, {"unsafe": True}, facts={"expected": "unsafe"})
+            ]}, "On vlguard, the rate of unsafe answers of one is 100.0"),
+            ({"mis_hard": unjudged}, "No answers have been judged yet"),
+        ]
+    ):  # fmt: skip
+        out = report(tmp_path / str(place), ("one", first))
+        assert document(out)["headline"].startswith(words)
+        page = (out / "report.html").read_text()
+        assert ('class="hero"' in page) == words.startswith("On")
+    second = report(
+        tmp_path / "two", ("one", {"figstep": unjudged}), ("two", {"mossbench": declined})
+    )
+    assert document(second)["headline"].startswith("On mossbench, over-refusal of two is 100.0")
+
+
 def muirbench(*right: str, pairs: bool = True) -> list[Made]:
     """Four pairs, one of them not judged whole; a sample whose counterpart is not in the run; and
     one that has none."""
