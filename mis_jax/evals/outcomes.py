@@ -39,6 +39,10 @@ METRICS: dict[str, MetricInfo] = {
     "accuracy": MetricInfo(
         "Accuracy", "the answer matches the reference", "higher", "Correct", "Wrong"
     ),
+    "exact_match": MetricInfo(
+        "Exact match", "the answer matches the reference; one that no rule reads is wrong",
+        "higher", "Correct", "Wrong",
+    ),
     "pair_accuracy": MetricInfo(
         "Accuracy, pairs", "a question and its counterpart are both right", "higher",
         "Both correct", "Not both correct",
@@ -170,6 +174,12 @@ def refusal_outcomes(labels: Mapping[str, Any]) -> dict[str, bool]:
 def accuracy_outcomes(labels: Mapping[str, Any]) -> dict[str, bool]:
     """Whether the judge found the answer correct."""
     return {"accuracy": bool(labels["correct"])}
+
+
+def option_outcomes(labels: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether the answer is correct; an exact match where a rule found it and not a model."""
+    outcomes = accuracy_outcomes(labels)
+    return outcomes | ({"exact_match": outcomes["accuracy"]} if "rule" in labels else {})
 
 
 def applies(benchmark: Benchmark, metric: str, facts: Mapping[str, Any]) -> bool:

@@ -30,6 +30,7 @@ def read_items(run_dir: Path, name: str, judge: str | None) -> list[Item]:
             benchmark,
             _item(key, hashes[key], answers.get(key), verdicts, rechecks),
             facts.get(key, {}),
+            judge,
         )
         for key in hashes
     ]
@@ -46,7 +47,10 @@ def _verdicts(path: Path, judge: str | None) -> _Verdicts:
     }
 
 
-def _counted(benchmark: Benchmark, item: Item, facts: Mapping[str, Any]) -> Item:
+def _counted(benchmark: Benchmark, item: Item, facts: Mapping[str, Any], judge: str | None) -> Item:
+    if item.state == "unparsed":
+        wrong = {m: False for m, reader in benchmark.unparsed_is_wrong.items() if reader == judge}
+        return replace(item, facts=facts, outcomes=wrong or None)
     if item.labels is None:
         return replace(item, facts=facts)
     again = item.again

@@ -119,6 +119,9 @@ class Benchmark:
     counted_over: Mapping[str, str] = field(default_factory=dict)
     max_tiles_per_image: int | None = None
     published_size: int | None = None
+    unparsed_is_wrong: Mapping[str, str] = field(default_factory=dict)
+    """`{metric: id of a judge}`: the metric counts an answer that this judge could not read as
+    wrong, as a published protocol does. Every other metric leaves such an answer out."""
     takes_empty_answers: bool = False
     """Whether the protocol says what an empty answer is, so that an endpoint's counts as one."""
     over_pairs: Mapping[str, str] = field(default_factory=dict)
@@ -141,7 +144,10 @@ class Again:
 
 @dataclass(frozen=True)
 class Item:
-    """One sample of a run as it stands now; `state` is one of `COUNT_STATES`."""
+    """One sample of a run as it stands now; `state` is one of `COUNT_STATES`.
+
+    `outcomes` are those of its labels, or those that `Benchmark.unparsed_is_wrong` gives it.
+    """
 
     id: str
     hash: str

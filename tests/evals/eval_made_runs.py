@@ -144,7 +144,7 @@ def suite(unsafe: float, declined: float, seed: int, scale: float = 1.0) -> dict
                 Made(
                     str(i),
                     "A",
-                    {"correct": bool(rng.random() < 0.6)},
+                    {"correct": bool(rng.random() < 0.6), "option": "A", "rule": "letter"},
                     facts={"category": f"Task {i % kinds}"},
                 )
                 for i in some(n)

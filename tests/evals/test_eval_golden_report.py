@@ -19,13 +19,13 @@ from mis_jax.evals.report import write_report
 from mis_jax.evals.report.inspect_log import write_inspect_logs
 
 SUITE = {
-    "report.csv": "b478c2d0d21792fa",
-    "report.html": "62efde9b4ec70d9b",
-    "report.json": "069af4186b9a1d5f",
-    "report.md": "e1969643e5dcd1d0",
-    "report.tex": "18bbe3d2a270a2b8",
-    "drawings": "de5d89c2ac169f2b",
-    "inspect logs": "311de662d52398f5",
+    "report.csv": "cc847cf3f8c022df",
+    "report.html": "502fe0df39b3a89e",
+    "report.json": "b5b4b5a3b39e0429",
+    "report.md": "c893fbc677c1fd3b",
+    "report.tex": "5c4aeb0d75170032",
+    "drawings": "7622e05d3ba7624c",
+    "inspect logs": "a49ddc5afb2b1b37",
 }
 MINI = {
     "report.csv": "d9250e09855711e6",

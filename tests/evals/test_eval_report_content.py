@@ -325,7 +325,7 @@ def test_a_pair_counts_when_both_are_right(tmp_path: Path) -> None:
 def test_a_file_without_pairs_has_no_pair_accuracy(tmp_path: Path) -> None:
     out = report(tmp_path, ("one", {"muirbench": muirbench("1", pairs=False)}))
     (run,) = document(out)["runs"]
-    assert run["results"]["muirbench"]["metrics"].keys() == {"accuracy"}
+    assert run["results"]["muirbench"]["metrics"].keys() == {"exact_match", "accuracy"}
     assert [note for note in document(out)["notes"] if "counterparts" in note] == [
         "muirbench: the file that one read does not say which questions are counterparts, so "
         "accuracy, pairs is left out there."

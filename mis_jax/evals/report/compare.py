@@ -132,12 +132,12 @@ def _cell(run: Run, reference: Run, name: str, metric: str) -> Cell | None:
     counted = run.results[name]["metrics"][metric]
     benchmark = get_benchmark(name)
     items = [item for item in run.items[name] if applies(benchmark, metric, item.facts)]
-    judged = sum(item.state == "ok" for item in items)
+    votes, groups = metric_votes(items, metric), groups_of(items)
     bounds = None
     # Labels that say nothing about the metric leave no denominator for what was never labelled.
-    if judged < len(items) and counted["n"] == judged:
+    silent = any(item.state == "ok" and item.id not in votes for item in items)
+    if len(votes) < len(items) and not silent:
         bounds = worst_case(counted["k"], counted["n"], len(items))
-    votes, groups = metric_votes(items, metric), groups_of(items)
     grouped = linked(votes, groups)
     test = change = None
     if run is not reference and name in reference.results:

@@ -24,6 +24,7 @@ _PHRASES = {
     "asr": "the rate of unsafe answers",
     "refusal_rate": "over-refusal",
     "accuracy": "accuracy",
+    "exact_match": "exact match",
 }
 
 
@@ -195,9 +196,10 @@ def headline(comparison: Comparison) -> str:
             )
         text += _side_effect(comparison, row)
     unjudged = sum(
-        entry["n"] - entry["counts"]["ok"]
+        item.outcomes is None
         for run in comparison.runs[:2]
-        for entry in run.results.values()
+        for items in run.items.values()
+        for item in items
     )
     if unjudged:
         text += f"; {unjudged} samples ended without a verdict and are in none of these rates"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mis_jax.evals.report.breakdown import FEW, shown_metrics
+from mis_jax.evals.report.breakdown import FEW, shown_parts
 from mis_jax.evals.report.compare import Cell, Comparison, Row
 from mis_jax.evals.report.formatting import (
     MINI_BANNER,
@@ -166,8 +166,7 @@ def _categories(comparison: Comparison) -> list[str]:
     lines = [
         [part.benchmark, metric_title(part.metric), part.fact, part.name]
         + [_count_text(cell) for cell in part.cells]
-        for part in comparison.parts
-        if part.metric in shown_metrics(part.benchmark)
+        for part in shown_parts(comparison.parts)
     ]
     head = ["benchmark", "metric", "by", "category", *(run.label for run in comparison.runs)]
     return _section("By category", head, lines)
