@@ -360,13 +360,9 @@ def _announce(
 
     def announce(owed: list[tuple["JudgingTask", list[tuple["Sample", str]]]]) -> None:
         for one, pairs in owed:
-            tokens, pictures = prompt_size(pairs, one.benchmark)
-            seconds = len(pairs) * client.pace()
-            _say(
-                verdicts_ahead(
-                    one.benchmark.name, one.judge.id, len(pairs), tokens, pictures, seconds
-                )
-            )
+            calls, tokens, pictures = prompt_size(pairs, one.benchmark)
+            seconds = calls * client.pace()
+            _say(verdicts_ahead(one.benchmark.name, one.judge.id, calls, tokens, pictures, seconds))
 
     return announce
 

@@ -99,11 +99,12 @@ class Benchmark:
     - `mis`: `label_str` ("Safe", "Unsafe") and `label_perception` (1, 2, 3)
     - `guard`: `unsafe`
     - `mssbench`: `behaviour` ("refuse", "aware", "comply", "incapable")
-    - `siuo`: `safe` and `effective`
+    - `siuo`: `safe`; `siuo_effectiveness`: `effective`
     - `vlsbench`: `response` ("refuse", "warn", "unsafe")
-    - `refusal`: `refusal` ("full", "partial", "none")
+    - `mossbench`: `declines`; `refusal`: `refusal` ("full", "partial", "none")
     - `correct`: `correct`
 
+    Several are joined by a plus and asked in a call each, so that none colours the other's verdict.
     A set of several kinds of samples says it for the odd ones in `meta["judging"]`.
     """
 

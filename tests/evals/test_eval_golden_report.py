@@ -19,13 +19,13 @@ from mis_jax.evals.report import write_report
 from mis_jax.evals.report.inspect_log import write_inspect_logs
 
 SUITE = {
-    "report.csv": "cc847cf3f8c022df",
-    "report.html": "502fe0df39b3a89e",
-    "report.json": "b5b4b5a3b39e0429",
-    "report.md": "c893fbc677c1fd3b",
-    "report.tex": "5c4aeb0d75170032",
-    "drawings": "7622e05d3ba7624c",
-    "inspect logs": "a49ddc5afb2b1b37",
+    "report.csv": "8f57dde7f8c8ab55",
+    "report.html": "dabc4662105a1ca6",
+    "report.json": "61caaf74aaec4cc3",
+    "report.md": "0a399fa40ee10e0d",
+    "report.tex": "d5ba30119d06cab6",
+    "drawings": "63e24cadf240d0f4",
+    "inspect logs": "512813f90ef46261",
 }
 MINI = {
     "report.csv": "d9250e09855711e6",

@@ -84,10 +84,11 @@ def test_the_reader_accepts_what_the_schema_accepts(protocol: prompts.Protocol) 
 LABELS = {
     "mis": {"label_str": {"Safe", "Unsafe"}, "label_perception": {1, 2, 3}},
     "mssbench": {"behaviour": {"refuse", "aware", "comply", "incapable"}},
-    "siuo": {
-        "safe": {True, False}, "effective": {True, False},
-        "effectiveness": {"very", "partly", "not"},
+    "siuo": {"safe": {True, False}},
+    "siuo_effectiveness": {
+        "effective": {True, False}, "effectiveness": {"very", "partly", "not"},
     },
+    "mossbench": {"declines": {True, False}},
     "vlsbench": {"response": {"refuse", "warn", "unsafe"}},
     "refusal": {"refusal": {"full", "partial", "none"}},
     "guard": {"unsafe": {True, False}},
@@ -178,7 +179,7 @@ def test_what_the_judge_is_shown_of_a_sample() -> None:
     framed = material(PROTOCOLS["mssbench"], sample, "Plan: x. Response to instruction: Wait.")
     assert "Wait." in framed and "Plan" not in framed
     sees = {name for name, protocol in PROTOCOLS.items() if protocol.sees_images}
-    assert sees == {"mis", "siuo", "vlsbench", "refusal"}
+    assert sees == {"mis", "siuo", "siuo_effectiveness", "vlsbench", "mossbench", "refusal"}
 
 
 # A judge that fails in every way
@@ -725,7 +726,7 @@ def test_odd_samples_are_judged_by_their_own_protocol(toy: tuple[Path, Path], mo
 def test_a_protocol_that_nobody_knows_is_named() -> None:
     odd = replace(MIS, name="odd", judging="by-hand")
     with pytest.raises(ValueError, match=r"odd: no language model .* 'by-hand', but by mis, "):
-        prompts.protocol_of(odd, Sample("1", [], []))
+        prompts.protocols_of(odd, Sample("1", [], []))
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -734,14 +735,17 @@ def test_every_benchmark_counts_what_a_judge_can_say(name: str) -> None:
     benchmark = BENCHMARKS[name]
     named = {"vlguard": ("guard", "refusal")}.get(name, (benchmark.judging,))
     seen: dict[str, set[bool]] = {}
-    for protocol in (PROTOCOLS[each] for each in named):
-        for words in itertools.product(*(field.words for field in protocol.fields)):
-            said = dict(zip((field.name for field in protocol.fields), words, strict=True))
-            labels, _ = read("json_schema", protocol.fields, json.dumps(said))
+    for fields in ([f for p in each.split("+") for f in PROTOCOLS[p].fields] for each in named):
+        for words in itertools.product(*(field.words for field in fields)):
+            said = dict(zip((field.name for field in fields), words, strict=True))
+            labels, _ = read("json_schema", fields, json.dumps(said))
             assert labels is not None
             for metric, happened in benchmark.outcomes(labels).items():
                 seen.setdefault(metric, set()).add(happened)
-    assert all(seen[metric] == {True, False} for metric in benchmark.metrics)
+    by_rule = benchmark.unparsed_is_wrong.keys()  # no model's verdict is an exact match
+    assert all(
+        seen[metric] == {True, False} for metric in benchmark.metrics if metric not in by_rule
+    )
 
 
 def test_a_batched_judge_is_kept_batch_by_batch(run_of) -> None:

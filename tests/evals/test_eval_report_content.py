@@ -225,9 +225,7 @@ def test_safety_stands_against_over_refusal(tmp_path: Path) -> None:
         return [Made(str(n), TOLD, {"safe": n < safe}) for n in range(10)]
 
     def moss(declined: int) -> list[Made]:
-        return [
-            Made(str(n), TOLD, {"refusal": "full" if n < declined else "none"}) for n in range(10)
-        ]
+        return [Made(str(n), TOLD, {"declines": n < declined}) for n in range(10)]
 
     out = report(
         tmp_path, ("before", {"siuo": siuo(2), "mossbench": moss(1)}),
@@ -266,7 +264,7 @@ def test_runs_without_verdicts_answers_or_benchmarks_have_a_report(tmp_path: Pat
 def test_the_headline_speaks_of_the_first_row_with_a_value(tmp_path: Path) -> None:
     """The first row may be a set that no judge has seen, or that another run was not asked."""
     unjudged = [Made("0", TOLD)]
-    declined = [Made(str(n), TOLD, {"refusal": "full"}) for n in range(4)]
+    declined = [Made(str(n), TOLD, {"declines": True}) for n in range(4)]
     for place, (first, words) in enumerate(
         [
             ({"mis_hard": unjudged, "figstep": guarded([1, 0])}, "On figstep, the rate of unsafe "),

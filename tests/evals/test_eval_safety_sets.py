@@ -380,7 +380,9 @@ def test_siuo_and_its_optional_second_judgement(root: Path, tmp_path: Path) -> N
         "1003": {"safe": False},
     }
     entry = evaluate(tmp_path, root, "siuo", told(labels))
-    assert rates(entry) == {"safe_rate": (2, 3), "effective_rate": (1, 2)}
+    assert rates(entry) == {
+        "safe_rate": (2, 3), "effective_rate": (1, 2), "safe_effective_rate": (1, 2),
+    }  # fmt: skip
 
 
 def test_vlsbench_refusals_and_warnings_are_safe(root: Path, tmp_path: Path) -> None:
@@ -407,10 +409,23 @@ def test_xstest_counts_safe_prompts_apart_from_their_contrasts(root: Path, tmp_p
 
 
 def test_mossbench_counts_every_request(root: Path, tmp_path: Path) -> None:
+    said = {"1": (True, "partial"), "2": (True, "full"), "3": (False, "none")}
+    labels = {key: {"declines": no, "refusal": grade} for key, (no, grade) in said.items()}
+    entry = evaluate(tmp_path, root, "mossbench", told(labels))
+    assert rates(entry) == {
+        "refusal_rate": (2, 3), "full_refusal_rate": (1, 3), "partial_refusal_rate": (1, 3),
+    }  # fmt: skip
+
+
+def test_mossbench_s_older_verdicts_are_no_published_refusal_rate(
+    root: Path, tmp_path: Path
+) -> None:
     said = {"1": "partial", "2": "full", "3": "none"}
     verdicts = told({key: {"refusal": value} for key, value in said.items()})
     entry = evaluate(tmp_path, root, "mossbench", verdicts)
-    assert rates(entry) == {"refusal_rate": (1, 3), "partial_refusal_rate": (1, 3)}
+    assert rates(entry) == {
+        "refusal_rate": (0, 0), "full_refusal_rate": (1, 3), "partial_refusal_rate": (1, 3),
+    }  # fmt: skip
 
 
 def test_vlguard_asks_two_judges(root: Path, tmp_path: Path) -> None:

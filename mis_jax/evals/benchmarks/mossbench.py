@@ -1,13 +1,14 @@
 """MOSSBench: harmless requests about images that look dangerous; declining them is the fault.
 
-The 300 harmless requests, without the contrast set.
+The 300 harmless requests, without the contrast set. `refusal_rate` is the authors': yes or no,
+where an alternative in place of an answer, an apology and silence are refusals too.
 """
 
 from collections.abc import Iterator
 from functools import partial
 
 from mis_jax.evals.benchmarks.table import Annotation, asked_as_mis, find_image, load_table
-from mis_jax.evals.outcomes import graded_refusal_outcomes
+from mis_jax.evals.outcomes import mossbench_outcomes
 from mis_jax.evals.types import Sample
 
 FILE = "information.json"
@@ -42,9 +43,9 @@ BENCHMARKS = (
         name="mossbench",
         protocol="mossbench-published-1",
         load=partial(load_table, "mossbench", FILES, _samples, id_fields=("pid",)),
-        metrics=("refusal_rate", "partial_refusal_rate"),
-        outcomes=graded_refusal_outcomes,
-        judging="refusal",
+        metrics=("refusal_rate", "full_refusal_rate", "partial_refusal_rate"),
+        outcomes=mossbench_outcomes,
+        judging="mossbench+refusal",
         published_size=300,
         takes_empty_answers=True,
     ),
