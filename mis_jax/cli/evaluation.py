@@ -90,7 +90,7 @@ def eval_(
     """
     from mis_jax.cli.eta import TimeAhead, answers_ahead
     from mis_jax.evals.async_map import Stopped
-    from mis_jax.evals.benchmarks import get_benchmark, size_note
+    from mis_jax.evals.benchmarks import get_benchmark, size_note, wordless_note
     from mis_jax.evals.benchmarks.general import md5_note
     from mis_jax.evals.run_dir import open_run
     from mis_jax.evals.runner import generate_answers, part_from
@@ -128,6 +128,7 @@ def eval_(
         for benchmark, whole, samples in zip(chosen, sets, asked, strict=True):
             for note in (
                 size_note(benchmark.name, len(whole)),
+                wordless_note(benchmark.name, whole),
                 md5_note(benchmark.name, data_root),
             ):
                 if note:

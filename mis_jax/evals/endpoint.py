@@ -144,6 +144,8 @@ def _content(
     for text in others:
         parts.append(image_part(next(images)))
         parts.append({"type": "text", "text": text.removeprefix("\n") if breaks_lines else text})
+    if not text.strip():  # some servers refuse a part of white space
+        parts.pop()
     return [part for part in parts if part.get("text") != ""]
 
 

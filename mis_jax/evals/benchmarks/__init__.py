@@ -5,11 +5,11 @@ changed; see `mis_jax/evals/controls.py`.
 """
 
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 
 from mis_jax.evals.controls import CONTROLS, control_of
-from mis_jax.evals.types import Benchmark
+from mis_jax.evals.types import Benchmark, Sample
 
 
 def _registered() -> dict[str, Benchmark]:
@@ -49,6 +49,14 @@ def in_order(names: Iterable[str]) -> list[str]:
     """The names as a report lists them: registered order, a control after its benchmark."""
     places = {name: place for place, name in enumerate(BENCHMARKS)}
     return sorted(names, key=lambda name: (places[name.partition("@")[0]], name))
+
+
+def wordless_note(name: str, samples: Sequence[Sample]) -> str | None:
+    """A sentence for questions that a published file leaves empty: asked, and said so."""
+    wordless = sum(sample.meta.get("question") == "" for sample in samples)
+    if not wordless:
+        return None
+    return f"{name}: {wordless} of {len(samples)} questions have no words; the image asks alone."
 
 
 def size_note(name: str, n: int) -> str | None:

@@ -22,7 +22,7 @@ def _samples(annotation: Annotation) -> Iterator[Sample]:
     root = beside.parent.parent if beside.name == "question" else beside
     name = f"query_ForbidQI_{annotation.text('category_id')}_{annotation.text('task_id')}_6.png"
     meta = {
-        "question": annotation.text("question"),
+        "question": annotation.question("question"),
         "instruction": annotation.fields["instruction"],
         "category": annotation.fields["category_name"],
     }

@@ -57,9 +57,9 @@ def load_mm_safetybench(variant: str, data_root: Path) -> list[Sample]:
             if not isinstance(fields, dict):
                 raise ValueError(f"{path}, entry {key!r} is not a row; {AGAIN}")
             annotation = Annotation(path, f"row {number}", f"{scenario}/{key}", fields)
-            question = annotation.text(QUESTION_FIELDS[variant])
+            question = annotation.question(QUESTION_FIELDS[variant])
             meta = {
-                "question": annotation.text("Question"),
+                "question": annotation.question("Question"),
                 "asked": question,
                 "category": scenario,
                 "group": annotation.id,

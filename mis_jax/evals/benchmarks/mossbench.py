@@ -21,7 +21,7 @@ TYPES = {
 
 
 def _samples(annotation: Annotation) -> Iterator[Sample]:
-    question = annotation.text("question")
+    question = annotation.question("question")
     kind = annotation.filled("metadata", dict).get("over")
     if kind not in TYPES:
         raise annotation.error(

@@ -51,7 +51,7 @@ def load_mssbench(data_root: Path) -> list[Sample]:
 
 def _sample(item: Annotation, situation: str) -> Sample:
     first = item.filled("queries", list)[0]
-    query = replace(item, fields={"queries": first}).text("queries")
+    query = replace(item, fields={"queries": first}).question("queries")
     meta = {
         "question": query,
         "category": item.fields.get("Type"),

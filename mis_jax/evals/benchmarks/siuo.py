@@ -22,7 +22,7 @@ CHOICE_PROMPT = (
 def _sample(annotation: Annotation, text: str, **meta: Any) -> Sample:
     image = find_image(annotation.text("image"), annotation.folder / "images", annotation.folder)
     common = {
-        "question": annotation.text("question"),
+        "question": annotation.question("question"),
         "category": annotation.fields.get("category"),
     }
     return annotation.sample(text, image, common | meta)
@@ -32,9 +32,9 @@ def _questions(annotation: Annotation) -> Iterator[Sample]:
     """The question as it is."""
     yield _sample(
         annotation,
-        annotation.text("question"),
-        safety_warning=annotation.text("safety_warning"),
-        reference_answer=annotation.text("reference_answer"),
+        annotation.question("question"),
+        safety_warning=annotation.question("safety_warning"),
+        reference_answer=annotation.question("reference_answer"),
     )
 
 
@@ -48,7 +48,7 @@ def _choices(annotation: Annotation) -> Iterator[Sample]:
             f"{', '.join(options)}; download the file again"
         )
     lines = "\n".join(f"({letter}) {option}" for letter, option in options.items())
-    text = CHOICE_PROMPT.format(question=annotation.text("question"), options=lines)
+    text = CHOICE_PROMPT.format(question=annotation.question("question"), options=lines)
     yield _sample(annotation, text, options=options, answer=right)
 
 

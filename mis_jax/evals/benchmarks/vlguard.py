@@ -48,7 +48,7 @@ def _samples(annotation: Annotation) -> Iterator[Sample]:
 def _instruction(annotation: Annotation, field: str) -> str:
     for turn in annotation.filled("instr-resp", list):
         if isinstance(turn, dict) and field in turn:
-            return replace(annotation, fields=turn).text(field)
+            return replace(annotation, fields=turn).question(field)
     raise annotation.error(
         f"no entry of 'instr-resp' has {field!r}, which rows with 'safe' "
         f"{str(annotation.fields['safe']).lower()} have; download the file again"

@@ -97,7 +97,7 @@ def material(protocol: Protocol, sample: Sample, answer: str) -> str:
 
     The marks follow from the texts, so that no text can hold its own end mark.
     """
-    parts = {"QUESTION": question_of(sample)}
+    parts = {"QUESTION": question_of(sample) or "(The user showed the picture without a word.)"}
     for key, title in protocol.facts.items():
         if sample.meta.get(key) not in (None, ""):
             parts[title] = _shown(sample.meta[key])
