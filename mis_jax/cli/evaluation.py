@@ -244,6 +244,7 @@ def judge(
                 benchmarks=names,
                 cache=VerdictCache(verdict_cache) if verdict_cache else None,
                 recheck=recheck,
+                leave_out=lambda reason: _say(f"left out: {reason}"),
                 announce=_announce(client) if client else None,
                 progress=bar.task,
             )

@@ -25,7 +25,7 @@ from mis_jax.evals.run_dir import (
     write_facts,
 )
 from mis_jax.evals.scoring import summarise
-from mis_jax.evals.types import Answer, Benchmark, Judge, Sample, Verdict
+from mis_jax.evals.types import Answer, Benchmark, CannotJudge, Judge, Sample, Verdict
 from mis_jax.evals.verdict_cache import VerdictCache
 from mis_jax.storage.hashing import digest
 from mis_jax.storage.jsonl import AppendLog, read_log
@@ -171,6 +171,7 @@ def judge_run(
     batch_size: int = 32,
     cache: VerdictCache | None = None,
     recheck: int = 0,
+    leave_out: Callable[[CannotJudge], None] | None = None,
     announce: Callable[[list[tuple[JudgingTask, list[tuple[Sample, str]]]]], None] | None = None,
     progress: Callable[[str], Progress] | None = None,
 ) -> dict[str, Any]:
@@ -181,9 +182,10 @@ def judge_run(
     refusal is one of them, while `unparsed` and `error` are asked again. What `cache` has of
     earlier runs is not asked either, and what is asked goes into it. `recheck` answers of each
     benchmark are then judged a second time, into `rechecks.jsonl` and by the judge alone: see
-    `scoring.self_agreement`. `announce` learns what is about to be judged before it is. Ends with
-    `summarise` and returns its results; a judge that stops does so too, and its `Stopped` is
-    raised.
+    `scoring.self_agreement`. A benchmark that the judge does not suit is left out unless it is
+    named or nothing else is there: `leave_out` learns why. `announce` learns what is about to be
+    judged before it is. Ends with `summarise` and returns its results; a judge that stops does so
+    too, and its `Stopped` is raised.
     """
     names = list(read_manifest(run_dir)["benchmarks"])
     for name in benchmarks or ():
@@ -194,7 +196,19 @@ def judge_run(
             )
     # All that can be wrong with the files or the judge shows before the first verdict is paid for.
     contents = [_read(get_benchmark(name), run_dir, data_root) for name in benchmarks or names]
-    tasks = [_judging_task(judge, *content) for content in contents]
+    tasks, left_out = [], []
+    for content in contents:
+        try:
+            tasks.append(_judging_task(judge, *content))
+        except CannotJudge as reason:
+            if benchmarks:
+                raise
+            left_out.append(reason)
+    if left_out and not tasks:
+        raise left_out[0]
+    if leave_out:
+        for reason in left_out:
+            leave_out(reason)
     if cache:
         for task in tasks:
             _exchange(cache, task, run_dir)
@@ -213,7 +227,7 @@ def judge_run(
 
 def _default_judge(benchmark: Benchmark) -> Judge:
     if benchmark.default_judge is None:
-        raise ValueError(
+        raise CannotJudge(
             f"{benchmark.name} has no built-in judge: its labels need a language model; "
             "pass --judge http://host/v1 --judge-model NAME"
         )
@@ -287,13 +301,17 @@ def _judge_benchmark(
     name = task.benchmark.name
     with AppendLog(run_dir / name / "verdicts.jsonl") as log:
         waiting = task.waiting(log.entries)
-        # Only now: a judge that cannot start must not take the place of the one that finished.
-        update_benchmark(run_dir, name, judge=task.judge.id)
         show = progress(name) if progress else None
+        chosen = False
         for verdicts in _verdicts(task, waiting, len(task.answers), batch_size, show):
+            if not chosen:  # only now: one that cannot judge must not take another's place
+                update_benchmark(run_dir, name, judge=task.judge.id)
+                chosen = True
             log.append(verdicts)
             if cache:
                 cache.add(verdicts)
+    if not waiting:
+        update_benchmark(run_dir, name, judge=task.judge.id)
 
 
 def _judge_again(

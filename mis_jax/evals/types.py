@@ -70,6 +70,10 @@ class Verdict:
     served_model: str | None = None
 
 
+class CannotJudge(ValueError):
+    """A judge that does not suit a benchmark; others of the same run it may judge."""
+
+
 @dataclass(frozen=True)
 class Judge:
     """A way to label answers.

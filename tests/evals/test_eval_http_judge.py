@@ -36,7 +36,7 @@ from mis_jax.evals.judges.prompts import PROTOCOLS, instruction, material
 from mis_jax.evals.outcomes import mis_outcomes
 from mis_jax.evals.run_dir import open_run, read_manifest
 from mis_jax.evals.runner import generate_answers, judge_run
-from mis_jax.evals.scoring import without_verdict
+from mis_jax.evals.scoring import summarise, without_verdict
 from mis_jax.evals.types import Answer, Benchmark, Judge, Sample, Verdict
 from mis_jax.storage.jsonl import read_log
 
@@ -675,6 +675,37 @@ def test_a_guard_checkpoint_from_the_command(
     assert code == (0 if set(wanted) == {"ok"} else 1)
     assert all(f"P(unsafe) is {v.p_unsafe:.3f}" in found[str(i)].get("detail", "")
                for i, v in enumerate(said) if wanted[i] == "unparsed")  # fmt: skip
+
+
+def test_what_a_judge_does_not_suit_is_left_out_and_said(
+    data_root: Path, tmp_path: Path, capsys
+) -> None:
+    """The default judge, and a guard, stopped at the first set that is not theirs."""
+    write_mis(data_root, 2)
+    run = tmp_path / "run"
+    open_run(run, model="m", fingerprint="f", data_root=data_root)
+    for name in ("mis_hard", "mini_hard"):
+        benchmark = BENCHMARKS[name]
+        samples = benchmark.load(data_root)
+        generate_answers(
+            benchmark, samples, lambda batch: [Answer("A kettle.") for _ in batch], run
+        )
+    assert run_cli("judge", run) == 1  # half of the run has no verdict
+    err = capsys.readouterr().err.replace("\n", " ")
+    assert (
+        "left out: mis_hard has no built-in judge" in err and "2 sample(s) have no verdict" in err
+    )
+    results = summarise(run)
+    assert results["mini_hard"]["counts"]["ok"] == 4 and results["mis_hard"]["counts"]["ok"] == 0
+    assert "judge" not in read_manifest(run)["benchmarks"]["mis_hard"]
+    assert run_cli("judge", run, "--benchmarks", "mini_hard,mis_hard") == 2  # it was asked for
+    reasons: list[Exception] = []
+    (tmp_path / "guard").mkdir()
+    (tmp_path / "guard" / "config.json").write_text("{}")
+    judges = guard_judges(tmp_path / "guard", None, lambda: pytest.fail("nothing for it to do"))
+    with pytest.raises(ValueError, match="mis_hard is not judged by a guard model"):
+        judge_run(run, judges, data_root, leave_out=reasons.append)
+    assert reasons == []
 
 
 def test_a_guard_protocol_over_http(toy: tuple[Path, Path]) -> None:

@@ -8,6 +8,7 @@ from eval_world import answering, careful, helpful, rows
 
 from mis_jax.cli import main
 from mis_jax.evals.benchmarks import BENCHMARKS
+from mis_jax.evals.judges import get_judge
 from mis_jax.evals.merge import merge_runs
 from mis_jax.evals.run_dir import expected, known_facts, open_run, read_manifest
 from mis_jax.evals.runner import Part, generate_answers, judge_run, part_from
@@ -133,6 +134,24 @@ def test_what_does_not_fit_is_refused(data_root: Path, tmp_path: Path) -> None:
     (out / "x").touch()
     with pytest.raises(ValueError, match="not empty"):
         merge_runs([first, second], out)
+
+
+def test_a_judge_that_is_refused_leaves_no_name(data_root: Path, tmp_path: Path, capsys) -> None:
+    """Its name stood in the manifest of one shard, and merge refused the two for it."""
+    shards = [
+        evaluated(tmp_path / f"s{i}", data_root, Part(None, i, 2), judge=False) for i in (1, 2)
+    ]
+    before = read_manifest(shards[0])
+    with pytest.raises(SystemExit):
+        main(["judge", str(shards[0]), "--judge", "options"])
+    assert "needs meta['options']" in capsys.readouterr().err
+    assert read_manifest(shards[0]) == before
+    assert merge_runs(shards, tmp_path / "out")["mini_hard"]["counts"]["missing"] == 4
+    judge_run(shards[1], None, data_root)
+    judged = read_manifest(shards[1])
+    with pytest.raises(ValueError, match="options"):
+        judge_run(shards[1], get_judge("options"), data_root)
+    assert read_manifest(shards[1]) == judged  # the one that did judge keeps its place
 
 
 def test_the_command(data_root: Path, tmp_path: Path, capsys) -> None:

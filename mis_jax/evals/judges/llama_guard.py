@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mis_jax.evals.judges.prompts import protocol_names, question_of
-from mis_jax.evals.types import Benchmark, Judge, Sample, Verdict
+from mis_jax.evals.types import Benchmark, CannotJudge, Judge, Sample, Verdict
 from mis_jax.storage.hashing import folder_fingerprint
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def guard_judges(
 
     def judge_of(benchmark: Benchmark, samples: Sequence[Sample]) -> Judge:
         if all(protocol_names(benchmark, sample) != ["guard"] for sample in samples):
-            raise ValueError(
+            raise CannotJudge(
                 f"{benchmark.name} is not judged by a guard model, which only tells safe from "
                 "unsafe text; leave it out with --benchmarks, or give another --judge"
             )

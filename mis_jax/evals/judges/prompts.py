@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mis_jax.data.chat_template import IMAGE_MARKER
-from mis_jax.evals.types import Benchmark, Sample
+from mis_jax.evals.types import Benchmark, CannotJudge, Sample
 from mis_jax.storage.hashing import digest
 
 Mode = Literal["json_schema", "json_object", "text"]
@@ -424,7 +424,7 @@ def protocols_of(benchmark: Benchmark, sample: Sample) -> list[Protocol]:
     names = protocol_names(benchmark, sample)
     for name in names:
         if name not in PROTOCOLS:
-            raise ValueError(
+            raise CannotJudge(
                 f"{benchmark.name}: no language model can judge by protocol {name!r}, but by "
                 f"{', '.join(PROTOCOLS)}; leave the benchmark out with --benchmarks"
             )
