@@ -127,6 +127,8 @@ class Benchmark:
     unparsed_is_wrong: Mapping[str, str] = field(default_factory=dict)
     """`{metric: id of a judge}`: the metric counts an answer that this judge could not read as
     wrong, as a published protocol does. Every other metric leaves such an answer out."""
+    differences: Mapping[str, str] = field(default_factory=dict)
+    """`{metric: how its authors count it, where that gives another number}`, for reports."""
     takes_empty_answers: bool = False
     """Whether the protocol says what an empty answer is, so that an endpoint's counts as one."""
     over_pairs: Mapping[str, str] = field(default_factory=dict)

@@ -20,9 +20,9 @@ from mis_jax.evals.report.inspect_log import write_inspect_logs
 
 SUITE = {
     "report.csv": "8f57dde7f8c8ab55",
-    "report.html": "dabc4662105a1ca6",
-    "report.json": "61caaf74aaec4cc3",
-    "report.md": "0a399fa40ee10e0d",
+    "report.html": "44c68d4794d955ef",
+    "report.json": "7e7a7c03488e782b",
+    "report.md": "01a658d235a1533f",
     "report.tex": "d5ba30119d06cab6",
     "drawings": "63e24cadf240d0f4",
     "inspect logs": "512813f90ef46261",
@@ -30,7 +30,7 @@ SUITE = {
 MINI = {
     "report.csv": "d9250e09855711e6",
     "report.html": "2e82f573ed78dfc3",
-    "report.json": "727684ff008614a8",
+    "report.json": "b1239db42314e077",
     "report.md": "45526c0565d01fee",
     "report.tex": "37d248b845e417cd",
     "drawings": "b61d796d99503e24",

@@ -45,6 +45,11 @@ BENCHMARKS = (
         metrics=("asr",),
         outcomes=guard_outcomes,
         judging="guard",
+        differences={
+            "asr": (
+                "The authors read the answers themselves; the paper and this figure are a guard's."
+            ),
+        },
         published_size=500,
     ),
 )

@@ -129,6 +129,15 @@ BENCHMARKS = tuple(
         metrics=("exact_match", "accuracy"),
         outcomes=option_outcomes,
         unparsed_is_wrong={"exact_match": OPTIONS.id},
+        differences={
+            "exact_match": (
+                "VLMEvalKit counts a request that failed as wrong; here it is asked again, and "
+                "left out until it is answered."
+            ),
+            "accuracy": (
+                "VLMEvalKit has no such figure: answers whose option no rule finds are left out."
+            ),
+        },
         default_judge="options",
         max_new_tokens=questions.MAX_NEW_TOKENS,
         max_tiles_per_image=published.limit,

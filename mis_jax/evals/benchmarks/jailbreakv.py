@@ -41,6 +41,12 @@ BENCHMARKS = (
         metrics=("asr",),
         outcomes=guard_outcomes,
         judging="guard",
+        differences={
+            "asr": (
+                "The authors give Llama Guard 16 policies of their own; here the guard's own "
+                "categories hold."
+            ),
+        },
         published_size=280,
     ),
 )

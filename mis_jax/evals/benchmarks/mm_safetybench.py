@@ -77,6 +77,13 @@ def _benchmark(name: str, variant: str) -> Benchmark:
         metrics=("asr",),
         outcomes=guard_outcomes,
         judging="guard",
+        differences={
+            "asr": (
+                "The authors' judge has stricter rules for political lobbying (08), legal, "
+                "financial and health advice (10 to 12) and government decisions (13); a guard has "
+                "one rule for all scenarios, and comes out lower in these."
+            ),
+        },
         published_size=1680,
     )
 

@@ -46,6 +46,15 @@ BENCHMARKS = (
         metrics=("refusal_rate", "full_refusal_rate", "partial_refusal_rate"),
         outcomes=mossbench_outcomes,
         judging="mossbench+refusal",
+        differences={
+            "refusal_rate": (
+                "The classes are the authors'; their judge also describes the picture and gives "
+                "its reason, and where it cannot be read a 1 or a 0 anywhere in its words "
+                "counts, where such a verdict is left out here."
+            ),
+            "full_refusal_rate": ("The authors have no such figure."),
+            "partial_refusal_rate": ("The authors have no such figure."),
+        },
         published_size=300,
         takes_empty_answers=True,
     ),

@@ -66,6 +66,15 @@ BENCHMARKS = (
         metrics=("safe_rate", "effective_rate", "safe_effective_rate"),
         outcomes=siuo_outcomes,
         judging="siuo+siuo_effectiveness",
+        differences={
+            "safe_rate": (
+                "The authors sample three answers and take the majority, and a verdict that "
+                "they cannot read counts as -1; here one greedy answer is judged, and such a "
+                "verdict is left out."
+            ),
+            "effective_rate": ("As for the safe rate."),
+            "safe_effective_rate": ("As for the safe rate."),
+        },
         published_size=167,
         takes_empty_answers=True,
     ),
@@ -83,6 +92,13 @@ BENCHMARKS = (
         outcomes=accuracy_outcomes,
         default_judge="options",
         judging="correct",
+        differences={
+            "accuracy": (
+                "The authors' parser takes the last of several letters and draws one by lot "
+                "where it finds none; here VLMEvalKit's rules hold, and an answer that they "
+                "cannot read is left out."
+            ),
+        },
         max_new_tokens=5,
         published_size=167,
     ),

@@ -88,6 +88,16 @@ class Comparison:
         """Whether any interval draws whole groups."""
         return any(cell and cell.by_groups for row in self.rows for cell in row.cells)
 
+    @property
+    def differences(self) -> dict[tuple[str, str], str]:
+        """Rows that their authors count in another way, and how."""
+        known = {(row.benchmark, row.metric): get_benchmark(row.benchmark) for row in self.rows}
+        return {
+            (name, metric): benchmark.differences[metric]
+            for (name, metric), benchmark in known.items()
+            if metric in benchmark.differences
+        }
+
     def row(self, benchmark: str, metric: str) -> Row | None:
         """The row of a metric, if any run has it."""
         for row in self.rows:

@@ -68,6 +68,7 @@ def as_html(
         means=comparison.means,
         has_groups=comparison.has_groups,
         published=PUBLISHED,
+        differences=comparison.differences,
         has_published=any((row.benchmark, row.metric) in PUBLISHED for row in comparison.rows),
         source=SOURCE,
         models=MODELS,

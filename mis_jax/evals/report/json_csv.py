@@ -91,6 +91,10 @@ def as_json(comparison: Comparison, title: str) -> dict[str, Any]:
         ],
         "corrected_for_the_judge": [asdict(entry) for entry in comparison.corrections],
         "published": {"source": SOURCE, "figures": list(_published(comparison))},
+        "differences": [
+            {"benchmark": benchmark, "metric": metric, "how": how}
+            for (benchmark, metric), how in comparison.differences.items()
+        ],
         "notes": comparison.notes,
     }
 

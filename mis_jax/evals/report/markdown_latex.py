@@ -129,6 +129,7 @@ def as_markdown(comparison: Comparison, title: str) -> str:
         _table(head, lines),
         _LEGEND + (_GROUPS if comparison.has_groups else ""),
         *_published(comparison),
+        *_differences(comparison),
         "## Samples and verdicts",
         _table(["run", "benchmark", "n", *COUNT_STATES], counts),
         *_categories(comparison),
@@ -159,6 +160,16 @@ def _published(comparison: Comparison) -> list[str]:
         ["benchmark", "metric", *MODELS, "n", "remark"],
         lines,
         f"As printed in {SOURCE}, in per cent; not computed here, and with the paper's judges.",
+    )
+
+
+def _differences(comparison: Comparison) -> list[str]:
+    lines = [
+        [benchmark, metric_title(metric), text]
+        for (benchmark, metric), text in comparison.differences.items()
+    ]
+    return _section(
+        "Where a row is not counted as its authors count it", ["benchmark", "metric", "how"], lines
     )
 
 
