@@ -92,7 +92,7 @@ def eval_(
     from mis_jax.evals.async_map import Stopped
     from mis_jax.evals.benchmarks import get_benchmark, size_note, wordless_note
     from mis_jax.evals.benchmarks.general import md5_note
-    from mis_jax.evals.run_dir import open_run
+    from mis_jax.evals.run_dir import keep_samples, open_run
     from mis_jax.evals.runner import generate_answers, part_from
     from mis_jax.terminal import steps_bar
 
@@ -125,6 +125,8 @@ def eval_(
             conditions=tested.conditions,
         )
         asked = [part.of(samples) for samples in sets]
+        for benchmark, whole, samples in zip(chosen, sets, asked, strict=True):
+            keep_samples(out, benchmark.name, samples, part.described(len(whole)))
         for benchmark, whole, samples in zip(chosen, sets, asked, strict=True):
             for note in (
                 size_note(benchmark.name, len(whole)),

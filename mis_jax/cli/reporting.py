@@ -113,10 +113,11 @@ def _rates(results: dict[str, Any]) -> "Table":
     for benchmark, result in results.items():
         states = (f"{n} {state}" for state, n in result["counts"].items() if n and state != "ok")
         without = ", ".join(states) or "0"
+        share = f" ({result['n']} of {result['of']} asked)" if "of" in result else ""
         for index, (metric, value) in enumerate(result["metrics"].items()):
             known = value["value"] is not None
             table.add_row(
-                "" if index else benchmark,
+                "" if index else benchmark + share,
                 metric,
                 f"{100 * value['value']:.2f} %" if known else "-",
                 f"{100 * value['low']:.1f} to {100 * value['high']:.1f}" if known else "-",

@@ -161,6 +161,24 @@ def expect(run_dir: Path, benchmark: Benchmark, samples: Sequence[Sample]) -> di
     return hashes
 
 
+def keep_samples(
+    run_dir: Path, name: str, samples: Sequence[Sample], part: Mapping[str, Any] | None
+) -> None:
+    """ValueError where a part of a benchmark would take the place of more of it.
+
+    Without a part, samples that are no longer in the benchmark's files are dropped.
+    """
+    if part is None or not (run_dir / name / "expected.json").exists():
+        return
+    lost = expected(run_dir, name).keys() - {sample.id for sample in samples}
+    if lost:
+        raise ValueError(
+            f"{run_dir} owes answers to {len(expected(run_dir, name))} samples of {name}, and this "
+            f"call asks for {len(samples)}: {len(lost)} would be lost; leave out --limit and "
+            "--shard, or choose another --out"
+        )
+
+
 def expected(run_dir: Path, name: str) -> dict[str, str]:
     """`{sample id: content hash}` of the samples that the run owes."""
     return read_document(run_dir / name / "expected.json", NO_RUN)

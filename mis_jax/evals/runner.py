@@ -19,6 +19,7 @@ from mis_jax.evals.run_dir import (
     answer_hash,
     expect,
     expected,
+    keep_samples,
     read_manifest,
     sample_hash,
     update_benchmark,
@@ -88,6 +89,7 @@ def generate_answers(
     which part of the benchmark `samples` is (see `Part`).
     """
     read_manifest(run_dir)  # an unopened run is an error before any work
+    keep_samples(run_dir, benchmark.name, samples, part)
     hashes = expect(run_dir, benchmark, samples)
     update_benchmark(run_dir, benchmark.name, part=dict(part) if part else None)
     with AppendLog(run_dir / benchmark.name / "samples.jsonl") as log:

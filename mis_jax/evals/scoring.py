@@ -152,10 +152,14 @@ def run_items(run_dir: Path) -> dict[str, list[Item]]:
 def compute_results(run_dir: Path) -> dict[str, Any]:
     """What `results.json` should say now, without writing it."""
     entries = read_manifest(run_dir)["benchmarks"]
-    return {
-        name: count_items(name, entries[name]["protocol"], items)
-        for name, items in run_items(run_dir).items()
-    }
+    return {name: _entry(name, entries[name], items) for name, items in run_items(run_dir).items()}
+
+
+def _entry(name: str, asked: Mapping[str, Any], items: list[Item]) -> dict[str, Any]:
+    """The entry of `results.json`; `of` is the size of the set where a part of it was asked."""
+    whole = (asked.get("part") or {}).get("of")
+    part = {"of": whole} if whole is not None and whole != len(items) else {}
+    return count_items(name, asked["protocol"], items) | part
 
 
 def summarise(run_dir: Path) -> dict[str, Any]:
@@ -254,8 +258,7 @@ def read_run(label: str, run_dir: Path) -> Run:
     manifest = read_manifest(run_dir)
     items = run_items(run_dir)
     results = {
-        name: count_items(name, manifest["benchmarks"][name]["protocol"], samples)
-        for name, samples in items.items()
+        name: _entry(name, manifest["benchmarks"][name], samples) for name, samples in items.items()
     }
     return Run(label, manifest, items, results)
 

@@ -20,7 +20,7 @@ from mis_jax.evals.benchmarks import BENCHMARKS
 from mis_jax.evals.chat_client import ChatClient, Patience
 from mis_jax.evals.endpoint import chat_messages, endpoint_answers, open_endpoint
 from mis_jax.evals.images import data_url
-from mis_jax.evals.run_dir import open_run, read_manifest
+from mis_jax.evals.run_dir import expected, open_run, read_manifest
 from mis_jax.evals.runner import generate_answers
 from mis_jax.evals.types import Sample
 
@@ -271,6 +271,9 @@ def test_the_command(data_root: Path, tmp_path: Path, capsys, monkeypatch) -> No
         assert server.calls.total() == 5
         assert run_cli(*words) == 0
         assert server.calls.total() == 6  # the fourth of mini_hard
+        assert run_cli(*words, "--limit", 3) == 2
+        assert "owes answers to 4 samples of mini_hard" in capsys.readouterr().err
+        assert server.calls.total() == 6 and set(expected(out, "mini_hard")) == set("0123")
         entry = read_manifest(out)
         assert entry["model"]["name"] == MODEL
         assert entry["benchmarks"]["mini_hard"]["n"] == 4

@@ -19,7 +19,7 @@ from mis_jax.evals.report import write_report
 from mis_jax.evals.report.inspect_log import write_inspect_logs
 
 SUITE = {
-    "report.csv": "8f57dde7f8c8ab55",
+    "report.csv": "0a3fcc0e279b74be",
     "report.html": "44c68d4794d955ef",
     "report.json": "7e7a7c03488e782b",
     "report.md": "01a658d235a1533f",
@@ -28,7 +28,7 @@ SUITE = {
     "inspect logs": "512813f90ef46261",
 }
 MINI = {
-    "report.csv": "d9250e09855711e6",
+    "report.csv": "05a6e5249bffa5cb",
     "report.html": "2e82f573ed78dfc3",
     "report.json": "b1239db42314e077",
     "report.md": "45526c0565d01fee",

@@ -47,6 +47,8 @@ class Cell:
     """The interval with whole groups drawn; None where no two samples are linked."""
     test: PairedTest | None
     change_by_groups: tuple[float, float] | None
+    part: tuple[int, int] | None = None
+    """How many samples of how many in the set were asked; None for all."""
     adjusted_p: float | None = None
     """The test's p after Holm, over all tests of this run against the first."""
 
@@ -161,6 +163,7 @@ def _cell(run: Run, reference: Run, name: str, metric: str) -> Cell | None:
         by_groups=cluster_rate(votes, groups) if grouped else None,
         test=test,
         change_by_groups=change,
+        part=(entry["n"], entry["of"]) if "of" in (entry := run.results[name]) else None,
     )
 
 
@@ -207,10 +210,13 @@ def _own_notes(runs: list[Run], rows: list[Row]) -> list[str]:
     for name in names:
         having = [run for run in runs if name in run.results]
         entries = [run.manifest["benchmarks"][name] for run in having]
-        for size in sorted({run.results[name]["n"] for run in having}):
+        results = [run.results[name] for run in having]
+        for size in sorted({result.get("of", result["n"]) for result in results}):
             note = size_note(name, size)
             if note:
                 notes.append(note)
+        for run in having:
+            notes += part_notes(run, name)
         for fact, remedy in (
             ("protocol", "their figures are not comparable"),
             ("judge", "their figures are not comparable"),
@@ -251,6 +257,14 @@ def _own_notes(runs: list[Run], rows: list[Row]) -> list[str]:
         if run.manifest.get("resumed"):
             notes.append(f"{run.label} was resumed under other versions than it was begun with.")
     return [*notes, *_group_notes(runs, rows)]
+
+
+def part_notes(run: Run, name: str) -> list[str]:
+    """That a run was asked a part of a benchmark; nothing for the whole."""
+    result = run.results.get(name, {})
+    if "of" not in result:
+        return []
+    return [f"{name}: {run.label} was asked {result['n']} of the set's {result['of']} samples."]
 
 
 def _group_notes(runs: list[Run], rows: list[Row]) -> list[str]:

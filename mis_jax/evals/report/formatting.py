@@ -181,13 +181,13 @@ def headline(comparison: Comparison) -> str:
         )
         text = (
             f"On {row.benchmark}, {what} of {label} is {percent(cell.value)} "
-            f"({cell.k} of {cell.n}, 95\u00a0% interval {interval(cell)})"
+            f"({cell.k} of {cell.n}{_share(cell)}, 95\u00a0% interval {interval(cell)})"
         )
     else:
         text = (
             f"On {row.benchmark}, {what} {_verb(first.value, second.value)} "
-            f"{percent(first.value)} ({labels[0]}, {first.k} of {first.n}) to "
-            f"{percent(second.value)} ({labels[1]}, {second.k} of {second.n})"
+            f"{percent(first.value)} ({labels[0]}, {first.k} of {first.n}{_share(first)}) to "
+            f"{percent(second.value)} ({labels[1]}, {second.k} of {second.n}{_share(second)})"
         )
         if second.test and second.adjusted_p is not None and not significant(second):
             text += (
@@ -204,6 +204,10 @@ def headline(comparison: Comparison) -> str:
     if unjudged:
         text += f"; {unjudged} samples ended without a verdict and are in none of these rates"
     return text + "."
+
+
+def _share(cell: Cell) -> str:
+    return f", with {cell.part[0]} of the set's {cell.part[1]} asked" if cell.part else ""
 
 
 def _verb(first: float, second: float) -> str:

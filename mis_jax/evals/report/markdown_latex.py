@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mis_jax.evals.report.breakdown import FEW, shown_parts
-from mis_jax.evals.report.compare import Cell, Comparison, Row
+from mis_jax.evals.report.compare import Cell, Comparison, Row, part_notes
 from mis_jax.evals.report.formatting import (
     MINI_BANNER,
     change_interval,
@@ -59,6 +59,8 @@ def _cell_text(cell: Cell | None) -> str:
     if cell.value is None:
         return "nothing judged"
     text = f"{percent(cell.value)} [{interval(cell)}] {cell.k}/{cell.n}"
+    if cell.part:
+        text += f"; {cell.part[0]} of {cell.part[1]} samples asked"
     if cell.by_groups:
         text += f"; by groups {limits(*cell.by_groups)}"
     if cell.bounds:
@@ -308,7 +310,9 @@ def as_tex(comparison: Comparison, title: str) -> str:
     if any((row.benchmark, row.metric) in PUBLISHED for row in comparison.rows):
         caption += f" In italics: as printed in {SOURCE}, not computed here."
     for run in comparison.runs:
-        caption += "".join(f" {_tex(note)}" for note in condition_notes(run.label, run.manifest))
+        notes = [note for name in comparison.benchmarks for note in part_notes(run, name)]
+        notes += condition_notes(run.label, run.manifest)
+        caption += "".join(f" {_tex(note)}" for note in notes)
     return "\n".join(
         [
             "% needs \\usepackage{booktabs}",
