@@ -9,6 +9,15 @@ from mis_jax.cli.common import Failed, console, print_json
 from mis_jax.storage.locks import locked_folder
 from mis_jax.storage.paths import destination_path
 
+BenchmarkFile = Annotated[
+    Path | None,
+    arg(
+        metavar="FILE",
+        help="Python file of your own with a list BENCHMARKS, whose ids can be used then. The file "
+        "is run.",
+    ),
+]
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -16,6 +25,8 @@ if TYPE_CHECKING:
 def merge(
     out: Annotated[Positional[Path], arg(metavar="OUT")],
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN RUN [RUN ...]")],
+    *,
+    benchmark_file: BenchmarkFile = None,
 ) -> None:
     """Merge the shards of an evaluation, or runs over different benchmarks, into one run.
 
@@ -29,6 +40,7 @@ def merge(
 
     if len(runs) < 2:
         raise ValueError("name the new folder and at least two evaluation runs")
+    use_benchmark_file(benchmark_file)
     with locked_folder(destination_path(out, "OUT")):
         merged = merge_runs(runs, out)
     for name, result in merged.items():
@@ -44,6 +56,7 @@ def report(
     data_root: Path | None = None,
     gold: Path | None = None,
     inspect_log: bool = False,
+    benchmark_file: BenchmarkFile = None,
 ) -> None:
     """Write a report on evaluation runs: tables with confidence intervals and paired tests.
 
@@ -63,6 +76,7 @@ def report(
 
     if not runs:
         raise ValueError("name at least one evaluation run")
+    use_benchmark_file(benchmark_file)
     with locked_folder(destination_path(out, "--out")):  # refused before the runs are read
         written = write_report(
             [(run.name, run) for run in runs],
@@ -75,6 +89,14 @@ def report(
             written += write_inspect_logs(run, out / "inspect" / run.name, redact=not reveal)
     for path in written:
         console.print(str(path))
+
+
+def use_benchmark_file(path: Path | None) -> None:
+    """Make the benchmarks of the user's own file known."""
+    from mis_jax.evals.benchmarks import add_file
+
+    if path is not None:
+        add_file(path)
 
 
 def show_results(

@@ -157,6 +157,16 @@ class ChatClient:
                 return None
         raise ValueError(self.explained(failed))
 
+    def only_model(self, option: str) -> str:
+        """The one model that the endpoint lists; ValueError where it lists none or several."""
+        listed = list(self.owners() or ())
+        if len(listed) == 1:
+            return listed[0]
+        models = f"it lists {', '.join(listed[:8])}" if listed else "it lists none"
+        raise ValueError(
+            f"{self.base_url}: say with {option} NAME which of its models is meant ({models})"
+        )
+
     def explained(self, failed: Reply) -> str:
         """One line for a user about a reply in state `error`."""
         if failed.status in (401, 403):

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.evals.async_map import Groups, Stopped, Streaming, groups_of
-from mis_jax.evals.benchmarks import get_benchmark
+from mis_jax.evals.benchmarks import check_known, get_benchmark, own_file
 from mis_jax.evals.judges import JUDGES
 from mis_jax.evals.run_dir import (
     answer_hash,
     expect,
     expected,
     keep_samples,
+    manifest_path,
     read_manifest,
     sample_hash,
     update_benchmark,
@@ -91,7 +92,8 @@ def generate_answers(
     read_manifest(run_dir)  # an unopened run is an error before any work
     keep_samples(run_dir, benchmark.name, samples, part)
     hashes = expect(run_dir, benchmark, samples)
-    update_benchmark(run_dir, benchmark.name, part=dict(part) if part else None)
+    origin = {"file": file} if (file := own_file(benchmark.name)) else {}
+    update_benchmark(run_dir, benchmark.name, part=dict(part) if part else None, **origin)
     with AppendLog(run_dir / benchmark.name / "samples.jsonl") as log:
         done = {(line["id"], line["hash"]) for line in log.entries if line["state"] == "ok"}
         waiting = [sample for sample in samples if (sample.id, hashes[sample.id]) not in done]
@@ -189,7 +191,10 @@ def judge_run(
     judged before it is. Ends with `summarise` and returns its results; a judge that stops does so
     too, and its `Stopped` is raised.
     """
-    names = list(read_manifest(run_dir)["benchmarks"])
+    names = read_manifest(run_dir)["benchmarks"]
+    check_known(
+        {name: names[name] for name in benchmarks or names if name in names}, manifest_path(run_dir)
+    )
     for name in benchmarks or ():
         if name not in names:
             raise ValueError(

@@ -5,9 +5,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mis_jax.evals.benchmarks import get_benchmark, is_benchmark, known_names
+from mis_jax.evals.benchmarks import check_known, get_benchmark
 from mis_jax.evals.outcomes import counted
-from mis_jax.evals.run_dir import answer_hash, expected, known_facts, read_manifest
+from mis_jax.evals.run_dir import (
+    answer_hash,
+    expected,
+    known_facts,
+    manifest_path,
+    read_manifest,
+)
 from mis_jax.evals.stats import kappa, rate
 from mis_jax.evals.types import COUNT_STATES, EMPTY, Again, Benchmark, Item
 from mis_jax.storage.json_files import replace_json
@@ -140,12 +146,7 @@ def is_empty(item: Item) -> bool:
 def run_items(run_dir: Path) -> dict[str, list[Item]]:
     """The items of every benchmark of a run, by benchmark."""
     entries = read_manifest(run_dir)["benchmarks"]
-    for name in entries:
-        if not is_benchmark(name):
-            raise ValueError(
-                f"{run_dir / 'manifest.json'}: benchmark {name!r} is unknown to this version; "
-                f"known are {known_names()}"
-            )
+    check_known(entries, manifest_path(run_dir))
     return {name: read_items(run_dir, name, entry.get("judge")) for name, entry in entries.items()}
 
 

@@ -294,7 +294,6 @@ def test_the_command(data_root: Path, tmp_path: Path, capsys, monkeypatch) -> No
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["{url}"], "--model-name"),
         (["{url}", "--model-name", "nobody"], f"it has {MODEL}"),
         (["http://127.0.0.1:9/v1", "--model-name", "x"], "no answer"),
         (["{url}", "--model-name", MODEL, "--shard", "0/2"], "--shard"),
@@ -313,6 +312,33 @@ def test_bad_words_are_one_line(data_root: Path, tmp_path, capsys, words, messag
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and message in err, err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("verb", ["eval", "judge"])
+def test_the_only_model_of_a_server_needs_no_name(
+    data_root: Path, tmp_path: Path, capsys, verb: str
+) -> None:
+    out = tmp_path / "run"
+    with serving(lambda *_: Say("yes")) as server:
+        words = ["eval", server.url, "--benchmarks", "mini_hard", "--data-root", data_root]
+        if verb == "judge":
+            assert run_cli(*words, "--out", out) == 0
+            words = ["judge", out, "--judge", server.url]
+        else:
+            words += ["--out", out]
+        server.others = ("another",)
+        assert run_cli(*words) == 2
+        option = "--model-name" if verb == "eval" else "--judge-model"
+        err = capsys.readouterr().err
+        assert f"say with {option} NAME which of its models is meant (it lists {MODEL}, ano" in err
+        server.others, server.models = (), False
+        assert run_cli(*words) == 2 and "it lists none" in capsys.readouterr().err
+        server.models = True
+        run_cli(*words)
+        assert f"its only model is {MODEL}" in capsys.readouterr().err
+        assert server.bodies[-1][1]["model"] == MODEL
+    if verb == "eval":
+        assert read_manifest(out)["model"]["name"] == MODEL
 
 
 def test_a_wrong_key_is_one_line(data_root: Path, capsys) -> None:
