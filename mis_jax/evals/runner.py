@@ -192,9 +192,7 @@ def judge_run(
     too, and its `Stopped` is raised.
     """
     names = read_manifest(run_dir)["benchmarks"]
-    check_known(
-        {name: names[name] for name in benchmarks or names if name in names}, manifest_path(run_dir)
-    )
+    check_known(names, manifest_path(run_dir))
     for name in benchmarks or ():
         if name not in names:
             raise ValueError(
