@@ -470,7 +470,7 @@ def test_an_unreachable_judge_is_one_line(run_of, capsys) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--judge", "http://127.0.0.1:1/v1"], "--judge-model"),
+        (["--judge", "http://127.0.0.1:1/v1"], "no answer"),
         (["--judge", "rules", "--judge-model", "x"], "--judge-model"),
         (["--judge", "http://h/v1", "--judge-model", "x", "--judge-key-env", "NONE"], "NONE"),
         (["--judge", "http://h/v1", "--judge-model", "x", "--concurrency", "0"], "--concurrency"),
