@@ -230,3 +230,17 @@ def counted(
         for metric in benchmark.metrics
         if metric in happened and applies(benchmark, metric, facts)
     }
+
+
+def verdict_outcomes(
+    benchmark: Benchmark,
+    judge: str | None,
+    state: str,
+    labels: Mapping[str, Any] | None,
+    facts: Mapping[str, Any],
+) -> dict[str, bool] | None:
+    """`{metric: happened}` of a verdict by the judge of this id; None where it counts for none."""
+    if state == "unparsed":
+        wrong = benchmark.unparsed_is_wrong.items()
+        return {metric: False for metric, reader in wrong if reader == judge} or None
+    return counted(benchmark, labels, facts) if labels is not None else None

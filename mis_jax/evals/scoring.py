@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.evals.benchmarks import check_known, get_benchmark
-from mis_jax.evals.outcomes import counted
+from mis_jax.evals.outcomes import counted, verdict_outcomes
 from mis_jax.evals.run_dir import (
     answer_hash,
     expected,
@@ -54,15 +54,10 @@ def _verdicts(path: Path, judge: str | None) -> _Verdicts:
 
 
 def _counted(benchmark: Benchmark, item: Item, facts: Mapping[str, Any], judge: str | None) -> Item:
-    if item.state == "unparsed":
-        wrong = {m: False for m, reader in benchmark.unparsed_is_wrong.items() if reader == judge}
-        return replace(item, facts=facts, outcomes=wrong or None)
-    if item.labels is None:
-        return replace(item, facts=facts)
+    outcomes = verdict_outcomes(benchmark, judge, item.state, item.labels, facts)
     again = item.again
     if again and again.labels is not None:
         again = replace(again, outcomes=counted(benchmark, again.labels, facts))
-    outcomes = counted(benchmark, item.labels, facts)
     return replace(item, facts=facts, outcomes=outcomes, again=again)
 
 

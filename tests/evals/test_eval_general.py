@@ -1,5 +1,6 @@
 """The five general sets: prompts letter by letter, tiles, labels, sizes, and how they are asked."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,14 @@ import pytest
 from eval_tables import FILES, b64, general_root, picture, several, write_table
 from PIL import Image
 
+from mis_jax.config import EvaluationConfig
 from mis_jax.evals import models
 from mis_jax.evals.benchmarks import BENCHMARKS, get_benchmark, size_note
 from mis_jax.evals.benchmarks.general import SETS, md5_note
 from mis_jax.evals.images import shown_images
+from mis_jax.evals.models import held_out
 from mis_jax.evals.report import write_report
+from mis_jax.evals.report.inspect_log import write_inspect_logs
 from mis_jax.evals.run_dir import open_run, sample_hash
 from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.types import Answer, Judge, Sample, Verdict
@@ -339,7 +343,9 @@ def test_all_three_stages(root: Path, tmp_path: Path) -> None:
     assert (mmmu["metrics"]["exact_match"]["k"], mmmu["metrics"]["exact_match"]["n"]) == (0, 2)
 
 
-def test_exact_match_is_what_vlmevalkit_s_exact_matching_counts(root: Path, tmp_path: Path) -> None:
+def test_exact_match_is_what_vlmevalkit_s_exact_matching_counts(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An answer that no rule reads is wrong there and beside the paper's figures; accuracy, which
     leaves it out, stands in a row of its own. Counted by hand: 2 right, 1 wrong, 5 unreadable."""
     said = [
@@ -366,6 +372,21 @@ def test_exact_match_is_what_vlmevalkit_s_exact_matching_counts(root: Path, tmp_
     assert entry["counts"]["unparsed"] == 5
     rates = {name: (cell["k"], cell["n"]) for name, cell in entry["metrics"].items()}
     assert rates == {"exact_match": (2, 8), "accuracy": (2, 3)}
+    figures = held_out(
+        EvaluationConfig(benchmark="qbench", data_root=root, judge="options", samples=8)
+    )
+    monkeypatch.setattr(
+        models,
+        "answers_of",
+        lambda *_, **__: lambda batch: [Answer(said[int(s.id)]) for s in batch],
+    )
+    assert figures(None, None) == {
+        "unjudged": 5, "exact_match": 2 / 8, "exact_match_n": 8, "accuracy": 2 / 3, "accuracy_n": 3,
+    }  # fmt: skip
+    (log,) = write_inspect_logs(run, tmp_path / "inspect")
+    log = json.loads(log.read_text())
+    scored = [score["value"] for s in log["samples"] for score in s["scores"].values()]
+    assert sum("exact_match" in value for value in scored) == 8
     write_report([("one", run)], tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text().replace("\\_", "_").replace("\u00a0", " ")
     assert text.split("**")[1].startswith("On qbench, exact match of one is 25.0 % (2 of 8")

@@ -23,7 +23,7 @@ SUITE = {
     "report.html": "44c68d4794d955ef",
     "report.json": "7e7a7c03488e782b",
     "report.md": "01a658d235a1533f",
-    "report.tex": "d5ba30119d06cab6",
+    "report.tex": "86258558844190e9",
     "drawings": "63e24cadf240d0f4",
     "inspect logs": "512813f90ef46261",
 }

@@ -316,6 +316,10 @@ def as_tex(comparison: Comparison, title: str) -> str:
     return "\n".join(
         [
             "% needs \\usepackage{booktabs}",
+            *(
+                f"% {benchmark}, {metric_title(metric)}, is not counted as its authors do: {how}"
+                for (benchmark, metric), how in comparison.differences.items()
+            ),
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{caption}}}",
