@@ -27,7 +27,7 @@ from random_tokenizer import write_internlm, write_qwen
 from mis_jax.checkpoint import nnx_state
 from mis_jax.checkpoint.convert import SHARD_BYTES, convert
 from mis_jax.checkpoint.load import OpenCheckpoint
-from mis_jax.checkpoint.parameter_source import Progress, is_stacked
+from mis_jax.checkpoint.parameter_source import Progress, is_stacked, layer_key
 from mis_jax.model.config import InternVLConfig
 from mis_jax.model.family import published
 from mis_jax.terminal import bytes_bar
@@ -201,6 +201,9 @@ class RandomSource:
         row = math.prod(shape[1:])
         bits = self._bits(f"{name}/{layer}", first * row, last * row)
         return _values(bits, name, shape, self._dtype).reshape(-1, *shape[1:])
+
+    def key(self, name: str, layer: int | None = None) -> str:
+        return layer_key(name, layer)
 
     def _bits(self, what: str, start: int, stop: int) -> np.ndarray:
         """Random 16-bit words from `start` to `stop` of an endless run of them."""

@@ -195,6 +195,12 @@ class PublishedSource:
         theirs = self._shards.read(key)
         return rule.codec.to_ours(theirs, self._config)[index][rows]
 
+    def key(self, name: str, layer: int | None = None) -> str:
+        rule, _ = self._rules[name]
+        if rule.per_layer and layer is None:  # all of them
+            return rule.theirs
+        return self._shards.key(rule.theirs.format(i=layer))
+
 
 def _weight_files(folder: Path) -> list[Path]:
     """The files the index names, else every safetensors file."""

@@ -111,6 +111,12 @@ class _Source:
             return self._shards.read(key).T[rows]
         return self._shards.read(key, rows)
 
+    def key(self, name: str, layer: int | None = None) -> str:
+        rule = self._rules[name]
+        if rule.per_layer and layer is None:  # all of them
+            return rule.theirs
+        return self._shards.key(rule.theirs.format(i=layer))
+
 
 def _problems(shards: Shards, table: Sequence[Rule], shapes: Mapping[str, Shape]) -> list[str]:
     expected: dict[str, Shape] = {}
