@@ -94,9 +94,8 @@ def _with_head(opened: OpenCheckpoint, adapter: Adapter) -> tuple[InternVLConfig
     tables = "text.embedding", "text.head"
     if not opened.config.text.tie_embeddings or not any(name in adapter for name in tables):
         return opened.config, adapter
-    embedding, head = (adapter.get(name) for name in tables)
     base = opened.weights.read("text.embedding")
-    embedding, head = (base if table is None else table for table in (embedding, head))
+    embedding, head = (np.asarray(adapter.get(name, base)) for name in tables)
     rest = {name: entry for name, entry in adapter.items() if name not in tables}
     if np.array_equal(embedding, head):
         return opened.config, rest | {"text.embedding": embedding}

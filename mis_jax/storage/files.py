@@ -38,6 +38,21 @@ def open_text(path: Path, encoding: str = "utf-8", newline: str | None = None) -
     return path.open(encoding=encoding, newline=newline)
 
 
+def refuse_lfs_pointer(path: Path) -> None:
+    """ValueError for the lines that a Git repository cloned without LFS has in a file's place."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(40)
+    except OSError:
+        return
+    if not begin.startswith(b"version https://git-lfs.github.com/spec"):
+        return
+    raise ValueError(
+        f"{path}: a pointer of Git LFS in the place of the file; run git lfs pull in "
+        f"{path.parent}, or download the file itself"
+    )
+
+
 def map_file(path: Path) -> mmap.mmap:
     """A file's bytes as memory that is read when it is looked at; ValueError for an empty one."""
     with open_binary(path) as file:
