@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from rich.console import Console
 from tyro.conf import arg
 
 from mis_jax.signals import RESUMABLE, LostWorker, Stop, came
+from mis_jax.terminal import bytes_bar, open_console
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # the run's fate, not the user's mistake
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -21,8 +21,8 @@ AdapterFolder = Annotated[
         "OUT/final of a LoRA run; it is merged into the weights as they are read.",
     ),
 ]
-console = Console()
-err_console = Console(stderr=True)
+console = open_console()
+err_console = open_console(stderr=True)
 
 
 class Failed(RuntimeError):
@@ -101,7 +101,6 @@ def load_quietly(
 
     from mis_jax.api import load
     from mis_jax.model.unrolled import unrolled
-    from mis_jax.terminal import bytes_bar
 
     mesh = mesh_of(sizes)
     if dtype is None and jax.default_backend() == "cpu":

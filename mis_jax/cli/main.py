@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.WARNING,
         format="%(message)s",
-        handlers=[RichHandler(console=err_console, show_path=False)],
+        handlers=[_log_handler()],
     )
     logging.getLogger("mis_jax").setLevel(logging.INFO)
     for noisy in ("absl", "jax", "orbax", "PIL", "h5py"):
@@ -79,6 +79,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             if debug and not isinstance(error, KeyboardInterrupt):
                 raise
             fail(*described(error))
+
+
+def _log_handler() -> logging.Handler:
+    """Colours on a terminal; elsewhere a line a record, which nothing wraps."""
+    if err_console.is_terminal:
+        return RichHandler(console=err_console, show_path=False)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    return handler
 
 
 def _find_verb(words: list[str]) -> tuple[str, Callable[..., None], list[str]]:

@@ -6,7 +6,8 @@ from typing import Annotated, Any, get_args
 from rich.table import Table
 from tyro.conf import Positional, arg
 
-from mis_jax.cli.common import Failed, console, print_json
+from mis_jax.cli.common import Failed, console, err_console, print_json
+from mis_jax.terminal import steps_bar
 
 
 def plan(
@@ -44,7 +45,9 @@ def plan(
     for option, number in (("--length", length), ("--tiles", tiles)):
         if number is not None and number < 1:
             raise ValueError(f"{option} is {number}; give at least 1")
-    made = run(load_config(config), topology, length=length, tiles=tiles, steps=names)
+    with steps_bar(err_console) as bar:
+        bar.task(f"compiling for {topology}")
+        made = run(load_config(config), topology, length=length, tiles=tiles, steps=names)
     if json:
         print_json(made.as_json())
     else:

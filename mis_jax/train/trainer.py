@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
@@ -94,6 +95,7 @@ def _train(config: RunConfig, folder: RunFolder, progress, looking, evaluate) ->
                 folder.begin()
                 if config.train.check_digests:
                     set_aside_damaged(folder.path / CHECKPOINTS)
+                _log.info("%s", _outline(data, mesh))
             processes.meet("begun")
             run = _Trainer(config, opened, data, mesh, folder, progress, evaluate)
             try:
@@ -105,6 +107,18 @@ def _train(config: RunConfig, folder: RunFolder, progress, looking, evaluate) ->
             raise Resumable(processes.lost(folder.path, error)) from error
         folder.take_back()  # after a bad first sample, say
         raise
+
+
+def _outline(data: TrainingData, mesh: jax.sharding.Mesh) -> str:
+    """What a run is about to do, in a line."""
+    kinds = Counter(device.device_kind for device in mesh.devices.flat)
+    devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    axes = " ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
+    return (
+        f"{devices}{f', mesh {axes}' if axes else ''}: {len(data.survey.good):,} samples, "
+        f"{data.steps:,} steps of {data.config.train.global_batch:,} sequences; reading weights, "
+        "then compiling the step"
+    )
 
 
 @dataclass(frozen=True)
