@@ -1,6 +1,7 @@
 """Verbs over checkpoint folders: convert, inspect, verify."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -163,8 +164,10 @@ def _layer_table(layers: Sequence[Any], first: Any) -> Table:
 
 
 def _bytes(text: str) -> int:
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    number, unit = text[:-2], text[-2:].upper()
-    if unit not in units or not number.replace(".", "", 1).isdigit():
-        raise ValueError(f"--shard-size {text!r}: write a number with KB, MB or GB, such as 5GB")
-    return int(float(number) * units[unit])
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]i?B)", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError(
+            f"--shard-size {text!r}: write a number with KB, MB, GB, KiB, MiB or GiB, such as 5GB"
+        )
+    return int(float(match[1]) * units[match[2].upper()])
