@@ -349,6 +349,8 @@ def test_full_disk_keeps_what_a_conversion_has_done(layout, folder, start, tmp_p
         with pytest.raises(OSError, match="make room and run the same command again") as caught:
             convert(open_checkpoint(folder), tmp_path / "out", layout)
         assert caught.value.errno == errno.ENOSPC
+        assert str(caught.value).count("Errno") == 1  # Python's own, which the command leaves out
+        assert "GB are free" in str(caught.value)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="not finished: run the same mis-jax command again"):
         read_checkpoint(tmp_path / "out.incomplete")
