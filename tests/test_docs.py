@@ -192,9 +192,7 @@ def test_python_examples_run(
     assert "mis_jax" in example
     for place, name in (("first", "toaster"), ("second", "bathtub")):
         draw_scene(name, np.random.default_rng(0)).save(tmp_path / f"{place}.png")
-    (tmp_path / "mis_jax").mkdir()
-    (tmp_path / "mis_jax" / "assets").symlink_to(ROOT / "mis_jax" / "assets")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)  # as where the package is installed, no checkout is in sight
     exec(compile(example, str(page), "exec"), {"__name__": "example"})
     assert capsys.readouterr().out.strip() or "print(" not in example
 
