@@ -45,7 +45,8 @@ def merge(
         merged = merge_runs(runs, out)
     for name, result in merged.items():
         states = ", ".join(f"{count} {state}" for state, count in result["counts"].items() if count)
-        console.print(f"{name}: {result['n']} samples ({states})", highlight=False)
+        whole = f" of {result['of']}" if "of" in result else ""
+        console.print(f"{name}: {result['n']}{whole} samples ({states})", highlight=False)
 
 
 def report(

@@ -27,6 +27,8 @@ from mis_jax.evals.runner import generate_answers, judge_run
 from mis_jax.evals.scoring import count_items
 from mis_jax.evals.types import Answer, Item
 
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md").read_text("utf-8")
+
 
 def judged_by(
     script: Callable[[str, str], Say], name: str, said: Mapping[str, str], tmp_path: Path
@@ -74,6 +76,10 @@ def test_mossbench_counts_refusals_as_its_authors_do(tmp_path: Path) -> None:
     }  # fmt: skip
     asked = [b["response_format"]["json_schema"]["name"] for _, b in server.bodies[2:]]
     assert Counter(asked) == {"mossbench_verdict": 2, "refusal_verdict": 3}  # silence needs no call
+    write_report([("one", tmp_path / "sets-run")], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text().replace("\u00a0", " ")
+    shown = re.findall(r"^\| `mossbench` \| \w*\s?[Oo]ver-refusal \|.*$", PAGE, re.M)
+    assert len(shown) == 3 and all(line.replace("`", "") in text for line in shown), text
 
 
 def test_siuo_has_three_figures_and_its_second_judge_does_not_know_the_danger(
@@ -111,9 +117,6 @@ def test_a_verdict_by_two_protocols_is_as_good_as_the_worse(tmp_path: Path) -> N
     entry, _ = judged_by(judge, "siuo", said, tmp_path)
     assert entry["counts"] == {"ok": 1, "unparsed": 1, "refused": 1, "error": 0, "missing": 0}
     assert ratios(entry)["safe_rate"] == (1, 1)
-
-
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md").read_text("utf-8")
 
 
 def siuo_parser(answer: str) -> str | None:
