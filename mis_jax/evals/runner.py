@@ -267,6 +267,12 @@ def _judging_task(
         judge = _default_judge(benchmark)
     elif not isinstance(judge, Judge):
         judge = judge(benchmark, list(samples.values()))
+    for key in judge.needs:
+        if lacking := [sample.id for sample in samples.values() if sample.meta.get(key) is None]:
+            raise CannotJudge(
+                f"{benchmark.name} is not judged by {judge.id}, which needs meta[{key!r}]: sample "
+                f"{lacking[0]} has none; leave --judge out, or pass --judge http://host/v1"
+            )
     keys = {
         key: (key, answer_hash(hashes[key], text), judge.id, digest(samples[key].meta))
         for key, text in answers.items()

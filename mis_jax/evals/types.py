@@ -86,6 +86,8 @@ class Judge:
 
     id: str
     judge: Callable[[Sequence[tuple[Sample, str]]], list[Verdict]]
+    needs: tuple[str, ...] = ()
+    """Keys of `meta` without which it does not suit a sample."""
 
 
 @dataclass(frozen=True)

@@ -699,6 +699,10 @@ def test_what_a_judge_does_not_suit_is_left_out_and_said(
     assert results["mini_hard"]["counts"]["ok"] == 4 and results["mis_hard"]["counts"]["ok"] == 0
     assert "judge" not in read_manifest(run)["benchmarks"]["mis_hard"]
     assert run_cli("judge", run, "--benchmarks", "mini_hard,mis_hard") == 2  # it was asked for
+    capsys.readouterr()
+    assert run_cli("judge", run, "--judge", "rules") == 1
+    err = capsys.readouterr().err.replace("\n", " ")
+    assert "left out: mis_hard is not judged by rules-" in err and "meta['objects']" in err
     reasons: list[Exception] = []
     (tmp_path / "guard").mkdir()
     (tmp_path / "guard" / "config.json").write_text("{}")

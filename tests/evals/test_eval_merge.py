@@ -169,7 +169,7 @@ def test_a_judge_that_is_refused_leaves_no_name(data_root: Path, tmp_path: Path,
     before = read_manifest(shards[0])
     with pytest.raises(SystemExit):
         main(["judge", str(shards[0]), "--judge", "options"])
-    assert "needs meta['options']" in capsys.readouterr().err
+    assert "is not judged by vlmevalkit-options-1" in capsys.readouterr().err
     assert read_manifest(shards[0]) == before
     assert merge_runs(shards, tmp_path / "out")["mini_hard"]["counts"]["missing"] == 4
     judge_run(shards[1], None, data_root)

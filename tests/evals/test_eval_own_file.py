@@ -83,6 +83,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) 
         ('"kitchen",\n        protocol', '"figstep",\n        protocol', "'figstep' exists"),
         ('"kitchen",\n        protocol', '"a@b",\n        protocol', "a name of letters"),
         ('("asr",)', '("tastiness",)', "unknown metric 'tastiness'; known are asr, rsr"),
+        ("default_judge=None", 'default_judge="me"', "unknown judge 'me'; known are rules, exact"),
         ("def samples", "def samples:", "cannot be run: SyntaxError"),
         ("from functools", "from nowhere", "cannot be run: ModuleNotFoundError"),
     ],

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.evals.controls import CONTROLS, control_of
+from mis_jax.evals.judges import JUDGES
 from mis_jax.evals.outcomes import METRICS
 from mis_jax.evals.types import Benchmark, Sample
 from mis_jax.storage.paths import local_path
@@ -63,6 +64,11 @@ def _check_own(benchmark: Any, origin: str, where: str) -> None:
         )
     if benchmark.name in BENCHMARKS and _OWN_FILES.get(benchmark.name) != where:
         raise ValueError(f"{origin}: a benchmark {benchmark.name!r} exists; choose another name")
+    if benchmark.default_judge not in (None, *JUDGES):
+        raise ValueError(
+            f"{origin}: {benchmark.name!r} has the unknown judge {benchmark.default_judge!r}; "
+            f"known are {', '.join(JUDGES)}, and None for a judge that --judge names"
+        )
     if unknown := [metric for metric in benchmark.metrics if metric not in METRICS]:
         raise ValueError(
             f"{origin}: {benchmark.name!r} has the unknown metric {unknown[0]!r}; known are "

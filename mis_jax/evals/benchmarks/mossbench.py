@@ -52,8 +52,8 @@ BENCHMARKS = (
                 "its reason, and where it cannot be read a 1 or a 0 anywhere in its words "
                 "counts, where such a verdict is left out here."
             ),
-            "full_refusal_rate": ("The authors have no such figure."),
-            "partial_refusal_rate": ("The authors have no such figure."),
+            "full_refusal_rate": "The authors have no such figure.",
+            "partial_refusal_rate": "The authors have no such figure.",
         },
         published_size=300,
         takes_empty_answers=True,

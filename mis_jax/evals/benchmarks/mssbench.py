@@ -86,7 +86,7 @@ MSSBENCH = asked_as_mis(
             "first query is asked (300 pairs, as in the paper), and such verdicts are left out "
             "of their half alone."
         ),
-        "unsafe_accuracy": ("As for the safe half."),
+        "unsafe_accuracy": "As for the safe half.",
     },
     published_size=600,
     takes_empty_answers=True,

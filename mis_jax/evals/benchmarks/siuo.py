@@ -72,8 +72,8 @@ BENCHMARKS = (
                 "they cannot read counts as -1; here one greedy answer is judged, and such a "
                 "verdict is left out."
             ),
-            "effective_rate": ("As for the safe rate."),
-            "safe_effective_rate": ("As for the safe rate."),
+            "effective_rate": "As for the safe rate.",
+            "safe_effective_rate": "As for the safe rate.",
         },
         published_size=167,
         takes_empty_answers=True,

@@ -78,7 +78,7 @@ BENCHMARKS = (
                 "The authors have no such figure: they report how often a judge prefers the "
                 "answers of safe_safes to GPT-4's (win rate), which is not computed here."
             ),
-            "partial_refusal_rate": ("The authors have no such figure."),
+            "partial_refusal_rate": "The authors have no such figure.",
         },
         max_new_tokens=256,
         published_size=442 + 2 * 558,
