@@ -180,6 +180,7 @@ class Processor:
         length: int,
         tiles_per_sequence: int,
         reduction: LossReduction = "token",
+        shares: np.ndarray | None = None,
     ) -> Batch:
         """`mis_jax.data.collate.collate` with this checkpoint's tile size and padding."""
         return collate(
@@ -189,6 +190,7 @@ class Processor:
             image_size=self.config.vision.image_size,
             pad_id=self.tokenizer.pad_id,
             reduction=reduction,
+            shares=shares,
         )
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -236,6 +236,26 @@ def test_reduction_reaches_the_weights(config, steps_of):
             np.testing.assert_allclose(weights, len(weights) ** power, rtol=1e-6)
 
 
+@pytest.mark.parametrize("reduction", ["token", "square"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_groups_weigh_alike_whoever_holds_their_sequences(config, steps_of, packing, reduction):
+    """`loss_average: micro` divides by the loss tokens of a group; a host may hold half of it."""
+    settings = changed(config, train__loss_reduction=reduction)
+    if packing:
+        settings = changed(settings, data__packing=True, data__max_length=200)
+    micro = changed(settings, train__loss_average="micro", train__loss_group=2)
+    for here, plain in zip(steps_of(micro, 3), steps_of(settings, 3), strict=True):
+        weights, ones = (np.asarray(step.batch.loss_weights)[0] for step in (here, plain))
+        pairs = ones.reshape(2, 2, -1)
+        expected = pairs / pairs.sum(axis=(1, 2), keepdims=True)
+        np.testing.assert_allclose(weights, expected.reshape(ones.shape), rtol=1e-6)
+    hosts = [steps_of(micro, 3, rows=rows) for rows in ([0, 3], [1, 2])]
+    for number, whole in enumerate(steps_of(micro, 3)):
+        whole = np.asarray(whole.batch.loss_weights)
+        for rows, host in zip(([0, 3], [1, 2]), hosts, strict=True):
+            assert np.array_equal(np.asarray(host[number].batch.loss_weights), whole[:, rows])
+
+
 # Bad samples
 
 
