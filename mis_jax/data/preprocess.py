@@ -34,7 +34,7 @@ class TileCache:
     def tiles(self, image: Any, budget: int, processor: Processor) -> np.ndarray:
         """The tiles of an image in a file; ValueError when it cannot be opened."""
         config = processor.config
-        rule = budget, config.vision.image_size, config.use_thumbnail
+        rule = config.min_tiles, budget, config.vision.image_size, config.use_thumbnail
         name = hashlib.sha256(repr((_identity(image), rule)).encode()).hexdigest()
         path = self.folder / name[:2] / f"{name}.npy"
         try:
