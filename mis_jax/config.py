@@ -125,6 +125,10 @@ class DataConfig:
     """Folder in which to cache decoded tiles for later epochs and runs; if unset, no cache."""
     workers: Annotated[int, _at_least(0), _at_most(1024)] = 0
     """Number of worker processes that load and tile images; 0 uses threads."""
+    rows: Literal["strict", "upstream"] = "strict"
+    """Annotations that are good ones. strict: images and <image> agree, turns alternate, answers
+    are not empty; upstream: whatever the official code trains on, as it reads it, each kind
+    counted."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
     """Bad samples: a missing file, a damaged image, a wrong number of <image>, too many tokens.
     stop: list them all and stop; skip: leave them out."""

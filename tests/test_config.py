@@ -30,7 +30,7 @@ OPTIONS = {
     "data.sources.split", "data.sources.count", "data.sources.weight", "data.sources.augment",
     "data.sources.max_tiles", "data.max_length", "data.max_tiles",
     "data.too_long", "data.packing", "data.pack_tiles", "data.tile_cache", "data.workers",
-    "data.on_bad_sample",
+    "data.rows", "data.on_bad_sample",
     "train.epochs", "train.steps", "train.global_batch", "train.micro_batch", "train.freeze",
     "train.loss_reduction", "train.loss_average", "train.loss_group", "train.epoch_multiple",
     "train.remat", "train.attention", "train.unroll", "train.loss_chunk",

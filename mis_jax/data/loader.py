@@ -25,6 +25,7 @@ from mis_jax.data.preprocess import PreprocessSample, TileCache
 from mis_jax.data.processor import Processor
 from mis_jax.data.readers import in_order
 from mis_jax.data.schedule import Capacity, Rounding, SampleSchedule, make_schedule
+from mis_jax.data.upstream_policy import deviations
 from mis_jax.model.batch import Batch
 from mis_jax.storage.files import make_folder, replace_file
 
@@ -113,6 +114,10 @@ class TrainingData:
             progress=progress,
         )
         _judge_problems(config, self.annotations, self.survey.problems)
+        self.deviations = deviations(self.annotations) if data.rows == "upstream" else {}
+        if self.deviations:
+            told = ", ".join(f"{kind}: {count}" for kind, count in self.deviations.items())
+            _log.warning("data.rows: upstream takes annotations that strict would not: %s", told)
         sizes = self.survey.tokens, self.survey.tiles
         good = self.survey.good
         self.capacity = None
@@ -201,7 +206,10 @@ class TrainingData:
 
     def save(self, folder: Path) -> None:
         """Write what the run is made of into its folder: the mixture, sizes, bad samples."""
-        content = {"samples": len(self.annotations), "sources": self.mixture.sources}
+        content: dict[str, Any] = {"samples": len(self.annotations)}
+        if self.config.data.rows == "upstream":
+            content["deviations"] = self.deviations
+        content["sources"] = self.mixture.sources
         replace_file(folder / MIXTURE, json.dumps(content, indent=1, default=str) + "\n")
         save(self.survey, folder / SURVEY)
         if self.survey.problems:
@@ -282,6 +290,7 @@ def make_preprocess(config: RunConfig, processor: Processor) -> PreprocessSample
         data.max_length,
         truncate=data.too_long == "truncate",
         cache=None if data.tile_cache is None else TileCache(data.tile_cache),
+        rows=data.rows,
     )
 
 
