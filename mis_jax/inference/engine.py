@@ -396,7 +396,7 @@ class Engine:
         ids = [token.id for token in running.tokens[running.detokenizer.given :]]
         text, met = running.detokenizer.grow(ids, last=reason is not None)
         if met:
-            reason = "stop"
+            reason, generated = "stop", running.detokenizer.given
         new = running.tokens[running.num_sent : running.detokenizer.tokens]
         running.num_sent = max(running.num_sent, running.detokenizer.tokens)
         if reason is not None or text or new:

@@ -10,7 +10,7 @@ from mis_jax.data.collate import Example
 from mis_jax.data.processor import ImageLike, Message, Processor
 from mis_jax.inference import model_runner
 from mis_jax.inference.engine import Engine
-from mis_jax.inference.requests import FinishReason, Request, RequestOutput
+from mis_jax.inference.requests import FinishReason, Request, RequestOutput, check_stop
 from mis_jax.inference.sampling import Sampling
 from mis_jax.model.internvl import InternVL
 from mis_jax.model.unrolled import unrolled
@@ -71,7 +71,8 @@ def answer(
         raise ValueError(f"{len(row_ids)} row_ids for {len(conversations)} conversations")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; give at least 1")
-    processor.budget(1, max_tiles, max_tiles_per_image)  # what is wrong with all is not of one
+    check_stop(stop)  # what is wrong with all is not of one
+    processor.budget(1, max_tiles, max_tiles_per_image)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; give at least 1")
 
