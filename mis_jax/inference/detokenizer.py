@@ -22,18 +22,19 @@ class Detokenizer:
     """Text that can be shown: a later token never changes it.
 
     Held back are characters whose bytes are not all there, space at the end (an answer is given
-    without it) and what may still become a stop string. `decode` gives the text of a run of tokens;
+    without it, and without space at its start unless it is `continued` from other text) and what
+    may still become a stop string. `decode` gives the text of a run of tokens;
     the text of two runs is that of both, unless a character lies across.
     """
 
-    def __init__(self, decode: Decode, stop: Sequence[str] = ()):
+    def __init__(self, decode: Decode, stop: Sequence[str] = (), *, continued: bool = False):
         self._decode = decode
         self._stop = tuple(stop)
         self._longest_stop = max(map(len, self._stop), default=0)
         self._pending: list[int] = []  # the newest tokens, while their last character is unfinished
         self._held = ""  # whole characters that are not shown yet
         self._words_end = 0  # where the last of them that is no space ends in `_held`
-        self._begun = False  # whether anything but space has come
+        self._begun = continued  # whether anything but space has come
         self._shown = 0  # characters that are shown, the space before them included
         self._ends: deque[int] = deque()  # where the tokens end that are not shown whole
         self._stop_at: int | None = None  # where in `_held` the stop string begins that was met

@@ -118,9 +118,8 @@ class Engine:
         """Take a request; the number that its pieces will carry. Raises as `check` does."""
         self.check(request)
         ticket = next(self._tickets)
-        self._waiting.append(
-            ActiveSequence(ticket, request, Detokenizer(self._decode, request.stop))
-        )
+        detokenizer = Detokenizer(self._decode, request.stop, continued=request.continued)
+        self._waiting.append(ActiveSequence(ticket, request, detokenizer))
         return ticket
 
     def cancel(self, ticket: int) -> None:

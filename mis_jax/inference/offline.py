@@ -53,6 +53,9 @@ def answer(
 ) -> list[Completion]:
     """One completion a conversation, in their order; greedy unless `sampling` says otherwise.
 
+    A conversation that ends with an assistant's message has that message continued; the completion
+    is what comes after it.
+
     A sampled answer depends on the seed and the conversation's `row_ids` entry (by default its
     index), not on `batch_size`: calls that ask parts of one set give each part its own ids.
     `each(index, completion)` is called for every answer as soon as it and all before it are there;
@@ -76,6 +79,9 @@ def answer(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; give at least 1")
 
+    def continued(index: int) -> bool:
+        return bool(conversations[index]) and conversations[index][-1].get("role") == "assistant"
+
     def example(index: int) -> Example | ValueError:
         try:
             return processor.example(
@@ -85,6 +91,7 @@ def answer(
                 system=system,
                 max_tiles=max_tiles,
                 max_tiles_per_image=max_tiles_per_image,
+                continue_final_message=continued(index),
             )
         except ValueError as error:
             return error
@@ -139,6 +146,7 @@ def answer(
                 stream=row_ids[index],
                 stop=tuple(stop),
                 streamed=False,
+                continued=continued(index),
             )
             try:
                 asked[engine.add(request)] = index

@@ -25,7 +25,7 @@ class Request:
     runs beside it. An answer ends before the first of the `stop` strings to be complete.
     `logprobs` is how many alternatives are told beside every token (0: only the token's own), or
     None for nothing. An answer that is not `streamed` comes as one piece, unless stop strings have
-    it looked at.
+    it looked at. One that goes on with text of the prompt (`continued`) keeps its leading space.
     """
 
     example: Example
@@ -35,6 +35,7 @@ class Request:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     streamed: bool = True
+    continued: bool = False
 
     def __post_init__(self) -> None:
         check_stop(self.stop)
