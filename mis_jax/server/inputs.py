@@ -148,9 +148,9 @@ class Prompts:
         context = self._settings.context
         if tokens >= context:
             raise bad_request(
-                # LangChain and litellm know an overflow by these first words, which are OpenAI's.
-                f"This model's maximum context length is {context} tokens. However, the prompt has "
-                f"{tokens} or more: shorten it, or send fewer turns, fewer or smaller images",
+                # litellm knows an overflow by the first words, LangChain by "prompt is too long".
+                f"This model's maximum context length is {context} tokens and the prompt is too long "
+                f"with {tokens} or more: shorten it, or send fewer turns, fewer or smaller images",
                 "messages",
                 "context_length_exceeded",
             )

@@ -182,12 +182,13 @@ def test_the_responses_api_is_refused_with_what_to_ask_instead(world):
 
 
 def test_an_overflow_is_told_in_words_that_clients_know(world):
-    """litellm looks for the words, LangChain for the code."""
+    """litellm and LangChain look for them in the text, as openai's error shows no code there."""
     for fields in (dict(content="word " * 500), dict(max_tokens=10**6)):
         with pytest.raises(openai.BadRequestError) as refused:
             chat(world, **fields)
         assert "this model's maximum context length is" in str(refused.value).lower()
         assert refused.value.code == "context_length_exceeded"
+        assert ("prompt is too long" in refused.value.message) == ("content" in fields)
 
 
 def test_models(world):
