@@ -69,7 +69,10 @@ def generate(
     max_tiles: int | None = None,
     max_tiles_per_image: int | None = None,
 ) -> list[str]:
-    """One answer a conversation, in their order; greedy at temperature 0."""
+    """One answer a conversation, in their order; greedy at temperature 0.
+
+    Of a conversation that ends with an assistant's message, the answer is how that message goes on.
+    """
     completions = answer(
         model,
         processor,

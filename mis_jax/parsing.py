@@ -20,8 +20,11 @@ _MOST_YAML = 20_000  # values, aliases written out; a run's configuration has un
 def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     """The value of a JSON document; ValueError, without a file's name, where it is none.
 
-    Without `finite` it may hold NaN and Infinity, as Python's own writer of metrics does.
+    Without `finite` it may hold NaN and Infinity, as Python's own writer of metrics does. The mark
+    (BOM) that Windows editors put in front of a text is no part of it.
     """
+    if isinstance(text, str):
+        text = text.removeprefix("\ufeff")  # of bytes, json takes it off itself
     try:
         value = json.loads(
             text,

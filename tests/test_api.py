@@ -61,6 +61,18 @@ def test_generate_names_what_it_sees(loaded, pictures):
     assert text == "a banana"
 
 
+def test_an_assistants_last_message_is_continued(loaded, pictures):
+    """A prefill: what comes after the first word of the model's own answer is the rest of it."""
+    begun = [*user(QUESTION), {"role": "assistant", "content": "a"}]
+    whole, rest = mis_jax.generate(
+        *loaded, [user(QUESTION), begun], [pictures, pictures], max_new_tokens=12
+    )
+    assert (whole, rest) == ("a banana", " banana")
+    empty = {"role": "assistant", "content": ""}
+    with pytest.raises(ValueError, match="content is empty"):
+        mis_jax.generate(*loaded, [[*user(QUESTION), empty]], [pictures])
+
+
 def test_a_seed_fixes_what_is_sampled(loaded):
     def answer(seed: int) -> str:
         how = dict(max_new_tokens=8, temperature=3.0, seed=seed)

@@ -408,7 +408,14 @@ def test_an_interrupted_run_exits_75_and_goes_on(run, yaml_of, monkeypatch, tmp_
     assert [x["step"] for x in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
 
 
-# serve
+# generate, serve
+
+
+def test_generate_with_an_empty_stop_string(run):
+    """It would end every answer at once; told before the model is looked for."""
+    refused = run("generate", "nowhere", "--prompt", "Hello", "--stop", "")
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.error == "a stop string is empty, which ends every answer at once; leave it out"
 
 
 @pytest.mark.parametrize(

@@ -83,3 +83,8 @@ def test_aliases_take_no_memory():
     subprocess.run(
         [sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1], timeout=60
     )
+
+
+def test_a_mark_in_front_is_no_part_of_a_document():
+    """Windows editors write one at the start of a file, so of the first line of JSON lines."""
+    assert parse_json('\ufeff{"a": 1}') == parse_json(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}

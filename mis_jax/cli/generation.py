@@ -56,7 +56,8 @@ def generate(
             probabilities add up to top_p.
         top_k: Sample from the k most likely tokens (0 = all).
         seed: Random seed for sampling.
-        stop: Stop generating at this string, which is not returned; repeat for several.
+        stop: Stop generating at this string, which is not returned; repeat for several, of which
+            the one that is complete first counts.
         max_tiles: Maximum number of image tiles per conversation, divided over its images;
             if unset, the checkpoint's setting.
         dtype: Data type for weights and activations; if unset, float32 on CPU, otherwise the
@@ -83,9 +84,6 @@ def generate(
         raise ValueError("--batch needs --out FILE.jsonl, and takes images from the file's rows")
     if out is not None:
         make_folder(destination_path(out, "--out").parent)
-    network, processor = load_quietly(
-        model, dtype, mesh, adapter=adapter, int8=int8_weights, check_digests=check_digests
-    )
     settings = Settings(
         Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
         system=system,
@@ -93,6 +91,9 @@ def generate(
         max_tiles=max_tiles,
         stop=stop,
         int8_cache=int8_cache,
+    )
+    network, processor = load_quietly(
+        model, dtype, mesh, adapter=adapter, int8=int8_weights, check_digests=check_digests
     )
     if batch is not None and out is not None:
         from mis_jax.terminal import steps_bar

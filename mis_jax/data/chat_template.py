@@ -166,6 +166,7 @@ def render(
     *,
     system: str = "default",
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
 ) -> Rendered:
     """Token ids and loss mask of a conversation, in the `internvl2_5` format.
 
@@ -178,12 +179,16 @@ def render(
             A system turn among the messages wins over it.
         add_generation_prompt: end with an open assistant turn, unless the last turn is the
             assistant's own.
+        continue_final_message: leave the last turn open, so that the model goes on with it; it
+            must be the assistant's.
 
     Returns:
-        Ids with the loss on every answer and its `<|im_end|>`, and on nothing else.
+        Ids with the loss on every answer and its `<|im_end|>`, and on nothing else; there is none
+        on an answer that is left open.
 
     Raises:
-        ValueError: malformed messages, or images and markers that differ in number.
+        ValueError: malformed messages, images and markers that differ in number, or a last turn
+            that cannot be continued.
     """
     if not messages:
         raise ValueError("the conversation is empty; give at least one user message")
@@ -200,13 +205,18 @@ def render(
     if turns[0][0] != "system" and system != "none":
         turns.insert(0, ("system", [DEFAULT_SYSTEM if system == "default" else system]))
 
+    if continue_final_message:
+        _check_open_answer(*turns[-1], f"messages[{len(messages) - 1}]")
+
     writer = _Writer(tokenizer)
     images = iter(tiles_per_image)
-    for role, (first, *rest) in turns:
+    for number, (role, (first, *rest)) in enumerate(turns, start=1):
         start = writer.open_turn(f"{role}\n{first}")
         for stretch in rest:
             writer.image(next(images) * tokens_per_tile)
             writer.text(stretch)
+        if continue_final_message and number == len(turns):
+            break
         writer.control(tokenizer.im_end_id)
         if role == "assistant":
             # The header is counted, not searched for: where a token spans the end of the header
@@ -221,6 +231,18 @@ def render(
         np.array(writer.mask, dtype=np.bool_),
         tuple(writer.image_spans),
     )
+
+
+def _check_open_answer(role: str, stretches: list[str], where: str) -> None:
+    if role != "assistant":
+        raise ValueError(
+            f"{where}.role is {role!r}; only an assistant's message can be continued: end with one"
+        )
+    if not stretches[0].strip():
+        raise ValueError(
+            f"{where}.content is empty; give the beginning of the answer that is to be continued, "
+            "or end with the user's message"
+        )
 
 
 def truncate(rendered: Rendered, max_length: int) -> tuple[Rendered, int]:

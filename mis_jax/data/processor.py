@@ -102,6 +102,7 @@ class Processor:
         max_tiles: int | None = None,
         max_tiles_per_image: int | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> Example:
         """Tokens, loss mask and tiles of one conversation."""
         budget = self.budget(len(images), max_tiles, max_tiles_per_image)
@@ -111,6 +112,7 @@ class Processor:
             [len(t) for t in tiles],
             system=system,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
         )
         return self.joined(id, rendered, tiles)
 
@@ -151,6 +153,7 @@ class Processor:
         *,
         system: str = "default",
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> Rendered:
         """Tokens and loss mask of a conversation whose images have so many tiles."""
         if system == "default" and self.config.system_message:
@@ -162,6 +165,7 @@ class Processor:
             self.config.tokens_per_tile,
             system=system,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
         )
 
     def joined(self, id: str, rendered: Rendered, tiles: Sequence[np.ndarray]) -> Example:

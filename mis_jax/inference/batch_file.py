@@ -9,6 +9,7 @@ from mis_jax.data.chat_template import with_image_markers
 from mis_jax.data.images import image_size
 from mis_jax.data.processor import Processor
 from mis_jax.inference.offline import Completion, answer
+from mis_jax.inference.requests import check_stop
 from mis_jax.inference.sampling import Sampling
 from mis_jax.model.internvl import InternVL
 from mis_jax.parsing import parse_json
@@ -28,6 +29,9 @@ class Settings:
     max_tiles: int | None = None  # per conversation; None is the checkpoint's own
     stop: tuple[str, ...] = ()
     int8_cache: bool = False
+
+    def __post_init__(self) -> None:
+        check_stop(self.stop)
 
 
 def ask_once(

@@ -1,4 +1,8 @@
-"""The text of one answer as its tokens come, cut at the first stop string.
+"""The text of one answer as its tokens come, cut where the first stop string is complete.
+
+Of several stop strings the one that is complete first counts, character by character, so that an
+answer is the same however its tokens are grouped: the engine makes more of them at once while
+nobody waits. Of two that are complete with the same character the longer one counts.
 
 Every token is decoded once: what is decoded again with each new token are the few whose bytes do
 not yet make a whole character. Decoding the whole answer for every piece took 6 s of the engine's
@@ -18,38 +22,42 @@ class Detokenizer:
     """Text that can be shown: a later token never changes it.
 
     Held back are characters whose bytes are not all there, space at the end (an answer is given
-    without it) and what may still become a stop string. `decode` gives the text of a run of tokens;
+    without it, and without space at its start unless it is `continued` from other text) and what
+    may still become a stop string. `decode` gives the text of a run of tokens;
     the text of two runs is that of both, unless a character lies across.
     """
 
-    def __init__(self, decode: Decode, stop: Sequence[str] = ()):
+    def __init__(self, decode: Decode, stop: Sequence[str] = (), *, continued: bool = False):
         self._decode = decode
         self._stop = tuple(stop)
         self._longest_stop = max(map(len, self._stop), default=0)
         self._pending: list[int] = []  # the newest tokens, while their last character is unfinished
         self._held = ""  # whole characters that are not shown yet
         self._words_end = 0  # where the last of them that is no space ends in `_held`
-        self._begun = False  # whether anything but space has come
+        self._begun = continued  # whether anything but space has come
         self._shown = 0  # characters that are shown, the space before them included
         self._ends: deque[int] = deque()  # where the tokens end that are not shown whole
-        self.given = 0  # tokens so far
+        self._stop_at: int | None = None  # where in `_held` the stop string begins that was met
+        self.given = 0  # tokens so far, up to the one that completes a stop string
         self.tokens = 0  # how many of them have been shown whole
 
     def grow(self, ids: Sequence[int], *, last: bool = False) -> tuple[str, bool]:
         """What new tokens add to the text, and whether a stop string was met.
 
-        With `last` nothing is held back.
+        Tokens after the one that completes a stop string are left out. With `last` nothing is held
+        back.
         """
-        searched = max(0, len(self._held) - self._longest_stop + 1)
         for i in ids:
             self._take(i)
-        if last:
-            self._hold(self._decode(self._pending))
-            self._pending = []
-        found = [at for stop in self._stop if (at := self._held.find(stop, searched)) >= 0]
-        if found:
-            text, stop_at = self._held[: min(found)].rstrip(), self._shown + min(found)
-            self._count(stop_at)
+            if self._stop_at is not None:
+                break
+        else:
+            if last:
+                self._hold(self._decode(self._pending))
+                self._pending = []
+        if self._stop_at is not None:
+            text = self._held[: self._stop_at].rstrip()
+            self._count(self._shown + self._stop_at)
             return text if self._begun else text.lstrip(), True
         end = self._words_end
         if not last:
@@ -83,7 +91,11 @@ class Detokenizer:
             self._pending = self._pending[half:]
 
     def _hold(self, text: str) -> None:
+        searched = max(0, len(self._held) - self._longest_stop + 1)
         self._held += text
+        places = [(stop, self._held.find(stop, searched)) for stop in self._stop]
+        ends = [(at + len(stop), at) for stop, at in places if at >= 0]
+        self._stop_at = min(ends)[1] if ends else None
         if words := text.rstrip():
             self._words_end = len(self._held) - len(text) + len(words)
 

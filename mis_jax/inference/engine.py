@@ -118,9 +118,8 @@ class Engine:
         """Take a request; the number that its pieces will carry. Raises as `check` does."""
         self.check(request)
         ticket = next(self._tickets)
-        self._waiting.append(
-            ActiveSequence(ticket, request, Detokenizer(self._decode, request.stop))
-        )
+        detokenizer = Detokenizer(self._decode, request.stop, continued=request.continued)
+        self._waiting.append(ActiveSequence(ticket, request, detokenizer))
         return ticket
 
     def cancel(self, ticket: int) -> None:
@@ -396,7 +395,7 @@ class Engine:
         ids = [token.id for token in running.tokens[running.detokenizer.given :]]
         text, met = running.detokenizer.grow(ids, last=reason is not None)
         if met:
-            reason = "stop"
+            reason, generated = "stop", running.detokenizer.given
         new = running.tokens[running.num_sent : running.detokenizer.tokens]
         running.num_sent = max(running.num_sent, running.detokenizer.tokens)
         if reason is not None or text or new:

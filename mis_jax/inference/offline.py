@@ -10,7 +10,7 @@ from mis_jax.data.collate import Example
 from mis_jax.data.processor import ImageLike, Message, Processor
 from mis_jax.inference import model_runner
 from mis_jax.inference.engine import Engine
-from mis_jax.inference.requests import FinishReason, Request, RequestOutput
+from mis_jax.inference.requests import FinishReason, Request, RequestOutput, check_stop
 from mis_jax.inference.sampling import Sampling
 from mis_jax.model.internvl import InternVL
 from mis_jax.model.unrolled import unrolled
@@ -53,6 +53,9 @@ def answer(
 ) -> list[Completion]:
     """One completion a conversation, in their order; greedy unless `sampling` says otherwise.
 
+    A conversation that ends with an assistant's message has that message continued; the completion
+    is what comes after it.
+
     A sampled answer depends on the seed and the conversation's `row_ids` entry (by default its
     index), not on `batch_size`: calls that ask parts of one set give each part its own ids.
     `each(index, completion)` is called for every answer as soon as it and all before it are there;
@@ -71,9 +74,13 @@ def answer(
         raise ValueError(f"{len(row_ids)} row_ids for {len(conversations)} conversations")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; give at least 1")
-    processor.budget(1, max_tiles, max_tiles_per_image)  # what is wrong with all is not of one
+    check_stop(stop)  # what is wrong with all is not of one
+    processor.budget(1, max_tiles, max_tiles_per_image)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; give at least 1")
+
+    def continued(index: int) -> bool:
+        return bool(conversations[index]) and conversations[index][-1].get("role") == "assistant"
 
     def example(index: int) -> Example | ValueError:
         try:
@@ -84,6 +91,7 @@ def answer(
                 system=system,
                 max_tiles=max_tiles,
                 max_tiles_per_image=max_tiles_per_image,
+                continue_final_message=continued(index),
             )
         except ValueError as error:
             return error
@@ -138,6 +146,7 @@ def answer(
                 stream=row_ids[index],
                 stop=tuple(stop),
                 streamed=False,
+                continued=continued(index),
             )
             try:
                 asked[engine.add(request)] = index

@@ -30,6 +30,14 @@ _PAGE_POLICY = (
     "frame-ancestors 'none'"
 )
 
+# What several SDKs ask for unless they are told otherwise.
+_NO_RESPONSES = (
+    "this server has no Responses API; ask /v1/chat/completions: openai "
+    "client.chat.completions.create, npm 'ai' provider.chat(MODEL), LangChain "
+    "ChatOpenAI(use_responses_api=False), pydantic-ai 'openai-chat:MODEL' or OpenAIChatModel, "
+    "inspect_ai -M responses_api=false, litellm 'openai/MODEL' with completion()"
+)
+
 
 def create_app(service: Service, processor: Processor, settings: Settings) -> Starlette:
     """The server as an ASGI application; closing the service is the caller's."""
@@ -75,9 +83,13 @@ def create_app(service: Service, processor: Processor, settings: Settings) -> St
             refusal = as_api_error(error, settings.timeout)
         return refusal.response()
 
+    async def no_responses(request: Request) -> Response:
+        raise ApiError(404, _NO_RESPONSES, code="unknown_url")
+
     chat = ChatCompletions(service, processor, settings, metrics)
     v1 = [
         Route("/chat/completions", chat, methods=["POST"]),
+        Route("/responses", no_responses, methods=["POST"]),
         Route("/models", models),
         Route("/models/{model:path}", one_model),
     ]

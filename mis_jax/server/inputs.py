@@ -10,6 +10,7 @@ import io
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -88,6 +89,7 @@ class Prompts:
             raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
         if chat.stream_options and not chat.stream:
             raise bad_request("stream_options needs stream to be true", "stream_options")
+        _check_last_turn(chat)
         example = self._example(chat, gone)
         request = Request(
             example,
@@ -96,29 +98,37 @@ class Prompts:
             stop=_stop(chat),
             logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
             streamed=bool(chat.stream),
+            continued=bool(chat.continue_final_message),
         )
         options = chat.stream_options
         return ParsedRequest(request, bool(chat.stream), bool(options and options.include_usage))
 
     def _example(self, chat: protocol.ChatRequest, gone: Callable[[], bool]) -> Example:
         self._check_text(chat)
-        messages, urls = _conversation(chat.messages)
+        messages, urls, tiles = _conversation(chat.messages)
         processor, settings = self._processor, self._settings
         sources = sources_of(urls, settings.image_folder)
         per_tile = processor.config.tokens_per_tile
         self._check_length(len(sources) * per_tile)
         sizes = sizes_of(urls, sources, settings.max_pixels)
-        budget = processor.budget(len(sizes), max_tiles_per_image=chat.max_dynamic_patch)
-        self._check_length(sum(processor.tile_count(size, budget) for size in sizes) * per_tile)
+        budgets = [
+            processor.budget(len(sizes), max_tiles_per_image=own or chat.max_dynamic_patch)
+            for own in tiles
+        ]
+        counts = [processor.tile_count(*each) for each in zip(sizes, budgets, strict=True)]
+        self._check_length(sum(counts) * per_tile)
         system = chat.system_prompt or "default"
         _stop_if(gone())
+        images = decoded(urls, sources)
         try:
-            return processor.example(
+            rendered = processor.render(
                 messages,
-                decoded(urls, sources),
+                counts,
                 system="none" if system == "off" else system,
-                max_tiles_per_image=chat.max_dynamic_patch,
+                continue_final_message=bool(chat.continue_final_message),
             )
+            tiled = [processor.tiles(*each) for each in zip(images, budgets, strict=True)]
+            return processor.joined("0", rendered, tiled)
         except ValueError as error:
             raise bad_request(str(error), "messages") from None
 
@@ -129,7 +139,7 @@ class Prompts:
             content = message.content
             if isinstance(content, str):
                 characters += len(content)
-            else:
+            elif content is not None:
                 characters += sum(len(p.text) for p in content if isinstance(p, protocol.TextPart))
         turns = _TOKENS_PER_TURN * len(chat.messages)
         self._check_length(turns + characters // _CHARACTERS_PER_TOKEN)
@@ -138,8 +148,9 @@ class Prompts:
         context = self._settings.context
         if tokens >= context:
             raise bad_request(
-                f"the prompt has {tokens} tokens or more; the model's context is {context}: "
-                "shorten it, or send fewer turns, fewer or smaller images",
+                # litellm knows an overflow by the first words, LangChain by "prompt is too long".
+                f"This model's maximum context length is {context} tokens and the prompt is too long "
+                f"with {tokens} or more: shorten it, or send fewer turns, fewer or smaller images",
                 "messages",
                 "context_length_exceeded",
             )
@@ -154,18 +165,18 @@ class Prompts:
         if wanted > room:
             name = "max_completion_tokens" if chat.max_completion_tokens else "max_tokens"
             raise bad_request(
-                f"{name} is {wanted}, but beside the {prompt} tokens of the prompt the model's "
-                f"context of {context} leaves {room}; lower it",
+                f"{name} is {wanted}, but this model's maximum context length is {context} tokens: "
+                f"beside the {prompt} of the prompt there is room for {room}; lower it",
                 name,
                 "context_length_exceeded",
             )
         return wanted
 
     def _sampling(self, chat: protocol.ChatRequest) -> Sampling:
-        temperature = chat.temperature or 0.0
+        temperature = 0.0 if chat.top_p == 0 else chat.temperature or 0.0
         return Sampling(
             temperature=temperature if temperature >= _GREEDY_BELOW else 0.0,
-            top_p=1.0 if chat.top_p is None else chat.top_p,
+            top_p=chat.top_p or 1.0,
             top_k=min(max(chat.top_k or 0, 0), self._processor.config.text.vocab_size),
             seed=secrets.randbits(32) if chat.seed is None else chat.seed % 2**32,
         )
@@ -182,21 +193,48 @@ def _stop(chat: protocol.ChatRequest) -> tuple[str, ...]:
     return (chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop)
 
 
+def _check_last_turn(chat: protocol.ChatRequest) -> None:
+    role, where = chat.messages[-1].role, f"messages[{len(chat.messages) - 1}].role"
+    if chat.continue_final_message and chat.add_generation_prompt:
+        raise bad_request(
+            "add_generation_prompt and continue_final_message exclude each other; set one to false",
+            "add_generation_prompt",
+        )
+    if chat.add_generation_prompt is False and not chat.continue_final_message:
+        raise bad_request(
+            "add_generation_prompt is false; that needs continue_final_message to be true",
+            "add_generation_prompt",
+        )
+    if chat.continue_final_message and role != "assistant":
+        raise bad_request(
+            f"the last message has the role {role!r}; continue_final_message needs an assistant's",
+            where,
+        )
+    if not chat.continue_final_message and role != "user":
+        raise bad_request(
+            f"the last message has the role {role!r}; end with a user message, or set "
+            "continue_final_message to true to have an assistant's continued",
+            where,
+        )
+
+
 def _conversation(
     messages: list[protocol.Message],
-) -> tuple[list[dict[str, Any]], list[NamedUrl]]:
-    """The processor's messages, and the images in their order.
+) -> tuple[list[dict[str, Any]], list[NamedUrl], list[int | None]]:
+    """The processor's messages, the images in their order, and the tiles that each may have.
 
     All text goes in as parts, in which nothing is an image marker, and parts of text that follow
-    one another as one: the template joins them one by one, which is quadratic.
+    one another as one: the template joins them one by one, which is quadratic. System messages at
+    the beginning are joined, with an empty line between.
     """
     turns: list[dict[str, Any]] = []
     urls: list[NamedUrl] = []
+    tiles: list[int | None] = []
     for number, message in enumerate(messages):
         parts: list[dict[str, str]] = []
         text: list[str] = []
         where = f"messages[{number}].content"
-        content = message.content
+        content = message.content or []
         if isinstance(content, str):
             content = [protocol.TextPart(type="text", text=content)]
         for place, part in enumerate(content):
@@ -206,15 +244,16 @@ def _conversation(
                 parts += [{"type": "text", "text": "".join(text)}, {"type": "image"}]
                 text = []
                 urls.append((f"{where}[{place}].image_url.url", part.image_url.url))
+                tiles.append(part.image_url.max_dynamic_patch)
         parts.append({"type": "text", "text": "".join(text)})
         role = "system" if message.role == "developer" else message.role
         turns.append({"role": role, "content": parts})
-    if turns[-1]["role"] != "user":
-        raise bad_request(
-            f"the last message has the role {messages[-1].role!r}; end with a user message",
-            f"messages[{len(messages) - 1}].role",
-        )
-    return turns, urls
+    first = list(takewhile(lambda turn: turn["role"] == "system", turns))
+    if len(first) > 1:
+        gap = {"type": "text", "text": "\n\n"}
+        joined = [part for turn in first for part in (*turn["content"], gap)][:-1]
+        turns[: len(first)] = [{"role": "system", "content": joined}]
+    return turns, urls, tiles
 
 
 # Images
@@ -277,6 +316,9 @@ def _data(url: str, name: str) -> io.BytesIO:
     if not comma or not kind.startswith("image/") or "base64" not in options:
         shown = head[:40]
         raise bad_request(f"{name} must start with 'data:image/...;base64,', not {shown!r}", name)
+    for space in " \t\r\n":  # line breaks, as the command `base64` writes them
+        content = content.replace(space, "")
+    content += "=" * (-len(content) % 4)  # padding, which some leave out
     try:
         return io.BytesIO(base64.b64decode(content, validate=True))
     except (binascii.Error, ValueError) as error:

@@ -1,15 +1,26 @@
 """The documents of the chat completions API: what is accepted, what is answered, and errors.
 
 Fields that the server does not know are refused, as OpenAI does: a setting that is ignored in
-silence makes wrong measurements. Fields that have no influence on the answer are accepted.
+silence makes wrong measurements. Fields that have no influence on the answer are accepted, and so
+are unknown ones that hold nothing: clients send back the answers that they were given as they are.
 """
 
 import logging
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
-from pydantic_core import from_json
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, from_json
 from pydantic_core.core_schema import no_info_after_validator_function
 from starlette.responses import JSONResponse
 
@@ -23,11 +34,20 @@ MAX_STOP_CHARACTERS = 1024  # an answer is searched for them with every piece
 MAX_TILES_PER_IMAGE = 40  # the most that InternVL's own settings use; a grid is searched up to it
 RETRY_SECONDS = 1  # what a refused client is asked to wait
 _HOST_MEMORY = "the request needs more memory than this server has; send fewer or smaller images"
+_EMPTY = (None, "", [], {})
 _MOST_CHARACTERS = 1000  # of what an error repeats: a client's own megabytes are not sent back
 
 
 class _RequestPart(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.keys() <= cls.model_fields.keys():
+            return value
+        known = cls.model_fields
+        return {key: v for key, v in value.items() if key in known or v not in _EMPTY}
 
 
 class _Only:
@@ -49,6 +69,7 @@ class _Only:
 
 
 _Unsupported = Annotated[Any, _Only(None, [], {})]
+_Tiles = Annotated[int | None, Field(ge=1, le=MAX_TILES_PER_IMAGE)]
 
 
 class TextPart(_RequestPart):
@@ -62,9 +83,10 @@ class ImageUrl(_RequestPart):
     """Where an image is: a data URI, or a file below the folder that the server allows."""
 
     url: str
-    detail: Literal["auto", "low", "high"] | None = Field(
+    detail: Literal["auto", "low", "high", "original"] | None = Field(
         None, description="Accepted and ignored; see max_dynamic_patch."
     )
+    max_dynamic_patch: _Tiles = Field(None, description="Of this image; wins over the request's.")
 
 
 class ImagePart(_RequestPart):
@@ -85,10 +107,21 @@ class Message(_RequestPart):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        Annotated[str, Tag("text")] | Annotated[list[Part], Tag("parts")], Discriminator(_kind_of)
-    ]
+    content: (
+        Annotated[
+            Annotated[str, Tag("text")] | Annotated[list[Part], Tag("parts")],
+            Discriminator(_kind_of),
+        ]
+        | None
+    ) = Field(None, validate_default=True, description="null in an assistant's message alone.")
     name: str | None = Field(None, description="Accepted and ignored.")
+
+    @field_validator("content")
+    @classmethod
+    def _check_content(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and info.data.get("role", "assistant") != "assistant":
+            raise PydanticCustomError("missing", "is missing; give a text or a list of parts")
+        return value
 
 
 class StreamOptions(_RequestPart):
@@ -111,12 +144,17 @@ class ChatRequest(_RequestPart):
     temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = Field(
         None, description="0, which is greedy, where it is left out."
     )
-    top_p: Annotated[float | None, Field(gt=0, le=1, allow_inf_nan=False)] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+        None, description="0 is greedy."
+    )
     top_k: Annotated[int | None, Field(ge=-1)] = Field(None, description="0 or -1 is off.")
     seed: int | None = None
     stop: (
-        Annotated[_Stop, Tag("text")]
-        | Annotated[list[_Stop], Field(max_length=MAX_STOP_STRINGS), Tag("parts")]
+        Annotated[
+            Annotated[_Stop, Tag("text")]
+            | Annotated[list[_Stop], Field(max_length=MAX_STOP_STRINGS), Tag("parts")],
+            Discriminator(_kind_of),
+        ]
         | None
     ) = None
     stream: bool | None = None
@@ -124,7 +162,7 @@ class ChatRequest(_RequestPart):
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
     n: Annotated[int | None, Field(ge=1, le=1)] = None
-    max_dynamic_patch: Annotated[int | None, Field(ge=1, le=MAX_TILES_PER_IMAGE)] = Field(
+    max_dynamic_patch: _Tiles = Field(
         None, description="Largest grid of every image, in tiles; a thumbnail comes on top."
     )
     system_prompt: str | None = Field(
@@ -132,10 +170,26 @@ class ChatRequest(_RequestPart):
         description='"default" for the checkpoint\'s own, "none" or "off" for no system turn, or '
         "the text. A system message wins over it.",
     )
+    continue_final_message: bool | None = Field(
+        None,
+        description="Continue the last message, which is the assistant's; with "
+        "add_generation_prompt false, as vLLM wants it.",
+    )
+    add_generation_prompt: bool | None = None
 
     # Accepted where they ask for nothing.
     frequency_penalty: Annotated[float | None, _Only(None, 0)] = None
     presence_penalty: Annotated[float | None, _Only(None, 0)] = None
+    repetition_penalty: Annotated[float | None, _Only(None, 1)] = None
+    length_penalty: Annotated[float | None, _Only(None, 1)] = None
+    min_p: Annotated[float | None, _Only(None, 0)] = None
+    min_tokens: Annotated[int | None, _Only(None, 0)] = None
+    best_of: Annotated[int | None, _Only(None, 1)] = None
+    use_beam_search: Annotated[bool | None, _Only(None, False)] = None
+    ignore_eos: Annotated[bool | None, _Only(None, False)] = None
+    skip_special_tokens: Annotated[bool | None, _Only(None, True)] = None
+    echo: Annotated[bool | None, _Only(None, False)] = None
+    verbosity: Annotated[Any, _Only(None, "medium")] = None
     response_format: Annotated[Any, _Only(None, {"type": "text"})] = None
     modalities: Annotated[Any, _Only(None, ["text"])] = None
     tool_choice: Annotated[Any, _Only(None, "none", "auto")] = None
@@ -145,7 +199,7 @@ class ChatRequest(_RequestPart):
     logit_bias: _Unsupported = None
     audio: _Unsupported = None
     prediction: _Unsupported = None
-    reasoning_effort: _Unsupported = None
+    reasoning_effort: Annotated[Any, _Only(None, "none")] = None
     web_search_options: _Unsupported = None
 
     # Without influence on an answer here.
@@ -155,6 +209,7 @@ class ChatRequest(_RequestPart):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
     parallel_tool_calls: bool | None = None
 
 
@@ -181,22 +236,32 @@ def checked(content: Any) -> ChatRequest:
         return ChatRequest.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = _place(first["loc"], content)
+        where = _place(first["loc"], content, missing=first["type"] == "missing")
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = "this server does not know this field; leave it out"
         raise bad_request(f"{where}: {message}" if where else message, where or None) from None
 
 
-def _place(steps: tuple[int | str, ...], content: Any) -> str:
-    """`messages[0].content[1].text`: pydantic's path without the names of its alternatives."""
-    path, node = "", content
-    for number, step in enumerate(steps):
-        if isinstance(step, int) and isinstance(node, list):
-            path, node = f"{path}[{step}]", node[step]
-        elif isinstance(node, dict) and (step in node or number == len(steps) - 1):
-            path, node = f"{path}.{step}" if path else str(step), node.get(step)
-    return path
+def _place(steps: tuple[int | str, ...], content: Any, *, missing: bool) -> str:
+    """`messages[0].content[1].text`: pydantic's path without the names of its alternatives.
+
+    An alternative can bear the name of a field beside the one meant: `text` and `cache_control` of
+    a part of text. So the longest path counts, to a field that is there unless it is `missing`.
+    """
+    return "".join(_longest_path(steps, content, missing)).removeprefix(".")
+
+
+def _longest_path(steps: tuple[int | str, ...], node: Any, missing: bool) -> list[str]:
+    if not steps:
+        return []
+    step, rest = steps[0], steps[1:]
+    path: list[str] = []
+    if isinstance(step, int) and isinstance(node, list) and step < len(node):
+        path = [f"[{step}]", *_longest_path(rest, node[step], missing)]
+    elif isinstance(node, dict) and (step in node or (missing and not rest)):
+        path = [f".{step}", *_longest_path(rest, node.get(step), missing)]
+    return max(_longest_path(rest, node, missing), path, key=len)
 
 
 # Answers

@@ -142,6 +142,24 @@ def test_no_generation_prompt_after_an_answer(tokenizer: Tokenizer) -> None:
     np.testing.assert_array_equal(with_it.input_ids, without.input_ids)
 
 
+def test_the_final_message_is_continued(tokenizer: Tokenizer) -> None:
+    """An open last turn is the closed one without its end."""
+    answer = {"role": "assistant", "content": "Sure, here is"}
+    turns = [{"role": "user", "content": "Hello"}, answer]
+    closed = render(turns, tokenizer, [], 4)
+    made = render(turns, tokenizer, [], 4, continue_final_message=True)
+    end = [tokenizer.im_end_id, *tokenizer.encode_text("\n")]
+    assert [*made.input_ids, *end] == closed.input_ids.tolist()
+    assert not made.loss_mask.any()
+    for last, why in (
+        ({"role": "user", "content": "And?"}, r"messages\[2\].role is 'user'; only an assistant"),
+        ({"role": "assistant", "content": " "}, r"messages\[2\].content is empty"),
+        ({"role": "assistant", "content": []}, r"messages\[2\].content is empty"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            render([*turns, last], tokenizer, [], 4, continue_final_message=True)
+
+
 def test_prompt_is_the_beginning_of_the_training_sample(tokenizer: Tokenizer) -> None:
     """Generation starts exactly where the loss does."""
     whole = render(TURNS, tokenizer, [2, 1], 3)

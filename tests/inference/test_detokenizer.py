@@ -23,7 +23,7 @@ TOKENS = [
     b"a", b" ", b"\n", b"ab", b" b", b"END", b"E", b"N", b"D ", b"", b"\xe4", b"\xbd", b"\xa0",
     b"\xe4\xbd", b"\xa0x", "🙂".encode(), b"\xf0\x9f", b"\x99\x82", b"  ", b"\xff", "é".encode(),
 ]  # fmt: skip
-STOPS = ["END", "\n", "ab", " b", "D E", "\n\n"]
+STOPS = ["END", "N", "\n", "ab", "b", " b", "D E", "\n\n", "\nEND", "  a"]
 
 
 def joined(ids) -> str:
@@ -42,27 +42,27 @@ def spoken(words: Detokenizer, ids: list[int], cuts: list[int]) -> tuple[list[st
     return pieces, False
 
 
-def test_pieces_are_the_whole_text_up_to_the_first_stop_string():
-    """Against decoding everything at once; tokens that are shown end before the cut."""
+def test_pieces_are_the_whole_text_up_to_the_stop_string_that_is_complete_first():
+    """Against decoding everything at once, in groups of any size; shown tokens end at the cut."""
     for seed in range(3000):
         rng = random.Random(seed)
         count = rng.randrange(1, 25)
         ids = [rng.randrange(len(TOKENS)) for _ in range(count)]
-        stop = rng.sample(STOPS, rng.randrange(3))
+        stop = rng.sample(STOPS, rng.randrange(5))
         cuts = sorted({rng.randrange(count + 1) for _ in range(rng.randrange(6))} | {count})
         words = Detokenizer(joined, stop)
         pieces, met = spoken(words, ids, cuts)
         whole = joined(ids)
-        ends = [at for s in stop if (at := whole.find(s)) >= 0]
+        ends = [(at + len(s), at) for s in stop if (at := whole.find(s)) >= 0]
         if not met:
             assert not ends, seed
             assert "".join(pieces) == whole.strip(), seed
             assert words.tokens == count
             continue
-        # Tokens of a later piece could not be known yet: the first stop string of what had come.
-        seen = joined(ids[: words.given])
-        at = min(at for s in stop if (at := seen.find(s)) >= 0)
-        assert "".join(pieces) == seen[:at].strip(), seed
+        end, at = min(ends)
+        assert "".join(pieces) == whole[:at].strip(), seed
+        written = [len(joined(ids[: n + 1]).rstrip("\ufffd")) for n in range(words.given)]
+        assert max(written[:-1], default=0) < end <= len(joined(ids[: words.given])), seed
         assert words.tokens == sum(len(joined(ids[: n + 1])) <= at for n in range(words.given))
 
 

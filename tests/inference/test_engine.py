@@ -450,8 +450,8 @@ def test_a_consumed_model_gives_its_memory_back(seed):
 # what is told
 
 
-def told(model, batch, *, stop_ids=(), **how):
-    engine = Engine(model, stop_ids=stop_ids, decode=letters, max_num_seqs=4, steps=3)
+def told(model, batch, *, stop_ids=(), steps=3, **how):
+    engine = Engine(model, stop_ids=stop_ids, decode=letters, max_num_seqs=4, steps=steps)
     return run_all(engine, requests_of(batch, **how))
 
 
@@ -474,12 +474,14 @@ def test_an_answer_ends_before_a_stop_string(model, rng):
     (free,) = told(model, batch, max_new_tokens=20, sampling=HOT)
     text = "".join(piece.text for piece in free)
     stop = text[7:10]
-    (made,) = told(model, batch, max_new_tokens=20, sampling=HOT, stop=("never", stop))
     cut = text[: text.find(stop)]
-    assert "".join(piece.text for piece in made) == cut
-    assert made[-1].finish_reason == "stop"
-    assert sum(len(piece.tokens) for piece in made) == len(cut)
-    assert len(cut) + 3 <= made[-1].generated <= 20
+    for steps in (1, 3, 8):  # tokens made at once: more while nobody waits
+        how = dict(max_new_tokens=20, sampling=HOT, stop=("never", stop))
+        (made,) = told(model, batch, steps=steps, **how)
+        assert "".join(piece.text for piece in made) == cut
+        assert made[-1].finish_reason == "stop"
+        assert sum(len(piece.tokens) for piece in made) == len(cut)
+        assert made[-1].generated == len(cut) + len(stop)  # a letter a token
 
 
 def test_log_probabilities(model, rng):

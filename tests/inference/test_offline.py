@@ -120,12 +120,15 @@ def test_answers_are_told_in_order(tiny, asked):
 
 
 def test_an_answer_ends_before_a_stop_string(tiny, asked):
-    conversations, images = ([part[2]] for part in asked)
+    conversations, images = ([part[3]] for part in asked)
     (free,) = answer(*tiny, conversations, images, max_new_tokens=20, sampling=HOT)
     stop = free.text[len(free.text) // 2 :][:4]
+    assert len(stop) == 4
     (cut,) = answer(*tiny, conversations, images, max_new_tokens=20, sampling=HOT, stop=[stop])
     assert cut.text == free.text[: free.text.find(stop)].rstrip()
     assert cut.finish_reason == "stop" and cut.completion_tokens <= free.completion_tokens
+    with pytest.raises(ValueError, match="a stop string is empty"):
+        answer(*tiny, conversations, images, stop=["", stop])
 
 
 def test_few_tiles_are_in_memory(monkeypatch):

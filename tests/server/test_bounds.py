@@ -26,7 +26,7 @@ def refused(world: World, monkeypatch):
         raise AssertionError("it was tokenised")
 
     def refused(**fields) -> dict:
-        monkeypatch.setattr(world.engine.processor, "example", tokenised)
+        monkeypatch.setattr(world.engine.processor, "render", tokenised)
         return error_of(world.http.post(CHAT, json=body() | fields), 400)
 
     return refused
@@ -50,7 +50,8 @@ def test_every_field_that_becomes_tokens_passes_one_bound(refused, fields):
 
 def test_stop_strings_are_bounded(refused):
     assert "at most 1024 characters" in refused(stop="b" * 3_000_000)["message"]
-    assert refused(stop=["a", "b" * 3_000_000])["param"] == "stop"
+    assert refused(stop=["a", "b" * 3_000_000])["param"] == "stop[1]"
+    assert "at most 4" in refused(stop=list("abcde"))["message"]
 
 
 def test_turns_and_parts_are_counted_before_they_are_checked_one_by_one(refused, monkeypatch):
@@ -88,14 +89,14 @@ class Gate:
     def __init__(self, processor, monkeypatch):
         self.made: list[str] = []
         self.open = threading.Event()
-        real = processor.example
+        real = processor.render
 
-        def example(messages, *words, **more):
+        def render(messages, *words, **more):
             self.made.append(messages[-1]["content"][-1]["text"])
             assert self.open.wait(DEADLINE)
             return real(messages, *words, **more)
 
-        monkeypatch.setattr(processor, "example", example)
+        monkeypatch.setattr(processor, "render", render)
 
 
 def test_a_prompt_whose_client_has_left_is_not_begun(tiny_processor, monkeypatch):

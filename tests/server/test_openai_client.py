@@ -8,6 +8,7 @@ from serve_world import MODEL, World, body, data_uri, image
 
 SYSTEM = {"role": "system", "content": "Answer in one word."}
 USER = {"role": "user", "content": "hello"}
+OPEN = {"continue_final_message": True}
 
 
 def chat(world: World, content="hello", **fields):
@@ -175,6 +176,21 @@ def test_a_token_that_is_part_of_a_character_has_no_bytes(world):
     assert None in told
 
 
+def test_the_responses_api_is_refused_with_what_to_ask_instead(world):
+    with world.openai() as client, pytest.raises(openai.NotFoundError, match=r"chat\.completions"):
+        client.responses.create(model=MODEL, input="hello")
+
+
+def test_an_overflow_is_told_in_words_that_clients_know(world):
+    """litellm and LangChain look for them in the text, as openai's error shows no code there."""
+    for fields in (dict(content="word " * 500), dict(max_tokens=10**6)):
+        with pytest.raises(openai.BadRequestError) as refused:
+            chat(world, **fields)
+        assert "this model's maximum context length is" in str(refused.value).lower()
+        assert refused.value.code == "context_length_exceeded"
+        assert ("prompt is too long" in refused.value.message) == ("content" in fields)
+
+
 def test_models(world):
     with world.openai() as client:
         assert [model.id for model in client.models.list()] == [MODEL]
@@ -207,6 +223,14 @@ def test_models(world):
          openai.BadRequestError, "messages[0].role", None),
         (dict(messages=[{"role": "assistant", "content": "I"}]), openai.BadRequestError,
          "messages[0].role", None),
+        (dict(messages=[USER], extra_body=OPEN), openai.BadRequestError, "messages[0].role", None),
+        (dict(messages=[USER, {"role": "assistant", "content": None}], extra_body=OPEN),
+         openai.BadRequestError, "messages", None),
+        (dict(messages=[USER, {"role": "assistant", "content": "I"}],
+              extra_body=OPEN | {"add_generation_prompt": True}),
+         openai.BadRequestError, "add_generation_prompt", None),
+        (dict(extra_body={"add_generation_prompt": False}), openai.BadRequestError,
+         "add_generation_prompt", None),
         (dict(messages=[USER, SYSTEM, USER]), openai.BadRequestError, "messages", None),
     ],
 )  # fmt: skip
@@ -220,10 +244,71 @@ def test_errors(world, fields, kind, param, code):
     assert refused.value.body["message"]
 
 
+def test_the_final_message_is_continued(world):
+    """As vLLM spells it; the prompt ends with the words themselves."""
+    begun = [USER, {"role": "assistant", "content": "Sure, here"}]
+    processor = world.engine.processor
+    expected = processor.example(begun, continue_final_message=True).input_ids
+    for extra in (OPEN, OPEN | {"add_generation_prompt": False}):
+        made = chat(world, messages=begun, extra_body=extra)
+        assert made.usage.prompt_tokens == len(expected)
+
+
+def test_an_answer_is_taken_back_as_it_was_given(world):
+    """Also as litellm and others fill it up, and an empty one."""
+    message = chat(world).choices[0].message.model_dump()
+    more = {"tool_calls": [], "reasoning_content": "", "provider_specific_fields": {}}
+    plain = chat(world, messages=[USER, {"role": "assistant", "content": "0 tiles: hello"}, USER])
+    for history in (message, message | more, message | {"annotations": []}):
+        made = chat(world, messages=[USER, history, USER])
+        assert made.usage.prompt_tokens == plain.usage.prompt_tokens
+    empty = [USER, {"role": "assistant", "content": ""}, USER]
+    null = [USER, {"role": "assistant", "content": None, "refusal": None}, USER]
+    assert chat(world, messages=null).usage == chat(world, messages=empty).usage
+
+
+def test_system_messages_are_joined(world):
+    def tokens(*texts: str) -> int:
+        system = [{"role": "system", "content": text} for text in texts]
+        return chat(world, messages=[*system, USER]).usage.prompt_tokens
+
+    assert tokens("Be brief.", "Be kind.") == tokens("Be brief.\n\nBe kind.")
+
+
+def test_max_dynamic_patch_of_one_image(world):
+    """As VLMEvalKit's InternVL adapter sends it; it wins over that of the request."""
+
+    def tiles(*limits: int | None, **extra) -> str:
+        parts = [image(data_uri(n, width=240, height=60)) for n, _ in enumerate(limits)]
+        for part, limit in zip(parts, limits, strict=True):
+            part["image_url"] |= {"max_dynamic_patch": limit, "detail": "original"}
+        return chat(world, parts, extra_body=extra).choices[0].message.content.partition(" ")[0]
+
+    assert tiles(1, 1) == "2"
+    assert tiles(1, 4) == "6"
+    assert tiles(None, 2, max_dynamic_patch=4) == "8"
+
+
+def test_top_p_0_is_greedy(world):
+    made = chat(world, temperature=1, top_p=0)
+    assert made.choices[0].message.content == "0 tiles: hello"
+
+
+def test_base64_with_line_breaks_or_without_padding(world):
+    head, _, data = data_uri().partition(",")
+    for changed in (data.rstrip("="), f"{data[:76]}\r\n{data[76:]}\n", f" {data}"):
+        made = chat(world, [image(f"{head},{changed}")])
+        assert made.choices[0].message.content.startswith("1 tiles")
+
+
 def test_fields_without_influence_are_accepted(world):
     made = chat(
         world, n=1, user="u", metadata={"a": "b"}, store=False, frequency_penalty=0,
         presence_penalty=0, logit_bias={}, response_format={"type": "text"}, tool_choice="none",
         parallel_tool_calls=False, service_tier="auto", temperature=None, seed=None, stop=None,
+        verbosity=None, extra_body={
+            "prompt_cache_retention": None, "min_p": 0, "repetition_penalty": 1.0, "top_a": None,
+            "guided_json": None, "thinking": {}, "ignore_eos": False, "skip_special_tokens": True,
+        },
     )  # fmt: skip
     assert made.choices[0].message.content == "0 tiles: hello"

@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import random
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import openai
 import pytest
 from PIL import Image
@@ -91,6 +93,44 @@ def test_stop_strings_cut_an_answer(world, expected):
         made = client.chat.completions.create(**asked(1, stop=[stop]))
     assert made.choices[0].message.content == text[: text.find(stop)].rstrip()
     assert made.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.slow
+def test_a_stopped_answer_does_not_depend_on_the_load(loaded):
+    """200 prompts with five sets of stop strings each, from 16 clients and from one alone."""
+    model, processor = loaded
+    engine = engine_for(model, processor, max_num_seqs=16, max_length=CONTEXT)
+
+    def answer(world: World, number: int, stop: list[str]) -> tuple:
+        fields = body(f"Thing {number}?", max_tokens=24, temperature=1.5, seed=number, stop=stop)
+        fields |= {"logprobs": True, "max_dynamic_patch": 1}
+        made = world.http.post("/v1/chat/completions", json=fields).json()
+        (choice,) = made["choices"]
+        logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+        said = choice["message"]["content"], choice["finish_reason"]
+        return *said, made["usage"]["completion_tokens"], logprobs
+
+    def stops(number: int, text: str) -> list[list[str]]:
+        rng = random.Random(number)
+        parts = [text[at : at + rng.randrange(1, 5)] for at in range(len(text))]
+        inner = [part[1:2] for part in parts if len(part) > 2]  # complete within a longer one
+        sets = [[" "], ["\n", "\n\n"], rng.sample(parts, min(2, len(parts)))]
+        sets += [rng.sample(parts + inner, min(4, len(parts))) for _ in range(2)]
+        return [[stop for stop in some if stop] for some in sets]
+
+    with serving(engine, processor, rows=16) as world:
+        free = [answer(world, number, []) for number in range(200)]
+        asked = [(n, stop) for n in range(200) for stop in stops(n, free[n][0])]
+        alone = [answer(world, *one) for one in asked]
+        with ThreadPoolExecutor(16) as pool:
+            together = list(pool.map(lambda one: answer(world, *one), asked))
+    cut = sum(a[2] < free[n][2] for (n, _), a in zip(asked, alone, strict=True))
+    assert len(asked) == 1000 and cut > 400
+    pairs = list(zip(alone, together, strict=True))
+    both = zip(asked, pairs, strict=True)
+    apart = [(one, a, b) for one, (a, b) in both if a[:3] != b[:3]]
+    assert not apart, (len(apart), apart[:3])
+    assert max(np.abs(np.subtract(a[3], b[3])).max(initial=0) for a, b in pairs) < 1e-4
 
 
 def test_a_seed_fixes_a_sampled_answer(world):
