@@ -10,9 +10,9 @@ from pathlib import Path
 
 _MOUNTS = Path("/proc/self/mountinfo")
 _COPY = {  # what brings a folder of that scheme here
-    "gs": "copy with gcloud storage cp -r",
-    "s3": "copy with aws s3 cp --recursive",
-    "hf": "download with hf download OWNER/NAME --local-dir",
+    "gs": "gcloud storage cp -r {} .",
+    "s3": "aws s3 cp --recursive {} .",
+    "hf": "hf download OWNER/NAME --local-dir NAME",
 }
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
@@ -23,10 +23,11 @@ def local_path(path: Path | str, what: str) -> Path:
     `Path` makes one slash of two, and a write would then go into a local folder called `gs:`.
     """
     if scheme := _SCHEME.match(str(path)):
-        copy = _COPY.get(scheme[1], "copy from there")
+        address = f"{scheme[1]}://{str(path)[scheme.end() :].lstrip('/')}"
+        command = _COPY.get(scheme[1], "copy {} from there")
         raise ValueError(
-            f"{what} {path}: {scheme[1]}:// paths are not supported; give a folder of this machine "
-            f"or of a network disk, and {copy}"
+            f"{what} {address}: {scheme[1]}:// paths are not supported; give a folder of this "
+            f"machine or of a network disk: {command.format(address)}"
         )
     return Path(path)
 
