@@ -149,6 +149,12 @@ def test_what_the_parser_refuses_is_told_without_help_texts(run, words, line):
     assert run(*words).error == line
 
 
+def test_auto_is_the_dtype_of_the_checkpoint(run, tiny_checkpoint, tmp_path):
+    assert "--dtype {auto,float32,bfloat16,float16}" in run("convert", "--help").out
+    done = run("convert", tiny_checkpoint, tmp_path / "d", "--format", "hf", "--dtype", "auto")
+    assert (done.code, done.out) == (0, f"wrote {tmp_path / 'd'} (hf, float32)\n")
+
+
 def test_options_override_a_configuration_that_is_only_looked_at(run, yaml_of):
     """As those of train do; steps put the file's epochs aside."""
     refused = run("plan", yaml_of(), "--topology", "v9-4", "--train.steps", 3)

@@ -6,7 +6,14 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, arg
 
-from mis_jax.cli.common import AdapterFolder, Dtype, MeshSizes, console, err_console, load_quietly
+from mis_jax.cli.common import (
+    AdapterFolder,
+    AutoDtype,
+    MeshSizes,
+    console,
+    err_console,
+    load_quietly,
+)
 
 _HELP = "/image FILE adds a picture to the next question, /clear begins anew, /quit ends"
 
@@ -23,7 +30,7 @@ def chat(
     top_k: int = 0,
     seed: int = 0,
     max_tiles: int | None = None,
-    dtype: Dtype | None = None,
+    dtype: AutoDtype = None,
     int8_weights: bool = False,
     int8_cache: bool = False,
     mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
@@ -48,7 +55,7 @@ def chat(
         seed: Random seed for sampling.
         max_tiles: Maximum number of image tiles per conversation, divided over its images;
             if unset, the checkpoint's setting.
-        dtype: Data type for weights and activations; if unset, float32 on CPU, otherwise the
+        dtype: Data type for weights and activations; auto: float32 on CPU, otherwise the
             checkpoint's.
         int8_weights: Quantize the decoder's weights to int8: half the memory, answers may differ.
         int8_cache: Quantize the KV cache to int8: half the memory, answers may differ.

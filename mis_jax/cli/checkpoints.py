@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from rich.table import Table
 from tyro.conf import Positional, arg
 
-from mis_jax.cli.common import Dtype, Failed, console, err_console, print_json
+from mis_jax.cli.common import AutoDtype, Failed, console, err_console, print_json
 from mis_jax.terminal import bytes_bar, steps_bar
 
 Format = Literal["native", "hf", "internvl"]
@@ -20,7 +20,7 @@ def convert(
     dst: Annotated[Positional[Path], arg(metavar="DST")],
     *,
     format: Format,
-    dtype: Dtype | None = None,
+    dtype: AutoDtype = None,
     shard_size: str = "5GB",
     adapter: Path | None = None,
     allow_nan: bool = False,
@@ -36,7 +36,7 @@ def convert(
         src: Checkpoint folder (any of the three layouts), or OUT/checkpoints/STEP of a run.
         dst: Output folder; it must not exist yet.
         format: Output layout: native (mis_jax), hf (transformers) or internvl (internvl_chat).
-        dtype: Data type of the output weights; if unset, the source's.
+        dtype: Data type of the output weights; auto: the source's.
         shard_size: Maximum size of each safetensors file, such as 5GB or 500MB.
         adapter: Folder of a LoRA adapter in PEFT format to merge into the weights.
         allow_nan: Convert tensors that contain NaN or infinity instead of failing.
@@ -97,7 +97,7 @@ def verify(
     a: Annotated[Positional[Path], arg(metavar="A")],
     b: Annotated[Positional[Path], arg(metavar="B")],
     *,
-    dtype: Dtype | None = None,
+    dtype: AutoDtype = None,
     layers: bool = False,
     min_overlap: float = 0.99,
     max_kl: float = 1e-3,
@@ -114,7 +114,7 @@ def verify(
     Args:
         a: Reference checkpoint.
         b: Checkpoint to compare with the reference.
-        dtype: Cast the weights of both to this data type first; if unset, as stored.
+        dtype: Cast the weights of both to this data type first; auto: as stored.
         layers: Show the difference after every layer and name the first that differs.
         min_overlap: Minimum overlap of the five most likely tokens of both models.
         max_kl: Maximum mean KL divergence of the next-token distributions, in nats.

@@ -4,9 +4,10 @@ import errno
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
 from tyro.conf import arg
+from tyro.constructors import PrimitiveConstructorSpec
 
 from mis_jax.signals import RESUMABLE, LostWorker, Stop, came
 from mis_jax.storage.files import FULL, without_number
@@ -14,6 +15,19 @@ from mis_jax.terminal import bytes_bar, open_console
 
 _DISK_ERRORS = (*FULL, errno.EIO)  # the run's fate, not the user's mistake
 Dtype = Literal["float32", "bfloat16", "float16"]
+_DTYPES = ("auto", *get_args(Dtype))
+#: `auto` on the command line, None in the verb.
+AutoDtype = Annotated[
+    Dtype | None,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(_DTYPES)}}}",
+        instance_from_str=lambda words: None if words[0] == "auto" else words[0],
+        is_instance=lambda value: value is None or value in _DTYPES,
+        str_from_instance=lambda value: ["auto" if value is None else value],
+        choices=_DTYPES,
+    ),
+]
 AdapterFolder = Annotated[
     Path | None,
     arg(

@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 
 from mis_jax.cli.common import (
     AdapterFolder,
-    Dtype,
+    AutoDtype,
     Failed,
     MeshSizes,
     console,
@@ -52,7 +52,7 @@ def eval_(
     limit: int | None = None,
     shard: str | None = None,
     batch_size: int = 32,
-    dtype: Dtype | None = None,
+    dtype: AutoDtype = None,
     int8_weights: bool = False,
     int8_cache: bool = False,
     mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
@@ -79,7 +79,7 @@ def eval_(
         shard: Evaluate shard i of n, written i/n: every n-th sample starting at the i-th; combine
             shards with `mis-jax merge`.
         batch_size: Maximum number of sequences decoded at once (checkpoints only).
-        dtype: Data type for weights and activations; if unset, float32 on CPU, otherwise the
+        dtype: Data type for weights and activations; auto: float32 on CPU, otherwise the
             checkpoint's.
         int8_weights: Quantize the decoder's weights to int8: half the memory, answers may differ.
         int8_cache: Quantize the KV cache to int8: half the memory, answers may differ.
@@ -187,7 +187,7 @@ def judge(
     max_calls: int | None = None,
     verdict_cache: Path | None = None,
     recheck: int = 0,
-    dtype: Dtype | None = None,
+    dtype: AutoDtype = None,
     mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
     data_root: Path | None = None,
     benchmark_file: BenchmarkFile = None,
@@ -208,7 +208,7 @@ def judge(
         verdict_cache: Folder of cached verdicts, shared between runs.
         recheck: Judge N answers of each benchmark a second time and report the judge's agreement
             with itself.
-        dtype: Data type of the guard model; if unset, the checkpoint's.
+        dtype: Data type of the guard model; auto: the checkpoint's.
         mesh: Number of devices along each axis of the guard model's device mesh.
         data_root: New location of the benchmark data, if it moved since `mis-jax eval`.
         json: Print results.json.
@@ -282,7 +282,7 @@ def _local(
     folder: Path,
     adapter: Path | None,
     rows: int,
-    dtype: Dtype | None,
+    dtype: str | None,
     mesh: MeshSizes,
     int8_weights: bool,
     int8_cache: bool,
@@ -367,7 +367,7 @@ def _client(
     return client(model)
 
 
-def _guard(folder: Path, dtype: Dtype | None, mesh: MeshSizes) -> Any:
+def _guard(folder: Path, dtype: str | None, mesh: MeshSizes) -> Any:
     from mis_jax.inference.guard import load_guard
 
     return load_guard(folder, dtype=dtype, mesh=mesh_of(mesh))

@@ -8,7 +8,7 @@ from tyro.conf import Positional, arg
 
 from mis_jax.cli.common import (
     AdapterFolder,
-    Dtype,
+    AutoDtype,
     Failed,
     MeshSizes,
     console,
@@ -32,7 +32,7 @@ def generate(
     seed: int = 0,
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     max_tiles: int | None = None,
-    dtype: Dtype | None = None,
+    dtype: AutoDtype = None,
     int8_weights: bool = False,
     int8_cache: bool = False,
     mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
@@ -60,7 +60,7 @@ def generate(
             the one that is complete first counts.
         max_tiles: Maximum number of image tiles per conversation, divided over its images;
             if unset, the checkpoint's setting.
-        dtype: Data type for weights and activations; if unset, float32 on CPU, otherwise the
+        dtype: Data type for weights and activations; auto: float32 on CPU, otherwise the
             checkpoint's.
         int8_weights: Quantize the decoder's weights to int8: half the memory, answers may differ.
         int8_cache: Quantize the KV cache to int8: half the memory, answers may differ.

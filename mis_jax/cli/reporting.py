@@ -53,7 +53,7 @@ def report(
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]")],
     *,
     out: Path,
-    reveal: Annotated[bool, arg(aliases=["--show-samples"])] = False,
+    reveal: bool = False,
     data_root: Path | None = None,
     gold: Path | None = None,
     inspect_log: bool = False,

@@ -8,7 +8,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from mis_jax.cli.common import (
     AdapterFolder,
-    Dtype,
+    AutoDtype,
     Failed,
     MeshSizes,
     console,
@@ -28,7 +28,7 @@ def serve(
     api_key_env: str | None = None,
     max_concurrent: int = 16,
     max_queue: int = 64,
-    dtype: Dtype | None = None,
+    dtype: AutoDtype = None,
     int8_weights: bool = False,
     int8_cache: bool = False,
     mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
@@ -55,7 +55,7 @@ def serve(
         api_key_env: Environment variable that holds the API key clients must send.
         max_concurrent: Maximum number of requests processed concurrently.
         max_queue: Maximum number of queued requests; further requests are rejected with 429.
-        dtype: Data type for weights and activations; if unset, float32 on CPU, otherwise the
+        dtype: Data type for weights and activations; auto: float32 on CPU, otherwise the
             checkpoint's.
         int8_weights: Quantize the decoder's weights to int8: half the memory, answers may differ.
         int8_cache: Quantize the KV cache to int8: half the memory, answers may differ.
