@@ -8,14 +8,15 @@ Source: the fields are those of InternVL's chat data (`LazySupervisedDataset` in
 LLaMA-Factory (`images`, `messages`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mis_jax.data.chat_template import IMAGE_MARKER, count_images, from_sharegpt
 from mis_jax.parsing import parse_json
-from mis_jax.storage.files import read_bytes
+from mis_jax.storage.files import open_binary, read_bytes
 
 _ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
 
@@ -73,27 +74,37 @@ def read_samples(path: Path) -> list[Any]:
     return _some(samples, path)
 
 
-def read_jsonl(path: Path) -> list[Entry]:
-    """The entries of a file with one JSON object a line; blank lines are none.
+def read_jsonl(path: Path) -> Iterator[Entry]:
+    """The entries of a file with one JSON object a line, as they are read; blank lines are none.
 
     Raises:
         ValueError: a file that is missing, unreadable or empty.
     """
-    entries: list[Entry] = []
+    index = 0
     # Only "\n" ends a line: str.splitlines() would also cut at U+2028, which JSON allows in a text.
-    for number, line in enumerate(_read(path).split(b"\n"), start=1):
-        index, where = len(entries), f"{path}, line {number}"
+    for number, line in enumerate(_lines(path), start=1):
+        where = f"{path}, line {number}"
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            if text.strip():
-                entries.append(check_entry(parse_json(text), f"{path}, row {index}", index))
+            if not text.strip():
+                continue
+            entry = check_entry(parse_json(text), f"{path}, row {index}", index)
         except UnicodeDecodeError as error:
             problem = f"{where}: not UTF-8 text ({error}); save it as UTF-8 or remove the line"
-            entries.append(Entry(where, str(index), problem=problem))
+            entry = Entry(where, str(index), problem=problem)
         except ValueError as error:
             problem = f"{where}: not valid JSON ({error}); repair or remove the line"
-            entries.append(Entry(where, str(index), problem=problem))
-    return _some(entries, path)
+            entry = Entry(where, str(index), problem=problem)
+        yield entry
+        index += 1
+    if not index:
+        raise _empty(path)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with _explained(path), open_binary(path) as file:
+        for line in file:
+            yield line.removesuffix(b"\n")
 
 
 def check_entry(sample: Any, where: str, index: int, *, pictured: bool = False) -> Entry:
@@ -241,8 +252,14 @@ def _check_characters(images: tuple[str, ...], conversations: Any) -> None:
 
 
 def _read(path: Path) -> bytes:
-    try:
+    with _explained(path):
         return read_bytes(path)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; check the source's root, path and split") from None
     except OSError as error:
@@ -251,5 +268,9 @@ def _read(path: Path) -> bytes:
 
 def _some(entries: list[Any], path: Path) -> list[Any]:
     if not entries:
-        raise ValueError(f"{path}: holds no sample; take the source out or fill the file")
+        raise _empty(path)
     return entries
+
+
+def _empty(path: Path) -> ValueError:
+    return ValueError(f"{path}: holds no sample; take the source out or fill the file")

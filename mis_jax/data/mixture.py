@@ -1,7 +1,7 @@
 """Training sources to annotations by index, and how several sources mix into one epoch."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -10,25 +10,12 @@ from typing import Any
 import numpy as np
 
 from mis_jax.config import Source
+from mis_jax.data.annotation_store import Annotation, AnnotationStore
 from mis_jax.data.annotations import Entry, check_entry, read_jsonl, read_list
-from mis_jax.data.images import EncodedImage
 from mis_jax.data.meta import read_meta
 from mis_jax.data.mis.annotations import PUBLISHED_SIZES
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Annotation:
-    """One annotation, not yet opened or rendered."""
-
-    id: str
-    where: str  # file and place in it, for errors
-    images: tuple[Path | EncodedImage, ...]
-    fields: Mapping[str, Any]  # as in the file; `conversations` is checked when rendered
-    problem: str = ""  # why the file's entry cannot be read, with its place and the remedy
-    max_tiles: int | None = None  # of its source, in the place of the run's
-    augment: bool = False  # encode its tiles as JPEG again, as its source asks
 
 
 @dataclass(frozen=True)
@@ -44,7 +31,7 @@ class Mixture:
         notes: what a reader of the run should know, such as a published set of another size.
     """
 
-    annotations: list[Annotation]
+    annotations: AnnotationStore
     sources: list[dict[str, Any]]
     notes: list[str]
 
@@ -54,7 +41,7 @@ class _Found:
     """What one source holds."""
 
     file: Path
-    annotations: list[Annotation]
+    annotations: AnnotationStore
     notes: list[str] = field(default_factory=list)
     sets: list[dict[str, Any]] = field(default_factory=list)
 
@@ -76,27 +63,28 @@ def read_mixture(sources: Sequence[Source], seed: int) -> Mixture:
     for note in notes:
         _log.warning(note)
     wanted = _wanted(sources, found)
-    mixture = Mixture([], [], notes)
+    parts: list[AnnotationStore] = []
+    told_of: list[dict[str, Any]] = []
     for place, (source, one, count) in enumerate(zip(sources, found, wanted, strict=True)):
         available = len(one.annotations)
         copies, rest = divmod(count, available)
         chosen = np.random.default_rng((seed, place)).permutation(available)[:rest]
-        picked = [one.annotations[i] for i in sorted(chosen)]
-        mixture.annotations.extend(one.annotations * copies + picked)
+        whole, picked = np.tile(np.arange(available), copies), np.sort(chosen)
+        parts.append(one.annotations.take(np.concatenate([whole, picked])))
         told = {"file": str(one.file), "kind": source.kind, "available": available, "used": count}
         told |= {"copies": copies} if source.weight is not None else {}
-        told |= {"ids": [annotation.id for annotation in picked]} if picked else {}
+        told |= {"ids": [one.annotations[place].id for place in picked]} if rest else {}
         told |= {"sets": one.sets} if one.sets else {}
-        mixture.sources.append(told)
-    return mixture
+        told_of.append(told)
+    return Mixture(AnnotationStore.joined(parts), told_of, notes)
 
 
-def read_sources(sources: Sequence[Source], seed: int) -> list[Annotation]:
+def read_sources(sources: Sequence[Source], seed: int) -> AnnotationStore:
     """The annotations of `read_mixture` alone."""
     return read_mixture(sources, seed).annotations
 
 
-def read_source(source: Source) -> list[Annotation]:
+def read_source(source: Source) -> AnnotationStore:
     """Every annotation of one source; the images it names are not opened yet.
 
     An entry that cannot be used is one with a `problem`.
@@ -172,20 +160,18 @@ def _read(source: Source) -> _Found:
         found = _built(source, path)
         if found is None:
             entries = read_list(path, pictured=True)
-            found = _Found(
-                path, _annotations(entries, path.parent, source.max_tiles, source.augment)
-            )
+            found = _Found(path, _stored(entries, path.parent, source.max_tiles, source.augment))
         note = size_note(source, len(found.annotations), found.file)
         return _Found(found.file, found.annotations, [note] if note else [])
     entries = read_jsonl(path) if source.kind == "jsonl" else read_list(path)
     root = source.root or path.parent
-    return _Found(path, _annotations(entries, root, source.max_tiles, source.augment))
+    return _Found(path, _stored(entries, root, source.max_tiles, source.augment))
 
 
 def _annotations(
-    entries: Sequence[Entry], root: Path, max_tiles: int | None, augment: bool
-) -> list[Annotation]:
-    return [
+    entries: Iterable[Entry], root: Path, max_tiles: int | None, augment: bool
+) -> Iterator[Annotation]:
+    return (
         Annotation(
             id=entry.id,
             where=entry.where,
@@ -196,7 +182,13 @@ def _annotations(
             augment=augment,
         )
         for entry in entries
-    ]
+    )
+
+
+def _stored(
+    entries: Iterable[Entry], root: Path, max_tiles: int | None, augment: bool
+) -> AnnotationStore:
+    return AnnotationStore.of(_annotations(entries, root, max_tiles, augment))
 
 
 def _built(source: Source, published: Path) -> _Found | None:
@@ -217,7 +209,7 @@ def _built(source: Source, published: Path) -> _Found | None:
         check_entry(fields, f"{where}, row {index}", index, pictured=True)
         for index, (fields, _) in enumerate(samples)
     ]
-    annotations = _annotations(entries, root, source.max_tiles, source.augment)
+    annotations = list(_annotations(entries, root, source.max_tiles, source.augment))
     for index, (annotation, (_, images)) in enumerate(zip(annotations, samples, strict=True)):
         problem = annotation.problem
         if not problem and len(images) != len(annotation.images):
@@ -226,30 +218,31 @@ def _built(source: Source, published: Path) -> _Found | None:
                 f"{len(images)} are stored; build the set again"
             )
         annotations[index] = replace(annotation, images=() if problem else images, problem=problem)
-    return _Found(root, annotations)
+    return _Found(root, AnnotationStore.of(annotations))
 
 
 def _read_sets(source: Source, path: Path) -> _Found:
     """What a set says of tiles and augmentation goes before what the source says."""
-    found = _Found(path, [])
+    notes: list[str] = []
+    parts: list[AnnotationStore] = []
+    told: list[dict[str, Any]] = []
     for one in read_meta(path):
-        entries = read_jsonl(one.annotation)
-        if one.length not in (None, len(entries)):
-            found.notes.append(
+        max_tiles = source.max_tiles if one.max_tiles is None else one.max_tiles
+        augment = source.augment if one.augment is None else one.augment
+        stored = _stored(read_jsonl(one.annotation), one.root, max_tiles, augment)
+        available = len(stored)
+        if one.length not in (None, available):
+            notes.append(
                 f"{path}, set '{one.name}': length is {one.length}, "
-                f"{one.annotation} has {len(entries)} samples"
+                f"{one.annotation} has {available} samples"
             )
-        used = one.taken(len(entries))
+        used = one.taken(available)
         if used < 1:
             raise ValueError(
                 f"{path}, set '{one.name}': repeat_time {one.repeat} leaves none of its "
-                f"{len(entries)} samples; raise it or take the set out"
+                f"{available} samples; raise it or take the set out"
             )
-        copies, part = divmod(used, len(entries))
-        max_tiles = source.max_tiles if one.max_tiles is None else one.max_tiles
-        augment = source.augment if one.augment is None else one.augment
-        annotations = _annotations(entries, one.root, max_tiles, augment)
-        found.annotations.extend(annotations * copies + annotations[:part])
-        told = {"name": one.name, "file": str(one.annotation)}
-        found.sets.append(told | {"available": len(entries), "used": used})
-    return found
+        parts.append(stored.take(np.arange(used) % available))
+        file = str(one.annotation)
+        told.append({"name": one.name, "file": file, "available": available, "used": used})
+    return _Found(path, AnnotationStore.joined(parts), notes, told)

@@ -3,10 +3,12 @@
 import collections
 import json
 import logging
+import pickle
 import re
 import sys
+import tracemalloc
 import types
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from tiny_world import sample
 import mis_jax.data.mis
 from mis_jax.config import Source
 from mis_jax.data.mis.annotations import PUBLISHED_SIZES
+from mis_jax.data.mis.dataset import RecordImage
 from mis_jax.data.mixture import (
     Annotation,
     annotation_file,
@@ -231,23 +234,21 @@ def test_tiles_and_augmentation_are_those_of_the_source(tmp_path):
 # --- a built set ---
 
 
-@dataclass(frozen=True)
-class Stored:
-    name: str
-
-    def encoded(self) -> bytes:
-        return b""
-
-    def __str__(self) -> str:
-        return f"{self.name} (stored)"
-
-
 @pytest.fixture
 def built(monkeypatch, tmp_path):
     """A stand-in for `mis_jax.data.mis.dataset`, which holds these samples."""
     rows = some_rows(3)
     del rows[2]["id"]
-    samples = [(row, tuple(Stored(name) for name in row["image"])) for row in rows]
+    samples = [
+        (
+            row,
+            tuple(
+                RecordImage(tmp_path, "train", index, number, name, 8, 9)
+                for number, name in enumerate(row["image"])
+            ),
+        )
+        for index, row in enumerate(rows)
+    ]
 
     def read_built(root, split):
         assert (root, split) == (tmp_path / "built", "train")
@@ -255,6 +256,7 @@ def built(monkeypatch, tmp_path):
 
     module = types.ModuleType("mis_jax.data.mis.dataset")
     module.__dict__.update(is_built=lambda root: root.name == "built", read_built=read_built)
+    module.__dict__["RecordImage"] = RecordImage
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(mis_jax.data.mis, "dataset", module, raising=False)
     (tmp_path / "built").mkdir()
@@ -470,3 +472,34 @@ def test_missing_and_unreadable_files(tmp_path):
     path.write_bytes(b"\n \n")
     with pytest.raises(ValueError, match=r"rows.json: holds no sample"):
         read_source(Source("jsonl", path=path))
+
+
+# --- many annotations ---
+
+
+def test_annotations_are_once_on_the_machine(tmp_path):
+    """5,000 of them are 7 MB of objects; what stays here and what goes to a worker is little."""
+    path = tmp_path / "samples.jsonl"
+    with path.open("w") as file:
+        for index in range(5_000):
+            file.write(json.dumps(sample(index, []) | {"id": f"s{index}"}) + "\n")
+    source = Source("jsonl", path=path)
+    read_source(source)  # what is allocated once
+    tracemalloc.start()
+    try:
+        annotations = read_mixture([source, source], 0).annotations
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(annotations) == 10_000 and kept < 5e5 and peak < 2e6
+    sent = pickle.dumps(annotations[1::4])
+    assert len(sent) < 2e5
+    here = pickle.loads(sent)
+    assert len(here) == 2_500 and here[2_499] == annotations[9_997]
+    assert [row.id for row in (here[0], here[1_250])] == ["s1", "s1"]
+    (file, _) = annotations._files
+    place = file._path
+    assert place.exists()
+    del annotations, file
+    assert not place.exists()  # and `here`, which another process would hold, removes nothing
+    assert here[1].id == "s5"  # mapped already
