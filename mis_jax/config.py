@@ -125,6 +125,10 @@ class DataConfig:
     """Folder in which to cache decoded tiles for later epochs and runs; if unset, no cache."""
     workers: Annotated[int, _at_least(0), _at_most(1024)] = 0
     """Number of worker processes that load and tile images; 0 uses threads."""
+    rows: Literal["strict", "upstream"] = "strict"
+    """Annotations that are good ones. strict: images and <image> agree, turns alternate, answers
+    are not empty; upstream: whatever the official code trains on, as it reads it, each kind
+    counted."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
     """Bad samples: a missing file, a damaged image, a wrong number of <image>, too many tokens.
     stop: list them all and stop; skip: leave them out."""
@@ -146,6 +150,11 @@ class TrainConfig:
     """Number of training epochs; set this or `steps`."""
     steps: _Count | None = None
     """Number of optimizer steps; set this or `epochs`."""
+    epoch_multiple: _Count | None = None
+    """The official code's number of steps: repeat the first sequences of every epoch up to a
+    multiple of this (its per-device batch times its GPUs), take the whole steps of an epoch times
+    the epochs, and drop what is left at the end. If unset, every sequence is trained on once an
+    epoch, and the last step of the run may be smaller."""
     global_batch: _Count = 128
     """Number of sequences per optimizer step, over all devices."""
     micro_batch: _Count | None = None
@@ -157,6 +166,12 @@ class TrainConfig:
     loss_reduction: Literal["token", "sample", "square"] = "token"
     """Loss weight of each token of an answer of n tokens: 1 (token), 1/n (sample) or 1/sqrt(n)
     (square)."""
+    loss_average: Literal["global", "micro"] = "global"
+    """Mean of the loss of a step. global: over all its loss tokens; micro: over groups of
+    `loss_group` sequences first, then over the groups, as the official code does."""
+    loss_group: _Count | None = None
+    """Number of consecutive sequences of a group of `loss_average: micro`: the official code's
+    per-device batch, or with its `loss_reduction_all_gather` that times its GPUs."""
     remat: Literal["none", "full", "dots", "attention", "offload"] = "none"
     """Activation checkpointing (rematerialization): none; full: recompute whole layers; dots: keep
     matrix products; attention: keep attention outputs; offload: full, with layer inputs in host
@@ -194,11 +209,15 @@ class TrainConfig:
                 f"train.steps {self.steps} times train.global_batch {self.global_batch} is more "
                 f"than {_MOST_SEQUENCES} sequences; lower one of them"
             )
-        if self.micro_batch and self.global_batch % self.micro_batch:
+        if (self.loss_average == "micro") != (self.loss_group is not None):
             raise ValueError(
-                f"train.micro_batch {self.micro_batch} does not divide "
-                f"train.global_batch {self.global_batch}"
+                "train.loss_group is of train.loss_average: micro; give both or leave both out"
             )
+        for name in ("micro_batch", "loss_group", "epoch_multiple"):
+            if (part := getattr(self, name)) and self.global_batch % part:
+                raise ValueError(
+                    f"train.{name} {part} does not divide train.global_batch {self.global_batch}"
+                )
 
 
 @dataclass(frozen=True)

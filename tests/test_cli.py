@@ -103,12 +103,62 @@ def test_help_of_a_verb_has_an_example(run, verb):
     assert f"Example: mis-jax {verb}" in " ".join(shown.out.split())
 
 
-@pytest.mark.parametrize("words", [["frobnicate"], ["data"], ["data", "frobnicate"], ["--what"]])
-def test_unknown_verbs(run, words):
+def test_help_in_the_ways_that_people_ask_for_it(run):
+    assert run("help").out == run("--help").out
+    assert run("help", "convert").out == run("convert", "--help").out
+    for words in (["data", "--help"], ["help", "data"], ["data", "bild", "-h"]):
+        shown = run(*words)
+        assert shown.code == 0
+        assert "data build" in shown.out and "data show" in shown.out
+        assert "quickstart" not in shown.out
+    shown = run("train", "--help").out
+    assert "(required)" in shown and "(default: MODEL)" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "listed"),
+    [
+        (["frobnicate"], "quickstart"), (["data"], "data build, data show"),
+        (["data", "frobnicate"], "data build, data show"), (["--what"], "quickstart"),
+    ],
+)  # fmt: skip
+def test_unknown_verbs(run, words, listed):
     refused = run(*words)
     assert refused.code == 2
     assert refused.out == ""
-    assert f"unknown verb '{words[0]}'; there are: quickstart" in refused.error
+    assert f"unknown verb '{words[0]}'; there are: {listed}" in refused.error
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["generate"], "Missing from mis-jax generate: MODEL (see `mis-jax generate --help`)"),
+        (
+            ["generate", "m", "--max-new-tokens", "many"],
+            "Error parsing --max-new-tokens: invalid literal for int() with base 10: 'many' (see "
+            "`mis-jax generate --help`)",
+        ),
+        (
+            ["convert", "a", "b", "--formt", "hf"],
+            "Missing from mis-jax convert: --format; Unrecognized options: --formt hf (see "
+            "`mis-jax convert --help`)",
+        ),
+    ],
+)
+def test_what_the_parser_refuses_is_told_without_help_texts(run, words, line):
+    assert run(*words).error == line
+
+
+def test_options_override_a_configuration_that_is_only_looked_at(run, yaml_of):
+    """As those of train do; steps put the file's epochs aside."""
+    refused = run("plan", yaml_of(), "--topology", "v9-4", "--train.steps", 3)
+    assert refused.error.startswith("topology 'v9-4' is not known")
+    refused = run("data", "show", yaml_of(), "--train.steps", 3, "--model", "nowhere")
+    assert refused.error.startswith("nowhere: no such folder")
+    for verb in ("plan", "data show"):
+        words = ["--topology", "v5e:2x2"] if verb == "plan" else []
+        refused = run(*verb.split(), yaml_of(), *words, "--lenght", 5)
+        assert refused.error == f"Unrecognized options: --lenght, 5 (see `mis-jax {verb} --help`)"
 
 
 @pytest.mark.parametrize(
@@ -205,7 +255,7 @@ def test_convert_overwrites_nothing(run, tiny_checkpoint, tmp_path):
     ("words", "message"),
     [
         (["--format", "hf", "--shard-size", "5"], "--shard-size '5': write a number with"),
-        (["--format", "hf", "--shard-size", "0GB"], "shard size is 0 bytes"),
+        (["--format", "hf", "--shard-size", "0GiB"], "shard size is 0 bytes"),
     ],
 )
 def test_convert_with_bad_options(run, tiny_checkpoint, tmp_path, words, message):
@@ -222,7 +272,8 @@ def test_a_disk_that_does_not_take_an_export(run, tiny_checkpoint, tmp_path, mon
     monkeypatch.setattr(os, "pwrite", full)
     refused = run("convert", tiny_checkpoint, tmp_path / "dst", "--format", "native")
     assert refused.code == 1
-    assert "No space left on device" in refused.error
+    assert "Errno" not in refused.error and refused.error.count("No space left on device") == 1
+    assert "all weights take 0.00 GB" in refused.error
     assert not list(tmp_path.iterdir())
 
 

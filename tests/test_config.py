@@ -30,9 +30,10 @@ OPTIONS = {
     "data.sources.split", "data.sources.count", "data.sources.weight", "data.sources.augment",
     "data.sources.max_tiles", "data.max_length", "data.max_tiles",
     "data.too_long", "data.packing", "data.pack_tiles", "data.tile_cache", "data.workers",
-    "data.on_bad_sample",
+    "data.rows", "data.on_bad_sample",
     "train.epochs", "train.steps", "train.global_batch", "train.micro_batch", "train.freeze",
-    "train.loss_reduction", "train.remat", "train.attention", "train.unroll", "train.loss_chunk",
+    "train.loss_reduction", "train.loss_average", "train.loss_group", "train.epoch_multiple",
+    "train.remat", "train.attention", "train.unroll", "train.loss_chunk",
     "train.drop_path", "train.save_every", "train.save_minutes", "train.check_digests",
     "train.keep", "train.keep_best", "train.on_not_finite",
     "train.spike",
@@ -258,6 +259,18 @@ REFUSED = [
     (
         dict(train__micro_batch=3, train__global_batch=8),
         "train.micro_batch 3 does not divide train.global_batch 8",
+    ),
+    (
+        dict(train__loss_average="micro"),
+        "train.loss_group is of train.loss_average: micro; give both or leave both out",
+    ),
+    (
+        dict(train__loss_average="micro", train__loss_group=3, train__global_batch=8),
+        "train.loss_group 3 does not divide train.global_batch 8",
+    ),
+    (
+        dict(train__epoch_multiple=3, train__global_batch=8),
+        "train.epoch_multiple 3 does not divide train.global_batch 8",
     ),
     (dict(train__save_every=0), "train.save_every is 0; give at least 1"),
     (dict(train__save_minutes=0), "train.save_minutes is 0.0; give more than 0"),

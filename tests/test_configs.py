@@ -14,7 +14,7 @@ MIRAGE = load_config(CONFIGS / "mirage_8b.yaml")
 PLACEMENT = {
     "output", "mesh", "dtype", "train.micro_batch", "train.remat", "train.attention",
     "train.unroll", "train.loss_chunk", "data.max_length", "data.packing", "data.pack_tiles",
-    "train.global_batch", "optimizer.offload",
+    "train.global_batch", "train.loss_group", "train.epoch_multiple", "optimizer.offload",
 }  # fmt: skip
 SAMPLE_TOKENS = 1112  # two tiles and 600 tokens of text, as most samples of MIS
 
@@ -47,6 +47,16 @@ def test_mirage_as_the_paper_states_it() -> None:
     assert MIRAGE.train.freeze == ("vision",)
     mis, general = MIRAGE.data.sources
     assert (mis.kind, mis.count, general.count) == ("mis", None, 500)
+    assert _official_batch(MIRAGE) == (4, 8, 4)
+
+
+def _official_batch(config: RunConfig) -> tuple[int, int, int]:
+    """Rows on a GPU, GPUs and accumulations of the official run, whose mean of losses is taken."""
+    train = config.train
+    assert train.loss_average == "micro" and train.epoch_multiple == train.micro_batch
+    assert train.loss_group and train.epoch_multiple
+    gpus = train.epoch_multiple // train.loss_group
+    return train.loss_group, gpus, train.global_batch // train.epoch_multiple
 
 
 @pytest.mark.parametrize(
@@ -88,22 +98,23 @@ def _samples(config: RunConfig) -> float:
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize(
-    ("size", "rate", "decay", "drop_path"),
+    ("size", "rate", "decay", "drop_path", "full", "lora"),
     [
-        ("1b", 4e-5, 0.01, 0.1),
-        ("2b", 4e-5, 0.01, 0.1),
-        ("4b", 4e-5, 0.01, 0.1),
-        ("8b", 4e-5, 0.05, 0.1),
-        ("26b", 2e-5, 0.05, 0.4),
-        ("38b", 2e-5, 0.05, 0.4),
-        ("78b", 2e-5, 0.05, 0.4),
+        ("1b", 4e-5, 0.01, 0.1, (4, 8, 4), (4, 2, 2)),
+        ("2b", 4e-5, 0.01, 0.1, (4, 8, 4), (4, 2, 2)),
+        ("4b", 4e-5, 0.01, 0.1, (4, 8, 4), (4, 2, 2)),
+        ("8b", 4e-5, 0.05, 0.1, (4, 8, 4), (4, 2, 2)),
+        ("26b", 2e-5, 0.05, 0.4, (2, 8, 8), (2, 2, 4)),
+        ("38b", 2e-5, 0.05, 0.4, (2, 16, 4), (2, 2, 4)),
+        ("78b", 2e-5, 0.05, 0.4, (1, 32, 4), (1, 8, 2)),
     ],
 )
-def test_the_official_recipes(size, rate, decay, drop_path, kind) -> None:
+def test_the_official_recipes(size, rate, decay, drop_path, full, lora, kind) -> None:
     config = load_config(CONFIGS / "internvl2_5" / f"{size}_{kind}.yaml")
     assert config.model.name.lower() == f"internvl2_5-{size}"
     assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (rate, decay)
     assert (config.train.epochs, config.data.max_tiles, config.data.max_length) == (1, 6, 8192)
+    assert _official_batch(config) == (full if kind == "full" else lora)
     if kind == "full":
         assert (config.train.global_batch, config.train.freeze) == (128, ("vision",))
         assert (config.train.drop_path, config.lora.rank) == (drop_path, 0)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -216,6 +217,17 @@ def test_an_unknown_topology_is_refused_in_one_line(name: str) -> None:
     with pytest.raises(ValueError, match="topology") as refused:
         open_topology(name)
     assert "\n" not in str(refused.value)
+
+
+@needs_libtpu
+def test_an_accelerator_type_of_the_cloud_is_a_topology() -> None:
+    """Flat slices count chips, deep ones the two cores of a chip."""
+    sizes = {"v5litepod-16": (4, 4), "v6e-8": (2, 4), "v5p-16": (2, 2, 2), "v4-8": (2, 2, 1)}
+    for name, sides in sizes.items():
+        opened = open_topology(name)
+        assert (opened.name, opened.sides, len(opened.devices)) == (name, sides, prod(sides))
+    with pytest.raises(ValueError, match="'v5litepod-15' is not known"):
+        open_topology("v5litepod-15")
 
 
 @needs_libtpu

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
 from label_rows import bare_question, read_rows
 
 from mis_jax.data.chat_template import IMAGE_MARKER, from_sharegpt
 from mis_jax.storage.json_files import replace_json
+from mis_jax.terminal import open_console
 
 REFUSAL = "I'm sorry, but I can't help with this request."
 Kind = Literal["refusal", "text-only"]
@@ -41,7 +41,7 @@ class Settings:
 
 def main(words: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 for bad input."""
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     settings = tyro.cli(Settings, description=__doc__, args=words)
     try:
         count = write(settings.src, settings.out, settings.kind)

@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal
 import ml_dtypes
 import numpy as np
 import tyro
-from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
 from random_tokenizer import write_internlm, write_qwen
@@ -27,10 +26,10 @@ from random_tokenizer import write_internlm, write_qwen
 from mis_jax.checkpoint import nnx_state
 from mis_jax.checkpoint.convert import SHARD_BYTES, convert
 from mis_jax.checkpoint.load import OpenCheckpoint
-from mis_jax.checkpoint.parameter_source import Progress, is_stacked
+from mis_jax.checkpoint.parameter_source import Progress, is_stacked, layer_key
 from mis_jax.model.config import InternVLConfig
 from mis_jax.model.family import published
-from mis_jax.terminal import bytes_bar
+from mis_jax.terminal import bytes_bar, open_console
 
 _BLOCK = 2**23  # values drawn from one seed
 _QWEN_BASE = 151643  # first special token of Qwen2.5 and Qwen3
@@ -75,7 +74,7 @@ def main() -> None:
         vocabulary=settings.vocabulary,
         image_size=settings.image_size,
     )
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     with bytes_bar(console) as bar:
         write(
             config,
@@ -201,6 +200,9 @@ class RandomSource:
         row = math.prod(shape[1:])
         bits = self._bits(f"{name}/{layer}", first * row, last * row)
         return _values(bits, name, shape, self._dtype).reshape(-1, *shape[1:])
+
+    def key(self, name: str, layer: int | None = None) -> str:
+        return layer_key(name, layer)
 
     def _bits(self, what: str, start: int, stop: int) -> np.ndarray:
         """Random 16-bit words from `start` to `stop` of an endless run of them."""

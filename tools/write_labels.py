@@ -40,7 +40,7 @@ from label_teacher import Reply, Stopped, Teacher, ask_all
 
 from mis_jax.storage.json_files import replace_json
 from mis_jax.storage.jsonl import AppendLog
-from mis_jax.terminal import Bars, steps_bar
+from mis_jax.terminal import Bars, open_console, steps_bar
 
 _IDS_SHOWN = 10
 
@@ -95,7 +95,7 @@ class Settings:
 
 def main(words: Sequence[str] | None = None) -> int:
     """The exit code."""
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,6 +1,7 @@
 """Write a checkpoint in any of the three formats, streaming from wherever its values are."""
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 
 from mis_jax.checkpoint import nnx_state
-from mis_jax.checkpoint.dtype_cast import check_dtype
+from mis_jax.checkpoint.dtype_cast import NUMPY_DTYPES, check_dtype
 from mis_jax.checkpoint.hf.config import Format
 from mis_jax.checkpoint.hf.config_writer import native_json, published_json
 from mis_jax.checkpoint.hf.files import write_companions
@@ -23,6 +24,7 @@ from mis_jax.checkpoint.parameter_source import (
     run_jobs,
 )
 from mis_jax.checkpoint.safetensors_writer import finish_published, published_jobs
+from mis_jax.storage.files import FULL, without_number
 from mis_jax.storage.folders import Journal, finished_folder, resumable_folder
 from mis_jax.storage.json_files import write_json
 
@@ -59,7 +61,8 @@ def convert(
         content = published_json(config, kind, opened.published, dtype)
     shapes = nnx_state.shapes(config)
     plan = {"format": kind, "dtype": dtype, "shard_bytes": shard_bytes}
-    with _workplace(opened, destination, plan) as (folder, journal):
+    size = NUMPY_DTYPES[dtype].itemsize * sum(math.prod(shape) for shape in shapes.values())
+    with _told_of(size), _workplace(opened, destination, plan) as (folder, journal):
         write_companions(opened.folder, folder, config, kind)  # first: a bad one is told at once
         if kind == "native":
             jobs = native_jobs(folder, opened.weights, shapes, dtype)
@@ -74,6 +77,18 @@ def convert(
             write_digests(folder, done.digests)
         else:
             finish_published(folder)
+
+
+@contextmanager
+def _told_of(size: int) -> Iterator[None]:
+    """Add to a full disk's error how many bytes all weights take."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        reason = f"{without_number(error)}; all weights take {size / 1e9:.2f} GB"
+        raise OSError(error.errno, reason) from error
 
 
 def write_checkpoint(

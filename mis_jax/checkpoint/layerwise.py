@@ -72,6 +72,12 @@ def stages(
     yield "logits", tokens(xs)
 
 
+def count_stages(config: InternVLConfig) -> int:
+    """How many `stages` a model has."""
+    towers = range(config.vision.num_layers + 1)[config.select_layer] + config.text.num_layers
+    return towers + len(("vision embeddings", "projector", "text embeddings", "logits"))
+
+
 def _embed_tiles(model: InternVL, batch: Batch, _: Any) -> jax.Array:
     return model.vision.embed(batch.tiles, model.compute_dtype)
 
@@ -137,9 +143,10 @@ def _values(opened: OpenCheckpoint, part: str, layer: int | None, dtype: str) ->
     found = {}
     for name in nnx_state.shapes(opened.config):
         if name.startswith(part) and is_stacked(name) == (layer is not None):
-            value = packed(opened.weights.read(name, layer), dtype, name)
+            key = opened.weights.key(name, layer)
+            value = packed(opened.weights.read(name, layer), dtype, key)
             if dtype != "float32":
-                value = packed(value, "float32", name)
+                value = packed(value, "float32", key)
             found[name] = value if layer is None else value[None]
     return found
 

@@ -20,6 +20,7 @@ from mis_jax.checkpoint.native import PARAMS, NativeSource, native_problems, sto
 from mis_jax.checkpoint.parameter_source import WORKERS, ParameterSource, Progress, is_stacked
 from mis_jax.checkpoint.peft.files import LORA_FIELDS, official_settings, read_adapter
 from mis_jax.checkpoint.peft.mapping import (
+    Adapter,
     Merged,
     Settings,
     adapter_from_tensors,
@@ -79,9 +80,26 @@ def open_checkpoint(
     opened = (_open_of_run if is_run_checkpoint(folder) else _open)(folder, check_digests)
     if adapter is None:
         return opened
-    weights = Merged(opened.weights, read_adapter(adapter, opened.config))
+    config, entries = _with_head(opened, read_adapter(adapter, opened.config))
     files = (*opened.files, *(path for path in sorted(adapter.iterdir()) if path.is_file()))
-    return dataclasses.replace(opened, weights=weights, files=files)
+    weights = Merged(opened.weights, entries)
+    return dataclasses.replace(opened, config=config, weights=weights, files=files)
+
+
+def _with_head(opened: OpenCheckpoint, adapter: Adapter) -> tuple[InternVLConfig, Adapter]:
+    """The merged model's config, and an adapter with its head where it is no longer tied.
+
+    PEFT trains a copy of an embedding or a head and leaves the other one as it was.
+    """
+    tables = "text.embedding", "text.head"
+    if not opened.config.text.tie_embeddings or not any(name in adapter for name in tables):
+        return opened.config, adapter
+    base = opened.weights.read("text.embedding")
+    embedding, head = (np.asarray(adapter.get(name, base)) for name in tables)
+    rest = {name: entry for name, entry in adapter.items() if name not in tables}
+    if np.array_equal(embedding, head):
+        return opened.config, rest | {"text.embedding": embedding}
+    return opened.config.untied, rest | {"text.embedding": embedding, "text.head": head}
 
 
 def _open_of_run(folder: Path, check_digests: bool) -> OpenCheckpoint:
@@ -237,11 +255,12 @@ class _Parts:
 
     def _slice(self, index: list[slice]) -> np.ndarray:
         if not is_stacked(self._name):
-            return packed(self._padded(index), self._dtype, self._name)
+            return packed(self._padded(index), self._dtype, self._source.key(self._name))
         result = np.empty([len(range(s.start, s.stop)) for s in index], NUMPY_DTYPES[self._dtype])
 
         def fill(place: int, layer: int) -> None:
-            result[place] = packed(self._rows(layer, index[1:]), self._dtype, self._name)
+            key = self._source.key(self._name, layer)
+            result[place] = packed(self._rows(layer, index[1:]), self._dtype, key)
 
         layers = range(index[0].start, index[0].stop)
         list(self._pool.map(fill, itertools.count(), layers))
@@ -272,7 +291,7 @@ def find_problems(folder: Path) -> list[str]:
             return native_problems(folder, nnx_state.shapes(config))
         shards = Shards(folder, kind)
         if config.text.tie_embeddings and head_key(kind, config.text) in shards.shapes:
-            config = _untied(config)  # either way of reading it is sound
+            config = config.untied  # either way of reading it is sound
         found = problems(shards, kind, config, nnx_state.shapes(config))
         return found + _lora_problems(shards, kind, config, raw)
     except ValueError as error:
@@ -288,15 +307,11 @@ def _tied_as_stored(config: InternVLConfig, layout: Layout, shards: Shards) -> I
     head = head_key(layout, config.text)
     if not config.text.tie_embeddings or head not in shards.shapes:
         return config
-    untied = _untied(config)
-    if problems(shards, layout, untied, nnx_state.shapes(untied)):
-        return untied  # whose import tells them
+    own_head = config.untied
+    if problems(shards, layout, own_head, nnx_state.shapes(own_head)):
+        return own_head  # whose import tells them
     embedding = next(r.theirs for r in rules(layout, config) if r.ours == ("text.embedding",))
     if not np.array_equal(shards.read(head), shards.read(embedding)):
-        return untied
+        return own_head
     shards.drop(head)
     return config
-
-
-def _untied(config: InternVLConfig) -> InternVLConfig:
-    return dataclasses.replace(config, text=dataclasses.replace(config.text, tie_embeddings=False))

@@ -23,7 +23,14 @@ import numpy as np
 import tensorstore
 
 from mis_jax.checkpoint.dtype_cast import NUMPY_DTYPES, all_finite, packed
-from mis_jax.checkpoint.parameter_source import PIECE, Job, ParameterSource, is_stacked, layers_of
+from mis_jax.checkpoint.parameter_source import (
+    PIECE,
+    Job,
+    ParameterSource,
+    is_stacked,
+    layer_key,
+    layers_of,
+)
 from mis_jax.storage.files import Region, make_folder, map_file, write_file, write_text
 from mis_jax.storage.folders import JOURNAL, NOTICE
 from mis_jax.storage.hashing import bytes_digest, changed_files, file_digests
@@ -65,6 +72,9 @@ class NativeSource:
         return (
             np.concatenate(parts) if parts else np.empty((0, *shape[1:]), array.dtype.numpy_dtype)
         )
+
+    def key(self, name: str, layer: int | None = None) -> str:
+        return layer_key(name, layer)
 
     def _check(self, path: Path, values: np.ndarray) -> None:
         """ValueError where a chunk is not what was written; a second look costs nothing."""
@@ -162,7 +172,7 @@ def native_jobs(
                 jobs.append(
                     Job(
                         f"{name} {layer} {start}",
-                        name if layer is None else f"{name}, layer {layer}",
+                        source.key(name, layer),
                         row * (rows.stop - rows.start),
                         _fill(source, name, layer, rows, params / name, chunk, dtype),
                         _regions(layer, rows, params / name, chunk, row, len(inner)),
@@ -204,7 +214,7 @@ def _fill(
     dtype: str,
 ):
     def run() -> bool:
-        values = packed(source.read(name, layer, rows), dtype, name)
+        values = packed(source.read(name, layer, rows), dtype, source.key(name, layer))
         index = () if layer is None else (layer,)
         for start in range(rows.start, rows.stop, chunk):
             part = values[start - rows.start : start - rows.start + chunk]

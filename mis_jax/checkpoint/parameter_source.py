@@ -34,6 +34,15 @@ class ParameterSource(Protocol):
         """
         ...
 
+    def key(self, name: str, layer: int | None = None) -> str:
+        """What the source itself calls a parameter, or one layer of it: an error's name for it."""
+        ...
+
+
+def layer_key(name: str, layer: int | None) -> str:
+    """The key of one layer in sources that have parameters under our names."""
+    return name if layer is None else f"{name}, layer {layer}"
+
 
 class ArrayParameterSource:
     """Parameters that are in memory, on the host or on devices."""
@@ -46,6 +55,9 @@ class ArrayParameterSource:
         if isinstance(array, jax.Array) and all(d.platform == "cpu" for d in array.devices()):
             array = np.asarray(array)  # costs nothing, where slices would be compiled
         return np.asarray(array if layer is None else array[layer])[rows]
+
+    def key(self, name: str, layer: int | None = None) -> str:
+        return layer_key(name, layer)
 
 
 class GatheredSource:
@@ -66,6 +78,9 @@ class GatheredSource:
             self._value = multihost_utils.process_allgather(part, tiled=True)
             self._key = (name, layer)
         return self._value[rows]
+
+    def key(self, name: str, layer: int | None = None) -> str:
+        return layer_key(name, layer)
 
     def read_along(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Take part in the reads of the process that writes these parameters in native format."""
@@ -89,7 +104,7 @@ class Job:
     """One piece of a conversion."""
 
     name: str  # unique in its conversion, the same in every run of it
-    tensor: str  # what a message calls it
+    tensor: str  # what the source calls it
     size: int  # bytes it writes
     run: Callable[[], bool]  # does it; False when a value is NaN or infinite
     regions: tuple[Region, ...]  # where its bytes then lie

@@ -18,7 +18,7 @@ from mis_jax.checkpoint.mapping import COPY, Layout, Rule, Shape, disk_key, norm
 from mis_jax.checkpoint.peft.mapping import Factor, plain_key
 from mis_jax.model.config import InternVLConfig
 from mis_jax.parsing import parse_json
-from mis_jax.storage.files import map_file, open_binary
+from mis_jax.storage.files import map_file, open_binary, refuse_lfs_pointer
 from mis_jax.storage.json_files import Fields, read_json
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -78,6 +78,7 @@ def _header(path: Path) -> dict[str, Entry]:
                 pass
             header = parse_json(file.read(length))
     except (SafetensorError, _Unsound, OSError, ValueError) as error:
+        refuse_lfs_pointer(path)
         raise ValueError(
             f"{path}: not a whole safetensors file ({error}); download it again"
         ) from None
@@ -194,6 +195,12 @@ class PublishedSource:
             return self._shards.read(key, rows)
         theirs = self._shards.read(key)
         return rule.codec.to_ours(theirs, self._config)[index][rows]
+
+    def key(self, name: str, layer: int | None = None) -> str:
+        rule, _ = self._rules[name]
+        if rule.per_layer and layer is None:  # all of them
+            return rule.theirs
+        return self._shards.key(rule.theirs.format(i=layer))
 
 
 def _weight_files(folder: Path) -> list[Path]:

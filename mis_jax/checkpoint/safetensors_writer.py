@@ -145,6 +145,8 @@ def _tensor_jobs(
 ) -> list[Job]:
     """One job, or one for each run of rows of a large tensor that is stored as we have it."""
     rows, row = tensor.shape[0], tensor.size // tensor.shape[0]
+    # A reader knows his tensor by the name that it has where it comes from.
+    named = ", ".join(dict.fromkeys(source.key(name, tensor.layer) for name in tensor.rule.ours))
     step = max(1, PIECE // row) if tensor.rule.codec is COPY else rows
     jobs = []
     for start in range(0, rows, step):
@@ -154,9 +156,9 @@ def _tensor_jobs(
         jobs.append(
             Job(
                 f"{tensor.key} {start}",
-                tensor.key,
+                named,
                 size,
-                _fill(path, place, tensor, part, config, source, dtype),
+                _fill(path, place, tensor, part, config, source, dtype, named),
                 (Region(path, place, size, length),),
             )
         )
@@ -171,6 +173,7 @@ def _fill(
     config: InternVLConfig,
     source: ParameterSource,
     dtype: str,
+    named: str,
 ) -> Callable[[], bool]:
     def run() -> bool:
         if tensor.rule.codec is COPY:
@@ -178,7 +181,7 @@ def _fill(
         else:
             ours = [source.read(name, tensor.layer) for name in tensor.rule.ours]
             values = tensor.rule.codec.to_theirs(ours, config)
-        values = packed(values, dtype, tensor.key)
+        values = packed(values, dtype, named)
         write_file(path, values.reshape(-1).view(np.uint8).data, offset=offset)
         return all_finite(values)
 

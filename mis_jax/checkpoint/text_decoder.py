@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from mis_jax.checkpoint.dtype_cast import check_dtype
 from mis_jax.checkpoint.hf.config import text_config
+from mis_jax.checkpoint.hf.unsupported import check_model_folder
 from mis_jax.checkpoint.load import read_parameters
 from mis_jax.checkpoint.mapping import LINEAR, Rule, Shape, decoder_rules
 from mis_jax.checkpoint.parameter_source import Progress
@@ -84,8 +85,7 @@ def _name(path: tuple[Any, ...]) -> str:
 def read_decoder_config(folder: Path) -> TextConfig:
     """The network that config.json describes; ValueError for one that is not supported."""
     path = folder / "config.json"
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; give the folder that holds config.json")
+    check_model_folder(folder)
     fields = Fields(path, read_json(path))
     try:
         config = text_config(fields, tied=fields.flag("tie_word_embeddings", False))
@@ -110,6 +110,12 @@ class _Source:
         if rule.codec is LINEAR:
             return self._shards.read(key).T[rows]
         return self._shards.read(key, rows)
+
+    def key(self, name: str, layer: int | None = None) -> str:
+        rule = self._rules[name]
+        if rule.per_layer and layer is None:  # all of them
+            return rule.theirs
+        return self._shards.key(rule.theirs.format(i=layer))
 
 
 def _problems(shards: Shards, table: Sequence[Rule], shapes: Mapping[str, Shape]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mis_jax.checkpoint import nnx_state
-from mis_jax.checkpoint.parameter_source import ParameterSource
+from mis_jax.checkpoint.parameter_source import ParameterSource, layer_key
 from mis_jax.checkpoint.peft.files import ADAPTER_FILES
 from mis_jax.checkpoint.peft.mapping import Adapter, LoraPair
 from mis_jax.checkpoint.safetensors_reader import misfit
@@ -161,6 +161,9 @@ class Trained:
         if name in self._values:
             return self._values.part(name, layer, rows)
         return self._base.read(name, layer, rows)
+
+    def key(self, name: str, layer: int | None = None) -> str:
+        return layer_key(name, layer) if name in self._values else self._base.key(name, layer)
 
 
 def adapter_of(values: Mapping[str, Any], config: LoraConfig) -> Adapter:

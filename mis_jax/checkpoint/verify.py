@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Array, Float
 
-from mis_jax.checkpoint.layerwise import States, stages
+from mis_jax.checkpoint.layerwise import States, count_stages, stages
 from mis_jax.checkpoint.load import open_checkpoint
 from mis_jax.model.batch import Batch
 from mis_jax.model.config import InternVLConfig
@@ -101,12 +101,13 @@ def verify_checkpoints(
     thresholds: Thresholds | None = None,
     *,
     dtype: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Compare two checkpoints of any format and size, layer by layer, computed in float32.
 
     One layer of each is in memory at a time. `dtype` rounds the parameters of both first, None
-    leaves them as they are. Raises ValueError when a checkpoint cannot be read or the two are not
-    of one shape, vocabulary and image token.
+    leaves them as they are; `progress` counts stages of the network. Raises ValueError when a
+    checkpoint cannot be read or the two are not of one shape, vocabulary and image token.
     """
     thresholds = thresholds or Thresholds()
     first, second = open_checkpoint(a), open_checkpoint(b)
@@ -115,6 +116,8 @@ def verify_checkpoints(
     both = zip(stages(first, batches, dtype), stages(second, batches, dtype), strict=True)
     for (name, x), (_, y) in both:
         layers.append(_difference(name, x, y))
+        if progress:
+            progress(len(layers), count_stages(first.config))
         if name == "logits":
             found = _summary(zip(x, y, strict=True))
     assert found is not None

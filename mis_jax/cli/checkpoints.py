@@ -1,6 +1,7 @@
 """Verbs over checkpoint folders: convert, inspect, verify."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,6 +10,7 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from mis_jax.cli.common import Dtype, Failed, console, err_console, print_json
+from mis_jax.terminal import bytes_bar, steps_bar
 
 Format = Literal["native", "hf", "internvl"]
 
@@ -42,7 +44,6 @@ def convert(
     """
     from mis_jax.checkpoint import convert
     from mis_jax.checkpoint.load import open_checkpoint
-    from mis_jax.terminal import bytes_bar
 
     shard_bytes = _bytes(shard_size)
     opened = open_checkpoint(src, adapter, check_digests=check_digests)
@@ -131,7 +132,10 @@ def verify(
     files = model_files(a)
     processor = Processor.from_folder(files, read_config(files)[0])
     thresholds = Thresholds(min_overlap, max_kl, max_difference)
-    result = verify_checkpoints(a, b, probe_batches(processor), thresholds, dtype=dtype)
+    with steps_bar(err_console) as bar:
+        result = verify_checkpoints(
+            a, b, probe_batches(processor), thresholds, dtype=dtype, progress=bar.task("layers")
+        )
     first = result.first_beyond(max_relative)
     if json:
         print_json(dataclasses.asdict(result) | {"first_layer_that_differs": first and first.name})
@@ -147,6 +151,8 @@ def verify(
     if not result.passed:
         where = f"; the first layer that differs is {first.name}" if first else ""
         raise Failed(f"{b} does not compute what {a} computes: {'; '.join(result.reasons)}{where}")
+    if not json:
+        console.print(f"the same: {b} computes what {a} computes")
 
 
 def _layer_table(layers: Sequence[Any], first: Any) -> Table:
@@ -158,8 +164,10 @@ def _layer_table(layers: Sequence[Any], first: Any) -> Table:
 
 
 def _bytes(text: str) -> int:
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    number, unit = text[:-2], text[-2:].upper()
-    if unit not in units or not number.replace(".", "", 1).isdigit():
-        raise ValueError(f"--shard-size {text!r}: write a number with KB, MB or GB, such as 5GB")
-    return int(float(number) * units[unit])
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]i?B)", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError(
+            f"--shard-size {text!r}: write a number with KB, MB, GB, KiB, MiB or GiB, such as 5GB"
+        )
+    return int(float(match[1]) * units[match[2].upper()])

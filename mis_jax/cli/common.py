@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from rich.console import Console
 from tyro.conf import arg
 
 from mis_jax.signals import RESUMABLE, LostWorker, Stop, came
+from mis_jax.storage.files import FULL, without_number
+from mis_jax.terminal import bytes_bar, open_console
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # the run's fate, not the user's mistake
+_DISK_ERRORS = (*FULL, errno.EIO)  # the run's fate, not the user's mistake
 Dtype = Literal["float32", "bfloat16", "float16"]
 AdapterFolder = Annotated[
     Path | None,
@@ -21,8 +22,8 @@ AdapterFolder = Annotated[
         "OUT/final of a LoRA run; it is merged into the weights as they are read.",
     ),
 ]
-console = Console()
-err_console = Console(stderr=True)
+console = open_console()
+err_console = open_console(stderr=True)
 
 
 class Failed(RuntimeError):
@@ -52,8 +53,9 @@ def described(error: BaseException) -> tuple[str, int]:
             return str(stop), RESUMABLE
         shown = f"{type(error).__name__}: {error} (a fault of mis-jax? --debug shows where)"
         return shown, 1
-    disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
-    return str(error), 1 if disk else 2
+    if isinstance(error, OSError):
+        return without_number(error), 1 if error.errno in _DISK_ERRORS else 2
+    return str(error), 2
 
 
 def print_json(content: Any) -> None:
@@ -101,7 +103,6 @@ def load_quietly(
 
     from mis_jax.api import load
     from mis_jax.model.unrolled import unrolled
-    from mis_jax.terminal import bytes_bar
 
     mesh = mesh_of(sizes)
     if dtype is None and jax.default_backend() == "cpu":

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rich.table import Table
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, Suppress, arg
 
 from mis_jax.cli.common import Failed, console, err_console, print_json
+from mis_jax.cli.options import run_config
 
 
 def data_show(
@@ -16,10 +17,13 @@ def data_show(
     picture: Path | None = None,
     stats: bool = False,
     json: bool = False,
+    overrides: Suppress[tuple[str, ...]] = (),
 ) -> None:
     """Show a training sample as the model sees it: prompt, loss mask (green), tiles.
 
     Example: mis-jax data show configs/mirage_8b.yaml --index 3 --picture tiles.png
+
+    Options of `mis-jax train`, such as --data.max-tiles 4, override CONFIG.
 
     Args:
         config: YAML configuration file of a run.
@@ -31,12 +35,11 @@ def data_show(
     """
     from mis_jax.checkpoint.hf.config import read_config
     from mis_jax.checkpoint.trained_model import model_files
-    from mis_jax.config import load_config
     from mis_jax.data.preview import show_sample, statistics
     from mis_jax.data.processor import Processor
     from mis_jax.terminal import steps_bar
 
-    run = load_config(config)
+    run = run_config(config, overrides, "data show")
     files = model_files(run.model)
     processor = Processor.from_folder(files, read_config(files)[0])
     if stats:

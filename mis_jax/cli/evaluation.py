@@ -18,7 +18,7 @@ from mis_jax.cli.common import (
     load_quietly,
     mesh_of,
 )
-from mis_jax.cli.reporting import show_results
+from mis_jax.cli.reporting import BenchmarkFile, show_results, use_benchmark_file
 from mis_jax.storage.locks import locked_folder
 from mis_jax.storage.paths import destination_path
 
@@ -41,12 +41,14 @@ _ANSWERING = 600.0  # seconds for a whole answer; a verdict is a few words
 
 
 def eval_(
-    model: Annotated[Positional[str], arg(metavar="MODEL")],
+    model: Annotated[Positional[str | None], arg(metavar="MODEL")] = None,
     *,
     adapter: AdapterFolder = None,
-    benchmarks: str,
-    data_root: Path,
-    out: Path,
+    benchmarks: str | None = None,
+    data_root: Path | None = None,
+    out: Path | None = None,
+    list_benchmarks: Annotated[bool, arg(name="list")] = False,
+    benchmark_file: BenchmarkFile = None,
     limit: int | None = None,
     shard: str | None = None,
     batch_size: int = 32,
@@ -60,6 +62,7 @@ def eval_(
     concurrency: Concurrency = 8,
     requests_per_minute: RequestsPerMinute = None,
     internvl_fields: bool = False,
+    include_reasoning: bool = False,
 ) -> None:
     """Generate a model's answers to benchmarks. Run the same command again to resume.
 
@@ -68,7 +71,8 @@ def eval_(
     Args:
         model: Checkpoint folder (any of the three layouts), OUT/checkpoints/STEP of a run, or the
             base URL (http://host/v1) of an OpenAI-compatible server.
-        benchmarks: Comma-separated list of benchmark ids.
+        benchmarks: Comma-separated list of benchmark ids (see --list).
+        list_benchmarks: List the benchmarks, with their published sizes, judges and metrics.
         data_root: Folder with one subfolder of published files per benchmark.
         out: Output folder of the evaluation run.
         limit: Evaluate only the first N samples of each benchmark.
@@ -81,18 +85,28 @@ def eval_(
         int8_cache: Quantize the KV cache to int8: half the memory, answers may differ.
         mesh: Number of devices along each axis of the device mesh.
         check_digests: Verify the weights against their stored SHA-256 digests, if present.
-        model_name: Name of the model on the server.
+        model_name: Name of the model on the server; if unset, the only one that it lists.
         internvl_fields: Send max_dynamic_patch and system_prompt to the server (`mis-jax serve` is
             detected automatically).
+        include_reasoning: Put the reasoning that the server sends apart from the answer
+            (reasoning_content or reasoning) before it; without this option it is left out.
     """
     from mis_jax.cli.eta import TimeAhead, answers_ahead
     from mis_jax.evals.async_map import Stopped
-    from mis_jax.evals.benchmarks import get_benchmark, size_note
+    from mis_jax.evals.benchmarks import get_benchmark, size_note, wordless_note
     from mis_jax.evals.benchmarks.general import md5_note
-    from mis_jax.evals.run_dir import open_run
+    from mis_jax.evals.run_dir import keep_samples, open_run
     from mis_jax.evals.runner import generate_answers, part_from
     from mis_jax.terminal import steps_bar
 
+    use_benchmark_file(benchmark_file)
+    if list_benchmarks:
+        _list_benchmarks()
+        return
+    if model is None or benchmarks is None or data_root is None or out is None:
+        needed = {"MODEL": model, "--benchmarks": benchmarks, "--data-root": data_root}
+        missing = [name for name, value in (needed | {"--out": out}).items() if value is None]
+        raise ValueError(f"eval also needs {', '.join(missing)}; see mis-jax eval --help")
     place = destination_path(out, "--out")
     part = part_from(limit, shard)
     chosen = [get_benchmark(name) for name in benchmarks.split(",")]
@@ -105,9 +119,10 @@ def eval_(
         client = _client(
             model, model_name, api_key_env, concurrency, requests_per_minute, timeout=_ANSWERING
         )
-        tested = _served(client, internvl_fields)
-    elif model_name:
-        raise ValueError("--model-name belongs to a server; give its http://host/v1 as MODEL")
+        tested = _served(client, internvl_fields, include_reasoning)
+    elif model_name or include_reasoning:
+        option = "--model-name" if model_name else "--include-reasoning"
+        raise ValueError(f"{option} belongs to a server; give its http://host/v1 as MODEL")
     else:
         tested = _local(
             Path(model), adapter, batch_size, dtype, mesh, int8_weights, int8_cache, check_digests
@@ -122,14 +137,17 @@ def eval_(
         )
         asked = [part.of(samples) for samples in sets]
         for benchmark, whole, samples in zip(chosen, sets, asked, strict=True):
+            keep_samples(out, benchmark.name, samples, part.described(len(whole)))
+        for benchmark, whole, samples in zip(chosen, sets, asked, strict=True):
             for note in (
                 size_note(benchmark.name, len(whole)),
+                wordless_note(benchmark.name, whole),
                 md5_note(benchmark.name, data_root),
             ):
                 if note:
                     err_console.print(note, markup=False)
             _say(answers_ahead(benchmark, samples))
-        failed = 0
+        failed, problem = 0, None
         answer = tested.load()
         at_once = concurrency if model.startswith(_HTTP) else batch_size
         ahead = TimeAhead(sum(map(len, asked)), at_once, _say)
@@ -147,9 +165,13 @@ def eval_(
                     )
                 except Stopped as stopped:
                     raise Failed(f"{stopped}; call again to go on") from None
-                failed += done.failed
+                failed, problem = failed + done.failed, done.problem or problem
+                if done.empty:
+                    _say(f"{benchmark.name}: {done.empty} of {done.answered} answers are empty")
         if failed:
-            raise Failed(f"{failed} sample(s) have no answer; call again to retry them")
+            raise Failed(
+                f"{failed} sample(s) have no answer (the last: {problem}); call again to retry them"
+            )
         console.print(f"answers in {out}; next: mis-jax judge {out}")
 
 
@@ -168,6 +190,7 @@ def judge(
     dtype: Dtype | None = None,
     mesh: MeshSizes = MeshSizes(),  # noqa: B008  frozen
     data_root: Path | None = None,
+    benchmark_file: BenchmarkFile = None,
     json: bool = False,
 ) -> None:
     """Judge the answers of an evaluation run. Run the same command again to resume.
@@ -179,7 +202,7 @@ def judge(
         judge: Judge to use: default (each benchmark's own), the base URL (http://host/v1) of an
             OpenAI-compatible server, the folder of a Llama Guard checkpoint, rules, exact,
             options, or none to recompute the results from existing verdicts.
-        judge_model: Name of the judge model on the server.
+        judge_model: Name of the judge model on the server; if unset, the only one that it lists.
         benchmarks: Comma-separated list of benchmark ids to judge; if unset, all of the run.
         max_calls: Maximum total number of requests, including the self-test and retries.
         verdict_cache: Folder of cached verdicts, shared between runs.
@@ -200,6 +223,7 @@ def judge(
     from mis_jax.evals.verdict_cache import VerdictCache
     from mis_jax.terminal import steps_bar
 
+    use_benchmark_file(benchmark_file)
     read_manifest(run)  # before a lock is written into what is no run
     if judge == "none":
         with locked_folder(run):
@@ -235,6 +259,7 @@ def judge(
                 benchmarks=names,
                 cache=VerdictCache(verdict_cache) if verdict_cache else None,
                 recheck=recheck,
+                leave_out=lambda reason: _say(f"left out: {reason}"),
                 announce=_announce(client) if client else None,
                 progress=bar.task,
             )
@@ -289,11 +314,13 @@ def _local(
     return _Model(name, fingerprint, conditions, load)
 
 
-def _served(client: "ChatClient", takes_settings: bool) -> _Model:
+def _served(client: "ChatClient", takes_settings: bool, includes_reasoning: bool) -> _Model:
     """A model behind an endpoint."""
     from mis_jax.evals.endpoint import endpoint_answers, open_endpoint
 
-    endpoint = open_endpoint(client, takes_settings=takes_settings)
+    endpoint = open_endpoint(
+        client, takes_settings=takes_settings, includes_reasoning=includes_reasoning
+    )
     if not endpoint.takes_settings:
         _say(
             f"{client.base_url} does not say that it is mis-jax: tiles and system turn are its own "
@@ -319,20 +346,25 @@ def _client(
 ) -> "ChatClient":
     from mis_jax.evals.chat_client import ChatClient, Patience
 
-    if not model:
-        raise ValueError(f"{url}: say with {option} NAME which of its models is meant")
     key = None
     if key_env is not None and not (key := os.environ.get(key_env, "").strip()):
         raise ValueError(f"the environment variable {key_env} is empty; put the key into it")
-    return ChatClient(
-        url,
-        model,
-        api_key=key,
-        concurrency=concurrency,
-        requests_per_minute=requests_per_minute,
-        max_calls=max_calls,
-        patience=Patience(timeout=timeout),
-    )
+
+    def client(name: str) -> ChatClient:
+        return ChatClient(
+            url,
+            name,
+            api_key=key,
+            concurrency=concurrency,
+            requests_per_minute=requests_per_minute,
+            max_calls=max_calls,
+            patience=Patience(timeout=timeout),
+        )
+
+    if not model:
+        model = client("").only_model(option)
+        _say(f"{url}: its only model is {model}")
+    return client(model)
 
 
 def _guard(folder: Path, dtype: Dtype | None, mesh: MeshSizes) -> Any:
@@ -350,15 +382,29 @@ def _announce(
 
     def announce(owed: list[tuple["JudgingTask", list[tuple["Sample", str]]]]) -> None:
         for one, pairs in owed:
-            tokens, pictures = prompt_size(pairs, one.benchmark)
-            seconds = len(pairs) * client.pace()
-            _say(
-                verdicts_ahead(
-                    one.benchmark.name, one.judge.id, len(pairs), tokens, pictures, seconds
-                )
-            )
+            calls, tokens, pictures = prompt_size(pairs, one.benchmark)
+            seconds = calls * client.pace()
+            _say(verdicts_ahead(one.benchmark.name, one.judge.id, calls, tokens, pictures, seconds))
 
     return announce
+
+
+def _list_benchmarks() -> None:
+    """A line for each benchmark: id, published size, judge, metrics."""
+    from mis_jax.evals.benchmarks import BENCHMARKS
+    from mis_jax.evals.controls import CONTROLS
+
+    width = max(map(len, BENCHMARKS))
+    for name, benchmark in BENCHMARKS.items():
+        size = f"{benchmark.published_size:,}" if benchmark.published_size else "-"
+        judge = benchmark.default_judge or benchmark.judging
+        line = f"{name:{width}}  {size:>5}  {judge:23}  {', '.join(benchmark.metrics)}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    controls = ", ".join(f"@{name}" for name in CONTROLS)
+    _say(
+        f"Columns: id, published size, judge or judging protocol, metrics. Behind each id with "
+        f"images may stand {controls}."
+    )
 
 
 def _say(text: str) -> None:

@@ -3,16 +3,13 @@
 import contextlib
 import functools
 import inspect as signatures
-import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.logging import RichHandler
-from tyro.conf import FlagCreatePairsOff
 
 from mis_jax import signals
 from mis_jax.cli.chat import chat
@@ -21,6 +18,7 @@ from mis_jax.cli.common import described, err_console, fail
 from mis_jax.cli.data import data_build, data_show
 from mis_jax.cli.evaluation import eval_, judge
 from mis_jax.cli.generation import generate
+from mis_jax.cli.options import parse, train_config
 from mis_jax.cli.planning import plan
 from mis_jax.cli.reporting import merge, report
 from mis_jax.cli.serving import serve
@@ -62,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.WARNING,
         format="%(message)s",
-        handlers=[RichHandler(console=err_console, show_path=False)],
+        handlers=[_log_handler()],
     )
     logging.getLogger("mis_jax").setLevel(logging.INFO)
     for noisy in ("absl", "jax", "orbax", "PIL", "h5py"):
@@ -81,7 +79,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             fail(*described(error))
 
 
+def _log_handler() -> logging.Handler:
+    """Colours on a terminal; elsewhere a line a record, which nothing wraps."""
+    if err_console.is_terminal:
+        return RichHandler(console=err_console, show_path=False)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    return handler
+
+
 def _find_verb(words: list[str]) -> tuple[str, Callable[..., None], list[str]]:
+    if words[:1] == ["help"]:  # `help VERB` and `VERB --help` are one
+        words = [*words[1:], "--help"]
     for length in (2, 1):
         name = " ".join(words[:length])
         if name in VERBS:
@@ -91,18 +100,21 @@ def _find_verb(words: list[str]) -> tuple[str, Callable[..., None], list[str]]:
 
         print(__version__)
         raise SystemExit(0)
-    lines = [f"  {name:<11} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
+    begin = f"{words[0]} " if words else ""  # as of `data build`
+    shown = {name: verb for name, verb in VERBS.items() if name.startswith(begin)} or VERBS
+    lines = [f"  {name:<11} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in shown.items()]
     text = "usage: mis-jax VERB ... [--debug]\n\n" + "\n".join(lines)
     text += "\n\n`mis-jax VERB --help` shows options and an example."
-    if not words or words[0] in ("-h", "--help"):
+    asked = any(word in ("-h", "--help") for word in words[:1] + words[-1:])
+    if not words or (asked and (words[0].startswith("-") or shown is not VERBS)):
         print(text)
         raise SystemExit(0 if words else 2)
-    fail(f"unknown verb '{words[0]}'; there are: {', '.join(VERBS)}", 2)
+    fail(f"unknown verb '{words[0]}'; there are: {', '.join(shown)}", 2)
 
 
 def _run(name: str, verb: Callable[..., None], rest: list[str]) -> None:
     if verb is train:
-        train(_train_config(rest))
+        train(train_config(rest, train.__doc__ or ""))
         return
     description = (verb.__doc__ or "").split("Args:")[0].strip()
 
@@ -111,7 +123,13 @@ def _run(name: str, verb: Callable[..., None], rest: list[str]) -> None:
         _check_paths(verb, signatures.signature(verb).bind(*words, **options).arguments)
         return functools.partial(verb, *words, **options)
 
-    _parse(parsed, f"mis-jax {name}", rest, description=description)()
+    if "overrides" in signatures.signature(verb).parameters:  # fields of the run's CONFIG
+        call, rest = parse(
+            parsed, f"mis-jax {name}", rest, description=description, return_unknown_args=True
+        )
+        call(overrides=tuple(rest))
+    else:
+        parse(parsed, f"mis-jax {name}", rest, description=description)()
 
 
 def _check_paths(verb: Callable[..., None], given: dict[str, Any]) -> None:
@@ -126,42 +144,3 @@ def _check_paths(verb: Callable[..., None], given: dict[str, Any]) -> None:
                 local_path(item, option)
             elif isinstance(item, str) and name in ("model", "judge"):  # a folder or an address
                 local_path("" if item.startswith(_URLS) else item, option)
-
-
-def _train_config(rest: list[str]) -> Any:
-    """CONFIG from YAML, overridden by `--field value`."""
-    from mis_jax.config import DataConfig, RunConfig, Source, TrainConfig, load_config
-
-    if rest and not rest[0].startswith("-"):
-        loaded, rest = load_config(Path(rest[0])), rest[1:]
-    elif any(word in ("-h", "--help") for word in rest):  # the options, with a stand-in for CONFIG
-        sources = (Source("mis", root=Path("ROOT")),)
-        loaded = RunConfig(
-            Path("MODEL"), Path("OUTPUT"), DataConfig(sources=sources), TrainConfig(epochs=2)
-        )
-    else:
-        raise ValueError("the first argument is the YAML file of a run: mis-jax train CONFIG")
-    description = (
-        f"{train.__doc__}\n\nExample: mis-jax train configs/mirage_8b.yaml --output runs/mine "
-        "--optimizer.learning-rate 1e-5\n\nCONFIG is a YAML file; every option overrides one field."
-    )
-    return _parse(RunConfig, "mis-jax train CONFIG", rest, default=loaded, description=description)
-
-
-def _parse(target: Callable[..., Any], program: str, words: list[str], **options: Any) -> Any:
-    """tyro's parser, its boxed errors made one line."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                target, prog=program, args=words, config=(FlagCreatePairsOff,), **options
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
-        wanted = [
-            line for line in lines if line.strip("─ ") and not line.endswith(("helptext", "--help"))
-        ]
-        usage = program.removesuffix(" CONFIG")
-        fail(f"{' '.join(wanted) or said.getvalue().strip()} (see `{usage} --help`)", 2)

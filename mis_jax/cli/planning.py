@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from rich.table import Table
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, Suppress, arg
 
-from mis_jax.cli.common import Failed, console, print_json
+from mis_jax.cli.common import Failed, console, err_console, print_json
+from mis_jax.cli.options import run_config
+from mis_jax.terminal import steps_bar
 
 
 def plan(
@@ -17,24 +19,26 @@ def plan(
     length: int | None = None,
     tiles: int | None = None,
     json: bool = False,
+    overrides: Suppress[tuple[str, ...]] = (),
 ) -> None:
     """Estimate a run's memory, communication and step time on hardware you don't have.
 
     Example: mis-jax plan configs/hardware/mirage_8b_v5e_16.yaml --topology v5e:4x4
 
     Compiles the run's own steps ahead of time for the given TPU or GPU topology. Exit code 1 when
-    a step does not fit.
+    a step does not fit. Options of `mis-jax train`, such as --mesh.fsdp 8, override CONFIG.
 
     Args:
         config: YAML configuration file of a run; its model may be a published name, such as
             internvl2_5-8b.
-        topology: Hardware to compile for: chip and size, such as v5e:4x4, v5p:2x2x4 or h100:8.
-        steps: Comma-separated list of steps to compile: train, prefill, decode.
+        topology: Hardware to compile for: chip and size, such as v5e:4x4, v5p:2x2x4 or h100:8, or
+            an accelerator type, such as v5litepod-16.
+        steps: Comma-separated list of the kinds of step to compile: train, prefill, decode. The
+            number of optimizer steps is --train.steps.
         length: Number of tokens per sequence; if unset, data.max_length.
         tiles: Number of image tiles per sequence; if unset, the maximum the data settings allow.
         json: Print the result as JSON.
     """
-    from mis_jax.config import load_config
     from mis_jax.plan import Step
     from mis_jax.plan import plan as run
 
@@ -44,7 +48,10 @@ def plan(
     for option, number in (("--length", length), ("--tiles", tiles)):
         if number is not None and number < 1:
             raise ValueError(f"{option} is {number}; give at least 1")
-    made = run(load_config(config), topology, length=length, tiles=tiles, steps=names)
+    planned = run_config(config, overrides, "plan")
+    with steps_bar(err_console) as bar:
+        bar.task(f"compiling for {topology}")
+        made = run(planned, topology, length=length, tiles=tiles, steps=names)
     if json:
         print_json(made.as_json())
     else:

@@ -9,6 +9,15 @@ from mis_jax.cli.common import Failed, console, print_json
 from mis_jax.storage.locks import locked_folder
 from mis_jax.storage.paths import destination_path
 
+BenchmarkFile = Annotated[
+    Path | None,
+    arg(
+        metavar="FILE",
+        help="Python file of your own with a list BENCHMARKS, whose ids can be used then. The file "
+        "is run.",
+    ),
+]
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -16,6 +25,8 @@ if TYPE_CHECKING:
 def merge(
     out: Annotated[Positional[Path], arg(metavar="OUT")],
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN RUN [RUN ...]")],
+    *,
+    benchmark_file: BenchmarkFile = None,
 ) -> None:
     """Merge the shards of an evaluation, or runs over different benchmarks, into one run.
 
@@ -29,11 +40,13 @@ def merge(
 
     if len(runs) < 2:
         raise ValueError("name the new folder and at least two evaluation runs")
+    use_benchmark_file(benchmark_file)
     with locked_folder(destination_path(out, "OUT")):
         merged = merge_runs(runs, out)
     for name, result in merged.items():
         states = ", ".join(f"{count} {state}" for state, count in result["counts"].items() if count)
-        console.print(f"{name}: {result['n']} samples ({states})", highlight=False)
+        whole = f" of {result['of']}" if "of" in result else ""
+        console.print(f"{name}: {result['n']}{whole} samples ({states})", highlight=False)
 
 
 def report(
@@ -44,6 +57,7 @@ def report(
     data_root: Path | None = None,
     gold: Path | None = None,
     inspect_log: bool = False,
+    benchmark_file: BenchmarkFile = None,
 ) -> None:
     """Write a report on evaluation runs: tables with confidence intervals and paired tests.
 
@@ -63,6 +77,7 @@ def report(
 
     if not runs:
         raise ValueError("name at least one evaluation run")
+    use_benchmark_file(benchmark_file)
     with locked_folder(destination_path(out, "--out")):  # refused before the runs are read
         written = write_report(
             [(run.name, run) for run in runs],
@@ -75,6 +90,14 @@ def report(
             written += write_inspect_logs(run, out / "inspect" / run.name, redact=not reveal)
     for path in written:
         console.print(str(path))
+
+
+def use_benchmark_file(path: Path | None) -> None:
+    """Make the benchmarks of the user's own file known."""
+    from mis_jax.evals.benchmarks import add_file
+
+    if path is not None:
+        add_file(path)
 
 
 def show_results(
@@ -113,10 +136,11 @@ def _rates(results: dict[str, Any]) -> "Table":
     for benchmark, result in results.items():
         states = (f"{n} {state}" for state, n in result["counts"].items() if n and state != "ok")
         without = ", ".join(states) or "0"
+        share = f" ({result['n']} of {result['of']} asked)" if "of" in result else ""
         for index, (metric, value) in enumerate(result["metrics"].items()):
             known = value["value"] is not None
             table.add_row(
-                "" if index else benchmark,
+                "" if index else benchmark + share,
                 metric,
                 f"{100 * value['value']:.2f} %" if known else "-",
                 f"{100 * value['low']:.1f} to {100 * value['high']:.1f}" if known else "-",

@@ -145,8 +145,13 @@ def checked_messages(fields: Mapping[str, Any], images: int) -> list[dict[str, s
     """The messages of checked fields, which have a marker for each image; one needs none.
 
     Raises:
-        ValueError: turns that `from_sharegpt` refuses, or another number of markers.
+        ValueError: turns that `from_sharegpt` refuses, another number of markers, or an empty
+            list of images.
     """
+    if _has(fields, "image") and not fields["image"]:
+        raise ValueError(
+            "field 'image' is empty; name its images, or drop the field for a text sample"
+        )
     messages = from_sharegpt(fields)
     markers = count_images(messages)
     if images == markers or (images == 1 and markers == 0):
@@ -214,13 +219,11 @@ def _images(fields: Mapping[str, Any], pictured: bool) -> tuple[str, ...]:
             raise ValueError("field 'image' is missing; name the images or remove the row")
         return ()
     images = fields["image"]
-    names = [images] if isinstance(images, str) else images
+    names = [images] if isinstance(images, str) and images else images
+    if names == "" or names == []:  # refused when the messages are checked, or a text sample
+        return ()
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
         raise ValueError(f"field 'image' is {images!r:.60}; give a path or a list of paths")
-    if not names:
-        raise ValueError(
-            "field 'image' is empty; name its images, or drop the field for a text sample"
-        )
     return tuple(names)
 
 

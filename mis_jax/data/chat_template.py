@@ -62,11 +62,31 @@ def from_sharegpt(row: Mapping[str, Any]) -> list[dict[str, str]]:
         ValueError: a missing field, an unknown role, turns out of order or an empty answer; the
             row's `id` and the field are named.
     """
-    name = f"row {row.get('id', '(without id)')}"
-    turns = row.get("conversations")
+    name = _name(row)
+    messages: list[dict[str, str]] = []
+    for index, (role, value) in enumerate(checked_turns(row)):
+        where = f"{name}: conversations[{index}]"
+        expected = "assistant" if messages and messages[-1]["role"] == "user" else "user"
+        if role not in ("system", expected):
+            wanted = "gpt" if expected == "assistant" else "human"
+            raise ValueError(
+                f"{where}.from is {row['conversations'][index]['from']!r} where {wanted!r} is due; "
+                "human and gpt turns must alternate, human first: merge or reorder them"
+            )
+        if role == "assistant" and not value.strip():
+            raise ValueError(f"{where}.value is an empty answer; fill it in or drop the row")
+        messages.append({"role": role, "content": value})
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"{name}: 'conversations' ends without a 'gpt' turn; add the answer")
+    return messages
+
+
+def checked_turns(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Role and text of each turn of such a row, in whatever order; raises as `from_sharegpt`."""
+    name, turns = _name(row), row.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{name}: 'conversations' must be a list with at least one turn")
-    messages: list[dict[str, str]] = []
+    checked: list[tuple[str, str]] = []
     for index, turn in enumerate(turns):
         where = f"{name}: conversations[{index}]"
         if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
@@ -78,19 +98,12 @@ def from_sharegpt(row: Mapping[str, Any]) -> list[dict[str, str]]:
             )
         if role == "system" and index:
             raise ValueError(f"{where}.from is 'system'; only the first turn may be")
-        expected = "assistant" if messages and messages[-1]["role"] == "user" else "user"
-        if role not in ("system", expected):
-            wanted = "gpt" if expected == "assistant" else "human"
-            raise ValueError(
-                f"{where}.from is {turn['from']!r} where {wanted!r} is due; "
-                "human and gpt turns must alternate, human first: merge or reorder them"
-            )
-        if role == "assistant" and not turn["value"].strip():
-            raise ValueError(f"{where}.value is an empty answer; fill it in or drop the row")
-        messages.append({"role": role, "content": turn["value"]})
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{name}: 'conversations' ends without a 'gpt' turn; add the answer")
-    return messages
+        checked.append((role, turn["value"]))
+    return checked
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"row {row.get('id', '(without id)')}"
 
 
 def count_images(messages: Sequence[Message]) -> int:
@@ -311,7 +324,9 @@ def _stretches(message: Message, index: int) -> list[str]:
     if role == "system" and index:
         raise ValueError(f"{where}.role is 'system'; only the first message may be")
     if isinstance(content, str):
-        return content.split(IMAGE_MARKER) if role == "user" else [content]
+        # `images`: how many markers stand for one, where those after them are text.
+        most = message.get("images", -1)
+        return content.split(IMAGE_MARKER, most) if role == "user" else [content]
     if not isinstance(content, Sequence):
         raise ValueError(f"{where}.content must be text or a list of parts, not {content!r}")
     stretches = [""]

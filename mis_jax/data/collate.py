@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8
+from jaxtyping import Bool, Float, Int32, UInt8
 
 from mis_jax.model.batch import Batch
 
@@ -33,6 +33,18 @@ def loss_weight(answer_tokens: int, reduction: LossReduction) -> float:
     return {"token": 1.0, "sample": 1 / answer_tokens, "square": answer_tokens**-0.5}[reduction]
 
 
+def loss_shares(
+    weights: Float[np.ndarray, " sequences"], group: int
+) -> Float[np.ndarray, " sequences"]:
+    """1 / (sum of the loss weights of its group) of each sequence, 0 in a group without loss.
+
+    Multiplied by them, every group weighs 1, and a step, which divides by the sum of all weights,
+    takes the mean of the means of its groups.
+    """
+    sums = weights.reshape(-1, group).sum(axis=1).repeat(group)
+    return np.divide(1, sums, out=np.zeros_like(sums), where=sums > 0)
+
+
 def collate(
     sequences: Sequence[Sequence[Example]],
     *,
@@ -41,11 +53,13 @@ def collate(
     image_size: int,
     pad_id: int,
     reduction: LossReduction = "token",
+    shares: Float[np.ndarray, " sequences"] | None = None,
 ) -> Batch:
     """Right-padded sequences of the examples packed into each; a sequence may be empty.
 
-    Segments count from 1 in every sequence and positions restart with each. Raises ValueError for a
-    sequence that does not fit.
+    Segments count from 1 in every sequence and positions restart with each. The loss weights of a
+    sequence are multiplied by its entry in `shares`. Raises ValueError for a sequence that does not
+    fit.
     """
     shape = len(sequences), length
     ids = np.full(shape, pad_id, np.int32)
@@ -72,6 +86,8 @@ def collate(
             tiles[sequence, tile:last_tile] = example.tiles
             tile_mask[sequence, tile:last_tile] = True
             start, tile = end, last_tile
+    if shares is not None:
+        weights *= shares[:, None].astype(np.float32)
     fields: dict[str, Any] = dict(  # host arrays, for whoever puts them on devices
         input_ids=ids,
         positions=positions,

@@ -1,8 +1,8 @@
 """The one place that opens image files: few formats, strict with damage, one clear line of refusal.
 
 Colours are those of Pillow's `convert("RGB")`, which upstream uses, but for one case: 16-bit
-greyscale keeps its upper 8 bits. Pillow clips it to white, and a model would train on a blank
-picture.
+greyscale is scaled to 8 bits by the depth of its values. Pillow clips it to white, and a model
+would train on a blank picture.
 """
 
 from __future__ import annotations
@@ -114,15 +114,18 @@ def image_format(path_or_image: ImageSource, *, name: str | None = None) -> str:
 def as_rgb(image: Image.Image, name: str = "(in memory)") -> Image.Image:
     """An image in 8-bit RGB; alpha is dropped.
 
-    16-bit greyscale keeps its upper 8 bits, as Pillow itself does with 16-bit colour. Greyscale of
-    32 bits or floating point is taken as it stands if all its values lie in 0 to 255.
+    16-bit greyscale keeps the upper 8 of the bits that its values take: 8, 10, 12, 14 or 16, since
+    cameras and scanners store 12 bits in 16, and a file does not say which. Greyscale of 32 bits or
+    floating point is taken as it stands if all its values lie in 0 to 255.
 
     Raises:
         ValueError: values outside 0 to 255, or floating-point values that all lie in 0 to 1, where
             nobody can say which of them is white.
     """
     if image.mode.startswith("I;16"):
-        upper = np.asarray(image) >> 8
+        values = np.asarray(image)
+        depth = max(8, int(values.max(initial=0)).bit_length())
+        upper = values >> (depth + depth % 2 - 8)
         return Image.fromarray(upper.astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         values = np.asarray(image)

@@ -17,14 +17,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mis_jax.config import RunConfig
-from mis_jax.data.collate import Example, length_bucket, tiles_bucket
+from mis_jax.data.collate import Example, length_bucket, loss_shares, loss_weight, tiles_bucket
 from mis_jax.data.measure import Progress, save, survey
 from mis_jax.data.mixture import Annotation, read_mixture
 from mis_jax.data.packing import tiles_per_sequence
 from mis_jax.data.preprocess import PreprocessSample, TileCache
 from mis_jax.data.processor import Processor
 from mis_jax.data.readers import in_order
-from mis_jax.data.schedule import Capacity, SampleSchedule, make_schedule
+from mis_jax.data.schedule import Capacity, Rounding, SampleSchedule, make_schedule
+from mis_jax.data.upstream_policy import deviations
 from mis_jax.model.batch import Batch
 from mis_jax.storage.files import make_folder, replace_file
 
@@ -113,6 +114,10 @@ class TrainingData:
             progress=progress,
         )
         _judge_problems(config, self.annotations, self.survey.problems)
+        self.deviations = deviations(self.annotations) if data.rows == "upstream" else {}
+        if self.deviations:
+            told = ", ".join(f"{kind}: {count}" for kind, count in self.deviations.items())
+            _log.warning("data.rows: upstream takes annotations that strict would not: %s", told)
         sizes = self.survey.tokens, self.survey.tiles
         good = self.survey.good
         self.capacity = None
@@ -132,6 +137,11 @@ class TrainingData:
             epochs=train.epochs,
             sequences=None if train.steps is None else train.steps * train.global_batch,
             capacity=self.capacity,
+            rounding=(
+                None
+                if train.epoch_multiple is None
+                else Rounding(train.epoch_multiple, train.global_batch)
+            ),
         )
 
     @property
@@ -162,6 +172,23 @@ class TrainingData:
         tokens, tiles = (int(s[samples].max()) for s in (self.survey.tokens, self.survey.tiles))
         return length_bucket(tokens, self.config.data.max_length), tiles_bucket(tiles)
 
+    def loss_shares(self, step: int) -> np.ndarray | None:
+        """Of each sequence of a step, what its loss weights are multiplied by; None for 1.
+
+        The sequences of a group may lie on several hosts, so their weights are those of the survey,
+        which all of them have.
+        """
+        train = self.config.train
+        if train.loss_group is None:
+            return None
+        first = step * train.global_batch
+        sums = np.zeros(train.global_batch)
+        for place in range(train.global_batch):
+            for _, sample in self.schedule.sequence(first + place):
+                count = int(self.survey.loss_tokens[sample])
+                sums[place] += count * loss_weight(count, train.loss_reduction)
+        return loss_shares(sums, train.loss_group)
+
     def _samples(self, step: int) -> np.ndarray:
         first = step * self.config.train.global_batch
         return self.schedule.samples[
@@ -179,7 +206,10 @@ class TrainingData:
 
     def save(self, folder: Path) -> None:
         """Write what the run is made of into its folder: the mixture, sizes, bad samples."""
-        content = {"samples": len(self.annotations), "sources": self.mixture.sources}
+        content: dict[str, Any] = {"samples": len(self.annotations)}
+        if self.config.data.rows == "upstream":
+            content["deviations"] = self.deviations
+        content["sources"] = self.mixture.sources
         replace_file(folder / MIXTURE, json.dumps(content, indent=1, default=str) + "\n")
         save(self.survey, folder / SURVEY)
         if self.survey.problems:
@@ -231,8 +261,13 @@ class Steps:
         """Micro-batches of the shape of the step."""
         train = self._data.config.train
         length, tiles = self._data.shape(step)
+        shares = self._data.loss_shares(step)
         batch = self._data.processor.collate(
-            packed, length=length, tiles_per_sequence=tiles, reduction=train.loss_reduction
+            packed,
+            length=length,
+            tiles_per_sequence=tiles,
+            reduction=train.loss_reduction,
+            shares=None if shares is None else shares[self._sequences],
         )
         micro_batches = train.global_batch // (train.micro_batch or train.global_batch)
 
@@ -255,6 +290,7 @@ def make_preprocess(config: RunConfig, processor: Processor) -> PreprocessSample
         data.max_length,
         truncate=data.too_long == "truncate",
         cache=None if data.tile_cache is None else TileCache(data.tile_cache),
+        rows=data.rows,
     )
 
 

@@ -123,8 +123,8 @@ def _key(annotations: Sequence[Annotation], render: PreprocessSample) -> str:
 
     processor = render.processor
     config = processor.config
-    add([_VERSION, render.max_tiles, render.max_length, render.truncate])
-    add([config.tokens_per_tile, config.vision.image_size, config.use_thumbnail])
+    add([_VERSION, render.max_tiles, render.max_length, render.truncate, render.rows])
+    add([config.tokens_per_tile, config.vision.image_size, config.use_thumbnail, config.min_tiles])
     add([config.dynamic_tiles, config.template, config.system_message])
     for path in sorted(processor.tokenizer.folder.glob("*")):
         if path.is_file() and path.suffix in (".json", ".model", ".txt"):

@@ -4,7 +4,7 @@ import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -16,6 +16,7 @@ from mis_jax.data.collate import Example
 from mis_jax.data.images import EncodedImage, image_size
 from mis_jax.data.mixture import Annotation
 from mis_jax.data.processor import Processor
+from mis_jax.data.upstream_policy import upstream_messages
 from mis_jax.storage.files import make_folder, read_array, write_array
 
 _QUALITY = 75, 100  # of augmentation; both included, as upstream draws it
@@ -34,7 +35,7 @@ class TileCache:
     def tiles(self, image: Any, budget: int, processor: Processor) -> np.ndarray:
         """The tiles of an image in a file; ValueError when it cannot be opened."""
         config = processor.config
-        rule = budget, config.vision.image_size, config.use_thumbnail
+        rule = config.min_tiles, budget, config.vision.image_size, config.use_thumbnail
         name = hashlib.sha256(repr((_identity(image), rule)).encode()).hexdigest()
         path = self.folder / name[:2] / f"{name}.npy"
         try:
@@ -80,6 +81,7 @@ class PreprocessSample:
     max_length: int  # tokens
     truncate: bool = False  # cut an answer that is too long, in the place of refusing the sample
     cache: TileCache | None = None
+    rows: Literal["strict", "upstream"] = "strict"  # which annotations are good ones
 
     def size(self, annotation: Annotation) -> Size:
         """How large a sample is; of its images only the headers are read."""
@@ -110,7 +112,8 @@ class PreprocessSample:
         if annotation.problem:
             raise ValueError(annotation.problem)
         count = len(annotation.images)
-        messages = checked_messages(annotation.fields, count)
+        check = upstream_messages if self.rows == "upstream" else checked_messages
+        messages = check(annotation.fields, count)
         return messages, self.processor.budget(count, annotation.max_tiles or self.max_tiles)
 
     def _tiles(self, image: Path | EncodedImage, budget: int) -> np.ndarray:

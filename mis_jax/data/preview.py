@@ -110,6 +110,7 @@ def statistics(
     return {
         "samples": len(data.annotations),
         "bad_samples": [sizes.problems[number] for number in sorted(sizes.problems)],
+        **({"deviations": data.deviations} if config.data.rows == "upstream" else {}),
         "sources": [{k: v for k, v in s.items() if k != "ids"} for s in data.mixture.sources],
         "tokens": _spread(sizes.tokens[good]),
         "answer_tokens": _spread(sizes.loss_tokens[good]),

@@ -45,6 +45,7 @@ class Processor:
                 f"{folder}: <IMG_CONTEXT> is {tokenizer.img_context_id} in the tokenizer and "
                 f"{config.image_token_id} in config.json; they are of different checkpoints"
             )
+        tokenizer.check_fits(config.text.vocab_size)
         return cls(config, tokenizer)
 
     def __call__(
@@ -128,20 +129,21 @@ class Processor:
 
     def tiles(self, image: ImageSource, budget: int) -> UInt8[np.ndarray, "tiles size size 3"]:
         """An image's tiles; ValueError when it cannot be opened."""
-        return tile_image(
-            open_image(image),
-            budget,
-            image_size=self.config.vision.image_size,
-            use_thumbnail=self.config.use_thumbnail,
-        )
+        return tile_image(open_image(image), **self._grid(budget))
 
     def tile_count(self, size: tuple[int, int], budget: int) -> int:
         """How many tiles an image of this width and height has."""
-        return count_tiles(
-            *size,
-            budget,
-            image_size=self.config.vision.image_size,
-            use_thumbnail=self.config.use_thumbnail,
+        return count_tiles(*size, **self._grid(budget))
+
+    def _grid(self, budget: int) -> dict[str, Any]:
+        """How tiles are cut; one tile where the budget is below `min_tiles`, as upstream."""
+        config = self.config
+        least, most = (config.min_tiles, budget) if config.min_tiles <= budget else (1, 1)
+        return dict(
+            min_tiles=least,
+            max_tiles=most,
+            image_size=config.vision.image_size,
+            use_thumbnail=config.use_thumbnail,
         )
 
     def render(
@@ -184,6 +186,7 @@ class Processor:
         length: int,
         tiles_per_sequence: int,
         reduction: LossReduction = "token",
+        shares: np.ndarray | None = None,
     ) -> Batch:
         """`mis_jax.data.collate.collate` with this checkpoint's tile size and padding."""
         return collate(
@@ -193,6 +196,7 @@ class Processor:
             image_size=self.config.vision.image_size,
             pad_id=self.tokenizer.pad_id,
             reduction=reduction,
+            shares=shares,
         )
 
     def decode(self, ids: Sequence[int]) -> str:

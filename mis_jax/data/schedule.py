@@ -2,6 +2,11 @@
 
 Samples stand in an endless stream, epoch after epoch, each epoch in an order of its own that (seed,
 epoch) decides. A sample's place in the stream is its name in a schedule. Epochs share no sequence.
+
+The official code counts steps in another way, which `Rounding` repeats: its data loader repeats the
+first samples of an epoch until every GPU has a whole batch (accelerate's `even_batches`), its
+trainer stops after the whole steps of an epoch times the epochs, and accumulation runs on from one
+epoch into the next (`_inner_training_loop` of transformers 4.37, which InternVL pins).
 """
 
 import hashlib
@@ -21,6 +26,14 @@ class Capacity:
 
     tokens: int
     tiles: int
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Epochs are padded to a `multiple` of sequences; the run has their whole steps of `batch`."""
+
+    multiple: int
+    batch: int
 
 
 @dataclass(frozen=True)
@@ -65,15 +78,21 @@ def make_schedule(
     epochs: int | None = None,
     sequences: int | None = None,
     capacity: Capacity | None = None,
+    rounding: Rounding | None = None,
 ) -> SampleSchedule:
     """A schedule of so many `epochs`, or of as many as fill so many `sequences`.
 
     `samples` are those that take part; `tokens` and `tiles` are the sizes of all. Without a
-    `capacity` every sequence holds one sample.
+    `capacity` every sequence holds one sample. Without a `rounding` every sample is taken once an
+    epoch.
+
+    Raises:
+        ValueError: an epoch that `rounding` leaves without a step.
     """
     assert len(samples) and (epochs is None) != (sequences is None)
     packed_places: list[np.ndarray] = []  # of each sequence
     order_of: list[np.ndarray] = []  # samples of each epoch
+    start = whole = 0  # place of the epoch's first sample; sequences of whole steps
     for epoch, order in enumerate(_orders(samples, seed)):
         if epoch == epochs or (sequences is not None and len(packed_places) >= sequences):
             break
@@ -82,12 +101,33 @@ def make_schedule(
         else:
             sizes = tokens[order], tiles[order]
             packed = pack(*sizes, max_tokens=capacity.tokens, max_tiles=capacity.tiles)
-        packed_places += [np.array(sequence, np.int64) + epoch * len(order) for sequence in packed]
+        if rounding is not None:
+            order = _padded(packed, order, rounding.multiple)
+            whole += len(packed) // rounding.batch * rounding.batch
+        packed_places += [np.array(sequence, np.int64) + start for sequence in packed]
         order_of.append(order)
+        start += len(order)
+    if rounding is not None and sequences is None:
+        if not whole:
+            raise ValueError(
+                f"train.epoch_multiple: the {len(samples)} samples of an epoch make no whole step "
+                f"of {rounding.batch} sequences; leave it out or lower train.global_batch"
+            )
+        sequences = whole
     packed_places = packed_places[:sequences]
     places = np.concatenate(packed_places)
     starts = np.cumsum([0, *map(len, packed_places)])
     return SampleSchedule(places, np.concatenate(order_of)[places], starts)
+
+
+def _padded(packed: list[list[int]], order: np.ndarray, multiple: int) -> np.ndarray:
+    """Repeat the first sequences, in places of their own; the order with what is repeated."""
+    end, first = len(order), list(packed)
+    for number in range(-len(packed) % multiple):
+        again = first[number % len(first)]
+        packed.append(list(range(end, end + len(again))))
+        order, end = np.append(order, order[again]), end + len(again)
+    return order
 
 
 def _orders(samples: np.ndarray, seed: int) -> Iterator[np.ndarray]:

@@ -66,14 +66,22 @@ def choose_grid(
 
 
 def count_tiles(
-    width: int, height: int, max_tiles: int, *, image_size: int = 448, use_thumbnail: bool = True
+    width: int,
+    height: int,
+    max_tiles: int,
+    *,
+    min_tiles: int = 1,
+    image_size: int = 448,
+    use_thumbnail: bool = True,
 ) -> int:
     """How many tiles `tile_image` makes of an image of this size, thumbnail included.
 
     Raises:
         ValueError: as `choose_grid`.
     """
-    columns, rows = choose_grid(width, height, max_tiles, image_size=image_size)
+    columns, rows = choose_grid(
+        width, height, max_tiles, min_tiles=min_tiles, image_size=image_size
+    )
     return columns * rows + int(use_thumbnail and columns * rows > 1)
 
 
@@ -86,7 +94,12 @@ def tiles_for_images(n_images: int, max_tiles: int) -> int:
 
 
 def tile_image(
-    image: Image.Image, max_tiles: int, *, image_size: int = 448, use_thumbnail: bool = True
+    image: Image.Image,
+    max_tiles: int,
+    *,
+    min_tiles: int = 1,
+    image_size: int = 448,
+    use_thumbnail: bool = True,
 ) -> UInt8[np.ndarray, "tiles size size 3"]:
     """Cut an image into tiles, row by row, the thumbnail last when there is more than one.
 
@@ -94,7 +107,7 @@ def tile_image(
 
     Args:
         image: any mode; converted by `as_rgb` (alpha is dropped).
-        max_tiles: the largest grid, in tiles; the thumbnail is not counted.
+        max_tiles, min_tiles: bounds on the grid, in tiles; the thumbnail is not counted.
         image_size: the side of a tile, in pixels.
         use_thumbnail: append the whole image at tile size when the grid has several tiles.
 
@@ -105,7 +118,9 @@ def tile_image(
         ValueError: as `choose_grid` and `as_rgb`.
     """
     image = image if image.mode == "RGB" else as_rgb(image)
-    columns, rows = choose_grid(image.width, image.height, max_tiles, image_size=image_size)
+    columns, rows = choose_grid(
+        image.width, image.height, max_tiles, min_tiles=min_tiles, image_size=image_size
+    )
     grid, thumbnail = rows * columns, int(use_thumbnail and rows * columns > 1)
     tiles = np.empty((grid + thumbnail, image_size, image_size, 3), np.uint8)
     # A view in which the tiles lie as they do on the resized image, which is then copied once.

@@ -29,6 +29,7 @@ _OF_THE_SERVER = {401, 403, 404, *_RETRIED}
 _LONGEST_BACKOFF = 30.0
 _LONGEST_WAIT = 600.0  # a server that asks for more is as good as down
 _ERRORS_IN_A_ROW = 20  # then the server is down and the rest need not wait for it
+_REASONING = ("reasoning_content", "reasoning")  # the name depends on the server
 
 
 def _whole(value: Any) -> Any:
@@ -45,13 +46,14 @@ class Reply:
     """What came back for one request.
 
     `refused` is a refusal that the server marks as such; `error` is no reply at all.
-    `status` is the HTTP status of an error, `parameter` the field that it names, `wait` the
-    server's Retry-After; `passing` errors are worth another try, and `lost` tells those that
-    never reached the server.
+    `reasoning` is what servers of reasoning models send apart from the answer. `status` is the
+    HTTP status of an error, `parameter` the field that it names, `wait` the server's Retry-After;
+    `passing` errors are worth another try, and `lost` tells those that never reached the server.
     """
 
     state: Literal["ok", "refused", "error"]
     text: str = ""
+    reasoning: str = ""
     finish_reason: str = ""
     served_model: str = ""
     usage: dict[str, int] = field(default_factory=dict)
@@ -154,6 +156,16 @@ class ChatClient:
             except (ValueError, TypeError, AttributeError):  # a page that is no list
                 return None
         raise ValueError(self.explained(failed))
+
+    def only_model(self, option: str) -> str:
+        """The one model that the endpoint lists; ValueError where it lists none or several."""
+        listed = list(self.owners() or ())
+        if len(listed) == 1:
+            return listed[0]
+        models = f"it lists {', '.join(listed[:8])}" if listed else "it lists none"
+        raise ValueError(
+            f"{self.base_url}: say with {option} NAME which of its models is meant ({models})"
+        )
 
     def explained(self, failed: Reply) -> str:
         """One line for a user about a reply in state `error`."""
@@ -270,13 +282,14 @@ def _read(completion: Any) -> Reply:
     if message is None or not hasattr(message, "content"):
         shown = str(completion)[:200]
         return Reply("error", detail=f"no chat completion but {shown!r}", passing=True)
-    content, refusal, finish, model = (
+    content, refusal, finish, model, *reasoning = (
         value if isinstance(value, str) else ""
         for value in (
             message.content,
             getattr(message, "refusal", None),
             getattr(choice, "finish_reason", None),
             getattr(completion, "model", None),
+            *(getattr(message, name, None) for name in _REASONING),
         )
     )
     counts = {
@@ -286,6 +299,7 @@ def _read(completion: Any) -> Reply:
     return Reply(
         "refused" if refusal or finish == "content_filter" else "ok",
         content or refusal,
+        next(filter(None, reasoning), ""),
         finish,
         model,
         {name: count for name, count in counts.items() if isinstance(count, int)},

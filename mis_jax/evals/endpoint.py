@@ -7,6 +7,10 @@ checkpoint's own system turn is left out. Our server takes them as `max_dynamic_
 Templates of InternVL, ours
 among them, write a line break behind every image of the chat API, so there the prompt's own is
 left out.
+
+A reply without an answer in it is an error: judged, it would count as safe. Reasoning models send
+one when the token limit ends them in their reasoning, or when their answer is all in a field of
+its own, which `includes_reasoning` puts before the answer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,8 +24,8 @@ from mis_jax.data.chat_template import IMAGE_MARKER, insert_image_markers
 from mis_jax.evals.async_map import Groups, Streaming
 from mis_jax.evals.chat_client import ChatClient, Reply
 from mis_jax.evals.images import image_part, shown_images
-from mis_jax.evals.run_dir import ENDPOINT_SETTINGS
-from mis_jax.evals.types import Answer, Benchmark, Sample
+from mis_jax.evals.run_dir import ENDPOINT_SETTINGS, REASONING
+from mis_jax.evals.types import EMPTY, Answer, Benchmark, Sample
 from mis_jax.storage.hashing import digest
 
 OWNER = "mis-jax"  # what our own server says in /v1/models
@@ -33,6 +37,7 @@ class Endpoint:
 
     client: ChatClient
     takes_settings: bool
+    includes_reasoning: bool = False
 
     @property
     def fingerprint(self) -> str:
@@ -41,11 +46,14 @@ class Endpoint:
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        """That it answers with settings of its own, where it takes no others."""
-        return () if self.takes_settings else (ENDPOINT_SETTINGS,)
+        """Settings of its own, where it takes no others; reasoning as a part of its answers."""
+        settings = () if self.takes_settings else (ENDPOINT_SETTINGS,)
+        return (*settings, *((REASONING,) * self.includes_reasoning))
 
 
-def open_endpoint(client: ChatClient, *, takes_settings: bool = False) -> Endpoint:
+def open_endpoint(
+    client: ChatClient, *, takes_settings: bool = False, includes_reasoning: bool = False
+) -> Endpoint:
     """Look at `/v1/models`; ValueError for an address, a key or a model that is wrong."""
     owners = client.owners()
     if owners is not None and client.model not in owners:
@@ -54,7 +62,7 @@ def open_endpoint(client: ChatClient, *, takes_settings: bool = False) -> Endpoi
             f"{client.base_url} has no model {client.model!r} (it has {models}); see --model-name"
         )
     ours = owners is not None and owners[client.model] == OWNER
-    return Endpoint(client, takes_settings or ours)
+    return Endpoint(client, takes_settings or ours, includes_reasoning)
 
 
 def endpoint_answers(endpoint: Endpoint, benchmark: Benchmark) -> Streaming[Sample, Answer]:
@@ -78,22 +86,32 @@ def endpoint_answers(endpoint: Endpoint, benchmark: Benchmark) -> Streaming[Samp
 
     def stream(samples: Sequence[Sample]) -> Groups[Answer]:
         for group in endpoint.client.many(samples, request):
-            yield [(place, _answer(reply)) for place, reply in group]
+            yield [(place, _answer(endpoint, benchmark, reply)) for place, reply in group]
 
     return Streaming(stream)
 
 
-def _answer(reply: Reply) -> Answer:
+def _answer(endpoint: Endpoint, benchmark: Benchmark, reply: Reply) -> Answer:
     """A refusal in the model's own words is an answer; one without words is none."""
     if reply.state == "error" or not (reply.text or reply.state == "ok"):
         detail = reply.detail or "the endpoint declined the request and gave no text"
         return Answer("", finish_reason=reply.finish_reason or "error", state="error", error=detail)
-    return Answer(
-        reply.text,
-        reply.usage.get("prompt_tokens", 0),
-        reply.usage.get("completion_tokens", 0),
-        reply.finish_reason or "stop",
-    )
+    text = reply.text
+    if endpoint.includes_reasoning and reply.reasoning:
+        text = f"{reply.reasoning}\n\n{text}".rstrip()
+    usage = [reply.usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")]
+    if not text.strip() and (problem := _missing_answer(benchmark, reply)):
+        return Answer("", *usage, finish_reason=EMPTY, state="error", error=problem)
+    return Answer(text, *usage, finish_reason=reply.finish_reason or "stop")
+
+
+def _missing_answer(benchmark: Benchmark, reply: Reply) -> str | None:
+    """Why an empty text is no answer; None where it is one."""
+    if reply.reasoning:
+        return "the answer is empty and the reasoning is not; see --include-reasoning"
+    if reply.finish_reason == "length":
+        return "the answer is empty: the token limit ended it before its first word"
+    return None if benchmark.takes_empty_answers else "the answer is empty"
 
 
 def chat_messages(sample: Sample, *, breaks_lines: bool = False) -> list[dict[str, Any]]:
@@ -126,6 +144,8 @@ def _content(
     for text in others:
         parts.append(image_part(next(images)))
         parts.append({"type": "text", "text": text.removeprefix("\n") if breaks_lines else text})
+    if not text.strip():  # some servers refuse a part of white space
+        parts.pop()
     return [part for part in parts if part.get("text") != ""]
 
 

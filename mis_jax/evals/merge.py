@@ -5,6 +5,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from mis_jax.evals.benchmarks import check_known
 from mis_jax.evals.run_dir import (
     conditions_of,
     expected,
@@ -39,6 +40,7 @@ def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
                 f"{run} is of model {manifest['model']['name']!r}, {runs[0]} of "
                 f"{first['model']['name']!r}, or of other weights; merge runs of one model"
             )
+        check_known(manifest["benchmarks"], manifest_path(run))
         same_conditions(conditions_of(first), conditions_of(manifest), str(runs[0]), str(run))
     names = dict.fromkeys(name for manifest in manifests for name in manifest["benchmarks"])
     entries, owed = {}, {}

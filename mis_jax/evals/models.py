@@ -7,7 +7,7 @@ from mis_jax.data.processor import Processor
 from mis_jax.evals.benchmarks import get_benchmark
 from mis_jax.evals.images import shown_images
 from mis_jax.evals.judges import get_judge
-from mis_jax.evals.outcomes import counted
+from mis_jax.evals.outcomes import verdict_outcomes
 from mis_jax.evals.run_dir import facts_of
 from mis_jax.evals.runner import AnswerFn
 from mis_jax.evals.types import Answer, Benchmark, Sample
@@ -74,13 +74,19 @@ def held_out(config: EvaluationConfig) -> Callable[[InternVL, Processor], dict[s
         pairs = [(sample, answer.text) for sample, answer in zip(samples, answers, strict=True)]
         verdicts = judge.judge(pairs)
         outcomes = [
-            counted(benchmark, verdict.labels, facts_of(sample))
+            verdict_outcomes(
+                benchmark,
+                judge.id,
+                verdict.state,
+                verdict.labels if verdict.state == "ok" else None,
+                facts_of(sample),
+            )
             for sample, verdict in zip(samples, verdicts, strict=True)
-            if verdict.state == "ok"
         ]
-        figures: dict[str, float] = {"unjudged": len(verdicts) - len(outcomes)}
+        unjudged = sum(verdict.state != "ok" for verdict in verdicts)
+        figures: dict[str, float] = {"unjudged": unjudged}
         for metric in benchmark.metrics:
-            votes = [outcome[metric] for outcome in outcomes if metric in outcome]
+            votes = [outcome[metric] for outcome in outcomes if outcome and metric in outcome]
             if votes:
                 figures |= {metric: sum(votes) / len(votes), f"{metric}_n": len(votes)}
         return figures

@@ -25,11 +25,13 @@ nothing that was asked or shown."""
 INT8_WEIGHTS = "int8-weights"
 INT8_CACHE = "int8-cache"
 ENDPOINT_SETTINGS = "endpoint-settings"
+REASONING = "reasoning"
 
 _OPTIONS = {
     INT8_WEIGHTS: "--int8-weights",
     INT8_CACHE: "--int8-cache",
     ENDPOINT_SETTINGS: "--internvl-fields",
+    REASONING: "--include-reasoning",
 }
 _WORDS = {
     INT8_WEIGHTS: "with the decoder's kernels in 8 bits",
@@ -38,6 +40,7 @@ _WORDS = {
         "by an endpoint that was not told the protocols' tiles and default system turns: "
         "its own settings held"
     ),
+    REASONING: "with the model's reasoning as the beginning of every answer",
 }
 
 NO_RUN = "run `mis-jax eval` with this folder as --out first"
@@ -156,6 +159,24 @@ def expect(run_dir: Path, benchmark: Benchmark, samples: Sequence[Sample]) -> di
         groups=len({sample.meta.get("group", sample.id) for sample in samples}),
     )
     return hashes
+
+
+def keep_samples(
+    run_dir: Path, name: str, samples: Sequence[Sample], part: Mapping[str, Any] | None
+) -> None:
+    """ValueError where a part of a benchmark would take the place of more of it.
+
+    Without a part, samples that are no longer in the benchmark's files are dropped.
+    """
+    if part is None or not (run_dir / name / "expected.json").exists():
+        return
+    lost = expected(run_dir, name).keys() - {sample.id for sample in samples}
+    if lost:
+        raise ValueError(
+            f"{run_dir} owes answers to {len(expected(run_dir, name))} samples of {name}, and this "
+            f"call asks for {len(samples)}: {len(lost)} would be lost; leave out --limit and "
+            "--shard, or choose another --out"
+        )
 
 
 def expected(run_dir: Path, name: str) -> dict[str, str]:

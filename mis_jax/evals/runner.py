@@ -13,19 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.evals.async_map import Groups, Stopped, Streaming, groups_of
-from mis_jax.evals.benchmarks import get_benchmark
+from mis_jax.evals.benchmarks import check_known, get_benchmark, own_file
 from mis_jax.evals.judges import JUDGES
 from mis_jax.evals.run_dir import (
     answer_hash,
     expect,
     expected,
+    keep_samples,
+    manifest_path,
     read_manifest,
     sample_hash,
     update_benchmark,
     write_facts,
 )
 from mis_jax.evals.scoring import summarise
-from mis_jax.evals.types import Answer, Benchmark, Judge, Sample, Verdict
+from mis_jax.evals.types import Answer, Benchmark, CannotJudge, Judge, Sample, Verdict
 from mis_jax.evals.verdict_cache import VerdictCache
 from mis_jax.storage.hashing import digest
 from mis_jax.storage.jsonl import AppendLog, read_log
@@ -39,12 +41,17 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Generated:
-    """What a generation stage did: `failed` answers are tried again by the next resume."""
+    """What a generation stage did: `failed` answers are tried again by the next resume.
+
+    `empty` counts answers without a word in them; `problem` is what the last failure says.
+    """
 
     total: int
     reused: int
     answered: int
     failed: int
+    empty: int = 0
+    problem: str | None = None
 
 
 def _ask(answer_fn: Callable[[list[Sample]], list[Answer]], batch: list[Sample]) -> list[Answer]:
@@ -83,13 +90,16 @@ def generate_answers(
     which part of the benchmark `samples` is (see `Part`).
     """
     read_manifest(run_dir)  # an unopened run is an error before any work
+    keep_samples(run_dir, benchmark.name, samples, part)
     hashes = expect(run_dir, benchmark, samples)
-    update_benchmark(run_dir, benchmark.name, part=dict(part) if part else None)
+    origin = {"file": file} if (file := own_file(benchmark.name)) else {}
+    update_benchmark(run_dir, benchmark.name, part=dict(part) if part else None, **origin)
     with AppendLog(run_dir / benchmark.name / "samples.jsonl") as log:
         done = {(line["id"], line["hash"]) for line in log.entries if line["state"] == "ok"}
         waiting = [sample for sample in samples if (sample.id, hashes[sample.id]) not in done]
         finished = reused = len(samples) - len(waiting)
-        failed = 0
+        failed = empty = 0
+        problem = None
         if progress:
             progress(finished, len(samples))
         for group in _answers(answer_fn, waiting, batch_size):
@@ -102,10 +112,13 @@ def generate_answers(
                 for place, answer in group
             )
             finished += len(group)
-            failed += sum(answer.state == "error" for _, answer in group)
+            for _, answer in group:
+                failed += answer.state == "error"
+                empty += answer.state == "ok" and not answer.text.strip()
+                problem = answer.error or problem
             if progress:
                 progress(finished, len(samples))
-    return Generated(len(samples), reused, len(waiting) - failed, failed)
+    return Generated(len(samples), reused, len(waiting) - failed, failed, empty, problem)
 
 
 def _answers(answer_fn: AnswerFn, samples: list[Sample], size: int) -> Groups[Answer]:
@@ -162,6 +175,7 @@ def judge_run(
     batch_size: int = 32,
     cache: VerdictCache | None = None,
     recheck: int = 0,
+    leave_out: Callable[[CannotJudge], None] | None = None,
     announce: Callable[[list[tuple[JudgingTask, list[tuple[Sample, str]]]]], None] | None = None,
     progress: Callable[[str], Progress] | None = None,
 ) -> dict[str, Any]:
@@ -172,11 +186,13 @@ def judge_run(
     refusal is one of them, while `unparsed` and `error` are asked again. What `cache` has of
     earlier runs is not asked either, and what is asked goes into it. `recheck` answers of each
     benchmark are then judged a second time, into `rechecks.jsonl` and by the judge alone: see
-    `scoring.self_agreement`. `announce` learns what is about to be judged before it is. Ends with
-    `summarise` and returns its results; a judge that stops does so too, and its `Stopped` is
-    raised.
+    `scoring.self_agreement`. A benchmark that the judge does not suit is left out unless it is
+    named or nothing else is there: `leave_out` learns why. `announce` learns what is about to be
+    judged before it is. Ends with `summarise` and returns its results; a judge that stops does so
+    too, and its `Stopped` is raised.
     """
-    names = list(read_manifest(run_dir)["benchmarks"])
+    names = read_manifest(run_dir)["benchmarks"]
+    check_known(names, manifest_path(run_dir))
     for name in benchmarks or ():
         if name not in names:
             raise ValueError(
@@ -185,7 +201,19 @@ def judge_run(
             )
     # All that can be wrong with the files or the judge shows before the first verdict is paid for.
     contents = [_read(get_benchmark(name), run_dir, data_root) for name in benchmarks or names]
-    tasks = [_judging_task(judge, *content) for content in contents]
+    tasks, left_out = [], []
+    for content in contents:
+        try:
+            tasks.append(_judging_task(judge, *content))
+        except CannotJudge as reason:
+            if benchmarks:
+                raise
+            left_out.append(reason)
+    if left_out and not tasks:
+        raise left_out[0]
+    if leave_out:
+        for reason in left_out:
+            leave_out(reason)
     if cache:
         for task in tasks:
             _exchange(cache, task, run_dir)
@@ -204,7 +232,7 @@ def judge_run(
 
 def _default_judge(benchmark: Benchmark) -> Judge:
     if benchmark.default_judge is None:
-        raise ValueError(
+        raise CannotJudge(
             f"{benchmark.name} has no built-in judge: its labels need a language model; "
             "pass --judge http://host/v1 --judge-model NAME"
         )
@@ -239,6 +267,12 @@ def _judging_task(
         judge = _default_judge(benchmark)
     elif not isinstance(judge, Judge):
         judge = judge(benchmark, list(samples.values()))
+    for key in judge.needs:
+        if lacking := [sample.id for sample in samples.values() if sample.meta.get(key) is None]:
+            raise CannotJudge(
+                f"{benchmark.name} is not judged by {judge.id}, which needs meta[{key!r}]: sample "
+                f"{lacking[0]} has none; leave --judge out, or pass --judge http://host/v1"
+            )
     keys = {
         key: (key, answer_hash(hashes[key], text), judge.id, digest(samples[key].meta))
         for key, text in answers.items()
@@ -278,13 +312,17 @@ def _judge_benchmark(
     name = task.benchmark.name
     with AppendLog(run_dir / name / "verdicts.jsonl") as log:
         waiting = task.waiting(log.entries)
-        # Only now: a judge that cannot start must not take the place of the one that finished.
-        update_benchmark(run_dir, name, judge=task.judge.id)
         show = progress(name) if progress else None
+        chosen = False
         for verdicts in _verdicts(task, waiting, len(task.answers), batch_size, show):
+            if not chosen:  # only now: one that cannot judge must not take another's place
+                update_benchmark(run_dir, name, judge=task.judge.id)
+                chosen = True
             log.append(verdicts)
             if cache:
                 cache.add(verdicts)
+    if not waiting:
+        update_benchmark(run_dir, name, judge=task.judge.id)
 
 
 def _judge_again(

@@ -5,11 +5,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mis_jax.evals.benchmarks import get_benchmark, is_benchmark, known_names
-from mis_jax.evals.outcomes import counted
-from mis_jax.evals.run_dir import answer_hash, expected, known_facts, read_manifest
+from mis_jax.evals.benchmarks import check_known, get_benchmark
+from mis_jax.evals.outcomes import counted, verdict_outcomes
+from mis_jax.evals.run_dir import (
+    answer_hash,
+    expected,
+    known_facts,
+    manifest_path,
+    read_manifest,
+)
 from mis_jax.evals.stats import kappa, rate
-from mis_jax.evals.types import COUNT_STATES, Again, Benchmark, Item
+from mis_jax.evals.types import COUNT_STATES, EMPTY, Again, Benchmark, Item
 from mis_jax.storage.json_files import replace_json
 from mis_jax.storage.jsonl import read_log
 
@@ -30,6 +36,7 @@ def read_items(run_dir: Path, name: str, judge: str | None) -> list[Item]:
             benchmark,
             _item(key, hashes[key], answers.get(key), verdicts, rechecks),
             facts.get(key, {}),
+            judge,
         )
         for key in hashes
     ]
@@ -46,13 +53,11 @@ def _verdicts(path: Path, judge: str | None) -> _Verdicts:
     }
 
 
-def _counted(benchmark: Benchmark, item: Item, facts: Mapping[str, Any]) -> Item:
-    if item.labels is None:
-        return replace(item, facts=facts)
+def _counted(benchmark: Benchmark, item: Item, facts: Mapping[str, Any], judge: str | None) -> Item:
+    outcomes = verdict_outcomes(benchmark, judge, item.state, item.labels, facts)
     again = item.again
     if again and again.labels is not None:
         again = replace(again, outcomes=counted(benchmark, again.labels, facts))
-    outcomes = counted(benchmark, item.labels, facts)
     return replace(item, facts=facts, outcomes=outcomes, again=again)
 
 
@@ -109,7 +114,7 @@ def pair_rate(items: list[Item], metric: str) -> dict[str, Any] | None:
 
 
 def count_items(name: str, protocol: str, items: list[Item]) -> dict[str, Any]:
-    """One benchmark's entry of `results.json`; `cached` and `recheck` where there is any."""
+    """One benchmark's entry of `results.json`; `empty`, `cached`, `recheck` where there is any."""
     counts = {state: sum(item.state == state for item in items) for state in COUNT_STATES}
     benchmark = get_benchmark(name)
     metrics = {}
@@ -120,30 +125,37 @@ def count_items(name: str, protocol: str, items: list[Item]) -> dict[str, Any]:
         if (counted_pairs := pair_rate(items, single)) is not None:
             metrics[metric] = counted_pairs
     cached = sum(item.cached for item in items)
+    empty = sum(is_empty(item) for item in items)
     entry = {"protocol": protocol, "n": len(items), "counts": counts, "metrics": metrics}
-    extra = {"cached": cached, "recheck": self_agreement(items, benchmark.metrics)}
+    extra = {"empty": empty, "cached": cached, "recheck": self_agreement(items, benchmark.metrics)}
     return entry | {key: value for key, value in extra.items() if value}
+
+
+def is_empty(item: Item) -> bool:
+    """Whether the model was heard and said nothing: an answer, or an endpoint's error."""
+    if item.answer is None:
+        return item.finish_reason == EMPTY
+    return not item.answer.strip()
 
 
 def run_items(run_dir: Path) -> dict[str, list[Item]]:
     """The items of every benchmark of a run, by benchmark."""
     entries = read_manifest(run_dir)["benchmarks"]
-    for name in entries:
-        if not is_benchmark(name):
-            raise ValueError(
-                f"{run_dir / 'manifest.json'}: benchmark {name!r} is unknown to this version; "
-                f"known are {known_names()}"
-            )
+    check_known(entries, manifest_path(run_dir))
     return {name: read_items(run_dir, name, entry.get("judge")) for name, entry in entries.items()}
 
 
 def compute_results(run_dir: Path) -> dict[str, Any]:
     """What `results.json` should say now, without writing it."""
     entries = read_manifest(run_dir)["benchmarks"]
-    return {
-        name: count_items(name, entries[name]["protocol"], items)
-        for name, items in run_items(run_dir).items()
-    }
+    return {name: _entry(name, entries[name], items) for name, items in run_items(run_dir).items()}
+
+
+def _entry(name: str, asked: Mapping[str, Any], items: list[Item]) -> dict[str, Any]:
+    """The entry of `results.json`; `of` is the size of the set where a part of it was asked."""
+    whole = (asked.get("part") or {}).get("of")
+    part = {"of": whole} if whole is not None and whole != len(items) else {}
+    return count_items(name, asked["protocol"], items) | part
 
 
 def summarise(run_dir: Path) -> dict[str, Any]:
@@ -161,6 +173,8 @@ def without_verdict(results: Mapping[str, Any]) -> int:
 def verdict_notes(entry: Mapping[str, Any]) -> list[str]:
     """What a benchmark's entry says of its verdicts besides the counts, in words."""
     notes = []
+    if empty := entry.get("empty"):
+        notes.append(f"{empty} of {entry['n']} answers are empty")
     if cached := entry.get("cached"):
         notes.append(f"{cached} verdicts were paid for by earlier runs")
     if recheck := entry.get("recheck"):
@@ -240,8 +254,7 @@ def read_run(label: str, run_dir: Path) -> Run:
     manifest = read_manifest(run_dir)
     items = run_items(run_dir)
     results = {
-        name: count_items(name, manifest["benchmarks"][name]["protocol"], samples)
-        for name, samples in items.items()
+        name: _entry(name, manifest["benchmarks"][name], samples) for name, samples in items.items()
     }
     return Run(label, manifest, items, results)
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 AnswerState = Literal["ok", "error"]
 VerdictState = Literal["ok", "unparsed", "refused", "error"]
 
+EMPTY = "empty"
+
 COUNT_STATES = ("ok", "unparsed", "refused", "error", "missing")
 """How a sample can end. `missing` is computed: it is the absence of an answer or a verdict."""
 
@@ -35,7 +37,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said about one sample; `state` keeps a failure apart from an answer."""
+    """What a model said about one sample; `state` keeps a failure apart from an answer.
+
+    A failure whose `finish_reason` is `EMPTY` is an endpoint's reply without an answer in it.
+    """
 
     text: str
     prompt_tokens: int = 0
@@ -65,6 +70,10 @@ class Verdict:
     served_model: str | None = None
 
 
+class CannotJudge(ValueError):
+    """A judge that does not suit a benchmark; others of the same run it may judge."""
+
+
 @dataclass(frozen=True)
 class Judge:
     """A way to label answers.
@@ -77,6 +86,8 @@ class Judge:
 
     id: str
     judge: Callable[[Sequence[tuple[Sample, str]]], list[Verdict]]
+    needs: tuple[str, ...] = ()
+    """Keys of `meta` without which it does not suit a sample."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +105,12 @@ class Benchmark:
     - `mis`: `label_str` ("Safe", "Unsafe") and `label_perception` (1, 2, 3)
     - `guard`: `unsafe`
     - `mssbench`: `behaviour` ("refuse", "aware", "comply", "incapable")
-    - `siuo`: `safe` and `effective`
+    - `siuo`: `safe`; `siuo_effectiveness`: `effective`
     - `vlsbench`: `response` ("refuse", "warn", "unsafe")
-    - `refusal`: `refusal` ("full", "partial", "none")
+    - `mossbench`: `declines`; `refusal`: `refusal` ("full", "partial", "none")
     - `correct`: `correct`
 
+    Several are joined by a plus and asked in a call each, so that none colours the other's verdict.
     A set of several kinds of samples says it for the odd ones in `meta["judging"]`.
     """
 
@@ -114,6 +126,13 @@ class Benchmark:
     counted_over: Mapping[str, str] = field(default_factory=dict)
     max_tiles_per_image: int | None = None
     published_size: int | None = None
+    unparsed_is_wrong: Mapping[str, str] = field(default_factory=dict)
+    """`{metric: id of a judge}`: the metric counts an answer that this judge could not read as
+    wrong, as a published protocol does. Every other metric leaves such an answer out."""
+    differences: Mapping[str, str] = field(default_factory=dict)
+    """`{metric: how its authors count it, where that gives another number}`, for reports."""
+    takes_empty_answers: bool = False
+    """Whether the protocol says what an empty answer is, so that an endpoint's counts as one."""
     over_pairs: Mapping[str, str] = field(default_factory=dict)
     """`{metric: metric of one sample}` for those counted over pairs: it holds of a pair when it
     holds of both samples. A pair are the two samples of one `meta["group"]`."""
@@ -134,7 +153,10 @@ class Again:
 
 @dataclass(frozen=True)
 class Item:
-    """One sample of a run as it stands now; `state` is one of `COUNT_STATES`."""
+    """One sample of a run as it stands now; `state` is one of `COUNT_STATES`.
+
+    `outcomes` are those of its labels, or those that `Benchmark.unparsed_is_wrong` gives it.
+    """
 
     id: str
     hash: str

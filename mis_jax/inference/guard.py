@@ -150,11 +150,7 @@ def load_guard(
     folder = Path(path)
     decoder = load_decoder(folder, dtype=dtype, mesh=mesh)
     tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > decoder.config.vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, and 'vocab_size' of "
-            f"config.json is {decoder.config.vocab_size}; both must come from one checkpoint"
-        )
+    tokenizer.check_fits(decoder.config.vocab_size)
     execution = PLAIN
     if mesh is not None:
         execution = Execution(constrain=constrain_on(mesh), gather=gather_on(mesh, FSDP_TENSOR))

@@ -1,6 +1,6 @@
 """The shape of an InternVL model: vision tower, language model and what joins them."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 TextKind = Literal["internlm2", "llama", "qwen2", "qwen3"]
@@ -142,6 +142,11 @@ class InternVLConfig:
     @property
     def projector_input_size(self) -> int:
         return self.vision.hidden_size * self.shuffle_factor**2
+
+    @property
+    def untied(self) -> "InternVLConfig":
+        """The same model with a head of its own."""
+        return replace(self, text=replace(self.text, tie_embeddings=False))
 
 
 def _check_numbers(config: Any, what: str) -> None:

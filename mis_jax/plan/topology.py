@@ -15,6 +15,11 @@ from mis_jax.plan.gpu import open_gpus
 
 _NAME = re.compile(r"(?P<chip>[a-z]+\d+[a-z]*):(?P<sides>\d+(?:x\d+)*)")
 _EXAMPLES = "v5e:4x4, v6e:2x4, v5p:2x2x4, h100:8"
+# Accelerator types as Google's cloud has them: v5litepod-16 and v6e-16 count chips, v5p-32 and
+# v4-32 the two cores of a chip. Source: cloud.google.com/tpu/docs, the page of each version.
+_ACCELERATOR = re.compile(r"(?P<chip>v5litepod|v5e|v6e|v5p|v4)-(?P<number>\d+)")
+_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_DEEP = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"}
 # Without them libtpu looks for a cloud machine's description, in vain and aloud. Any value does.
 _NOWHERE = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
@@ -62,7 +67,7 @@ class Topology:
 
 def open_topology(name: str, slices: int = 1) -> Topology:
     """The topology of this name; ValueError in one line when it is unknown or cannot be opened."""
-    match = _NAME.fullmatch(name.strip().lower())
+    match = _NAME.fullmatch(_by_shape(name.strip().lower()))
     if not match or match["chip"] not in CHIPS:
         raise ValueError(
             f"topology '{name}' is not known; give CHIP:SIZE with a chip of {', '.join(CHIPS)}, "
@@ -76,6 +81,16 @@ def open_topology(name: str, slices: int = 1) -> Topology:
         return Topology(name, chip, sides[0], 1, sides, open_gpus(chip.name, sides[0]))
     devices = _open_tpus(name, chip.name, sides, slices)
     return Topology(name, chip, prod(sides), slices, sides, devices)
+
+
+def _by_shape(name: str) -> str:
+    """An accelerator type by its chip and its shape; any other name as it is."""
+    match = _ACCELERATOR.fullmatch(name)
+    if match is None:
+        return name
+    chip, number = match["chip"].replace("litepod", "e"), int(match["number"])
+    shape = _DEEP.get(number // 2) if chip in ("v5p", "v4") else _FLAT.get(number)
+    return f"{chip}:{shape}" if shape else name
 
 
 def _open_tpus(name: str, chip: str, sides: tuple[int, ...], slices: int) -> list[Any]:

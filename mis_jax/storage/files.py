@@ -1,5 +1,6 @@
 """Files, read and written: one that is replaced is seen old or new, never in part."""
 
+import errno
 import hashlib
 import mmap
 import os
@@ -16,6 +17,8 @@ from typing import BinaryIO, TextIO
 import numpy as np
 
 from mis_jax.storage.paths import destination_path
+
+FULL = errno.ENOSPC, errno.EDQUOT  # a disk, or a user's share of one
 
 
 def read_bytes(path: Path) -> bytes:
@@ -36,6 +39,21 @@ def open_binary(path: Path) -> BinaryIO:
 def open_text(path: Path, encoding: str = "utf-8", newline: str | None = None) -> TextIO:
     """A file opened for reading text."""
     return path.open(encoding=encoding, newline=newline)
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """ValueError for the lines that a Git repository cloned without LFS has in a file's place."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(40)
+    except OSError:
+        return
+    if not begin.startswith(b"version https://git-lfs.github.com/spec"):
+        return
+    raise ValueError(
+        f"{path}: a pointer of Git LFS in the place of the file; run git lfs pull in "
+        f"{path.parent}, or download the file itself"
+    )
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -183,9 +201,18 @@ def _writing(path: Path) -> Iterator[int]:
     try:
         yield descriptor
     except OSError as error:
-        raise OSError(error.errno, f"{path}: {error.strerror}") from error
+        room = ""
+        if error.errno in FULL:
+            room = f" ({shutil.disk_usage(path.parent).free / 1e9:.2f} GB are free)"
+        raise OSError(error.errno, f"{path}: {error.strerror}{room}") from error
     finally:
         os.close(descriptor)
+
+
+def without_number(error: OSError) -> str:
+    """What the system says, and of which file: a line has no use for its number."""
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def replace_file(path: Path, content: str | bytes, *, durable: bool = True) -> None:

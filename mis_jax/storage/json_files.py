@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mis_jax.parsing import parse_json
-from mis_jax.storage.files import replace_text, write_text
+from mis_jax.storage.files import refuse_lfs_pointer, replace_text, write_text
 
 REQUIRED = object()
 MOST = 2**31 - 1  # of any whole number, which arrays and files count with
@@ -23,6 +23,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give a file") from None
     except ValueError as error:  # no JSON, no UTF-8
+        refuse_lfs_pointer(path)
         raise ValueError(f"{path}: not valid JSON ({error}); download the file again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds no JSON object; download the file again")
@@ -41,6 +42,7 @@ def read_document(path: Path, remedy: str) -> Any:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; {remedy}") from None
     except (OSError, ValueError) as error:
+        refuse_lfs_pointer(path)
         raise ValueError(f"{path} cannot be read as JSON ({error}); {remedy}") from error
 
 

@@ -9,6 +9,11 @@ import re
 from pathlib import Path
 
 _MOUNTS = Path("/proc/self/mountinfo")
+_COPY = {  # what brings a folder of that scheme here
+    "gs": "gcloud storage cp -r {} .",
+    "s3": "aws s3 cp --recursive {} .",
+    "hf": "hf download OWNER/NAME --local-dir NAME",
+}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
 
@@ -18,9 +23,11 @@ def local_path(path: Path | str, what: str) -> Path:
     `Path` makes one slash of two, and a write would then go into a local folder called `gs:`.
     """
     if scheme := _SCHEME.match(str(path)):
+        address = f"{scheme[1]}://{str(path)[scheme.end() :].lstrip('/')}"
+        command = _COPY.get(scheme[1], "copy {} from there")
         raise ValueError(
-            f"{what} {path}: {scheme[1]}:// paths are not supported; give a folder of this machine "
-            "or of a network disk, and copy from there"
+            f"{what} {address}: {scheme[1]}:// paths are not supported; give a folder of this "
+            f"machine or of a network disk: {command.format(address)}"
         )
     return Path(path)
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mis_jax.storage.files import read_bytes
+from mis_jax.storage.files import read_bytes, refuse_lfs_pointer
 
 _SPACE = "\u2581"  # how sentencepiece writes a space
 _LONGEST_PIECE = 1000  # characters; the library's trainer makes up to 16
@@ -136,6 +136,7 @@ def read_sentencepiece(path: Path) -> SentencePieceFile:
         if len({piece.text for piece in pieces}) < len(pieces):
             raise ValueError("a piece stands in it twice")
     except (DecodeError, OSError, ValueError) as error:
+        refuse_lfs_pointer(path)
         raise ValueError(f"{path} is no readable sentencepiece model ({error})") from error
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     rules = [

@@ -157,6 +157,22 @@ class Tokenizer:
                 )
         return i
 
+    def check_fits(self, rows: int) -> None:
+        """Raise ValueError for ids beyond an embedding table of so many rows.
+
+        They would be looked up as NaN or as another token, without a word.
+        """
+        if self.vocab_size <= rows:
+            return
+        beyond = [f"{i} ({token})" for i, token in sorted(self._added_by_id.items()) if i >= rows]
+        shown = beyond or [f"{rows} to {self.vocab_size - 1}"]
+        more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
+        raise ValueError(
+            f"the tokenizer in {self.folder} has ids beyond the {rows} embeddings of the model "
+            f"('vocab_size' in config.json): {', '.join(shown[:8])}{more}; restore the tokenizer "
+            "files that were published with the checkpoint, or resize its embeddings"
+        )
+
     @property
     def im_start_id(self) -> int:
         """Id of `<|im_start|>`, which opens a turn."""

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from mis_jax.model.internvl import InternVL
 from mis_jax.parallel import processes
 from mis_jax.parallel.processes import CHECKPOINTS
 from mis_jax.parallel.sharding import held_rows, make_mesh, put_batch
+from mis_jax.storage.files import without_number
 from mis_jax.storage.folders import remove_abandoned
 from mis_jax.storage.locks import Lost
 from mis_jax.train import lora
@@ -94,6 +96,7 @@ def _train(config: RunConfig, folder: RunFolder, progress, looking, evaluate) ->
                 folder.begin()
                 if config.train.check_digests:
                     set_aside_damaged(folder.path / CHECKPOINTS)
+                _log.info("%s", _outline(data, mesh))
             processes.meet("begun")
             run = _Trainer(config, opened, data, mesh, folder, progress, evaluate)
             try:
@@ -105,6 +108,18 @@ def _train(config: RunConfig, folder: RunFolder, progress, looking, evaluate) ->
             raise Resumable(processes.lost(folder.path, error)) from error
         folder.take_back()  # after a bad first sample, say
         raise
+
+
+def _outline(data: TrainingData, mesh: jax.sharding.Mesh) -> str:
+    """What a run is about to do, in a line."""
+    kinds = Counter(device.device_kind for device in mesh.devices.flat)
+    devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    axes = " ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
+    return (
+        f"{devices}{f', mesh {axes}' if axes else ''}: {len(data.survey.good):,} samples, "
+        f"{data.steps:,} steps of {data.config.train.global_batch:,} sequences; reading weights, "
+        "then compiling the step"
+    )
 
 
 @dataclass(frozen=True)
@@ -169,9 +184,9 @@ class _Trainer:
             with suppress(OSError):  # what is being saved may be complete yet
                 self.checkpoints.wait()
             raise FailedRun(
-                f"step {self.done} of {self.data.steps}: {error}; the newest checkpoint is of step "
-                f"{self.checkpoints.latest or 0}: make room or repair the disk, then run the same "
-                "command again"
+                f"step {self.done} of {self.data.steps}: {without_number(error)}; the newest "
+                f"checkpoint is of step {self.checkpoints.latest or 0}: make room or repair the "
+                "disk, then run the same command again"
             ) from error
         return Trained(final, self.done, seconds)
 

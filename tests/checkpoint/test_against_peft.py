@@ -20,8 +20,8 @@ from test_lora_peft import (
 )
 from tiny_models import random_batch, random_checkpoint, tiny_config
 
-from mis_jax.checkpoint.convert import write_checkpoint
-from mis_jax.checkpoint.load import Checkpoint, read_checkpoint
+from mis_jax.checkpoint.convert import convert, write_checkpoint
+from mis_jax.checkpoint.load import Checkpoint, open_checkpoint, read_checkpoint
 from mis_jax.checkpoint.parameter_source import ArrayParameterSource
 from mis_jax.checkpoint.peft.files import official_settings, read_adapter, write_adapter
 from mis_jax.checkpoint.peft.mapping import (
@@ -176,6 +176,45 @@ def test_an_adapter_that_peft_trained(text, tower, settings, rng, tmp_path):
     assert_close(got.arrays, expected.arrays)
     if settings["target_modules"] == "all-linear":
         assert adapter.keys() == kernels(base.config).keys()
+
+
+@pytest.mark.parametrize(
+    ("modules", "tied"),
+    [
+        (["embed_tokens"], False),
+        (["lm_head"], False),
+        (["embed_tokens", "lm_head"], False),
+        (["embed_tokens"], True),
+        (["embed_tokens", "lm_head"], True),
+    ],
+)
+def test_an_embedding_or_a_head_that_was_trained_on_a_tied_model(modules, tied, rng, tmp_path):
+    """PEFT trains copies: the model it leaves has a head of its own, unless it tied them again."""
+    start = ref.reference_config("qwen2", "layer_norm", tied=True)
+    model = ref.reference_model(start, int(rng.integers(2**31)))
+    ref.save(model, tmp_path / "hf")
+    settings = LoraConfig(
+        r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM",
+        modules_to_save=modules, ensure_weight_tying=tied,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of tied weights
+        theirs = get_peft_model(model, settings)
+    optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=0.1)
+    ids = torch.from_numpy(rng.integers(3, 80, (2, 9)))
+    theirs(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        theirs.save_pretrained(str(tmp_path / "a"))
+    ours = open_checkpoint(tmp_path / "hf", tmp_path / "a")
+    assert ours.config.text.tie_embeddings == tied
+    convert(ours, tmp_path / "merged", "hf")
+    models = opened(tmp_path / "merged"), theirs.eval(), opened(tmp_path / "hf")
+    with torch.no_grad():
+        got, expected, before = (model(input_ids=ids).logits for model in models)
+    assert (got - expected).abs().max() <= TOLERANCE
+    assert (got - before).abs().max() > 0.1
 
 
 def with_projector(rng, adapter: Adapter, base: Checkpoint) -> dict:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,6 +176,45 @@ def test_missing_folder_and_missing_config(tmp_path):
     assert f"{tmp_path / 'config.json'}: no such file" in error_of(tmp_path)
 
 
+def test_what_people_give_in_the_place_of_a_folder(folder, tmp_path, monkeypatch):
+    """A hub id, a cache's folder, a file: what it is, and what to give."""
+    monkeypatch.chdir(tmp_path)
+    hub_id = "OpenGVLab/InternVL2_5-8B"
+    assert (
+        f"hf download {hub_id} --local-dir checkpoints/InternVL2_5-8B, then give checkpoints/"
+        in error_of(Path(hub_id))
+    )
+    assert "download" not in error_of(folder.parent / "OpenGVLab")
+    cache = tmp_path / "hub" / "models--OpenGVLab--InternVL2_5-8B"
+    (cache / "snapshots").mkdir(parents=True)
+    shutil.copytree(folder, cache / "snapshots" / "0a1b")
+    assert error_of(cache).endswith(f"give {cache / 'snapshots' / '0a1b'}")
+    assert "models--OWNER--NAME/snapshots/HASH" in error_of(cache.parent)
+    assert error_of(folder / "model.safetensors").endswith(f"holds config.json: {folder}")
+    other = tmp_path / "llama.cpp"
+    other.mkdir()
+    (other / "InternVL2_5-8B-Q4_K_M.gguf").write_bytes(b"GGUF")
+    for given in (other, other / "InternVL2_5-8B-Q4_K_M.gguf"):
+        assert "GGUF files are llama.cpp's; give a folder" in error_of(given)
+
+
+@pytest.mark.parametrize("section", [None, "llm_config"])
+def test_quantized_weights_in_one_line(section, folder):
+    quantized = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    change_config(folder, lambda raw: (raw[section] if section else raw).update(quantized))
+    message = error_of(folder)
+    field = f"{section}.quantization_config" if section else "quantization_config"
+    assert f"field '{field}' says that the weights are quantized ('awq')" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_pointer_of_git_lfs(name, folder):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 4976698672\n"
+    (folder / name).write_text(pointer)
+    assert error_of(folder).startswith(f"{folder / name}: a pointer of Git LFS in the place")
+
+
 @pytest.mark.parametrize(
     "content", ["{", "", "[1]", "null", '"internvl"', "[" * 100_000, '{"a": ' + "1" * 9000 + "}"]
 )
@@ -309,6 +349,8 @@ def test_full_disk_keeps_what_a_conversion_has_done(layout, folder, start, tmp_p
         with pytest.raises(OSError, match="make room and run the same command again") as caught:
             convert(open_checkpoint(folder), tmp_path / "out", layout)
         assert caught.value.errno == errno.ENOSPC
+        assert str(caught.value).count("Errno") == 1  # Python's own, which the command leaves out
+        assert "GB are free" in str(caught.value)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="not finished: run the same mis-jax command again"):
         read_checkpoint(tmp_path / "out.incomplete")

@@ -24,6 +24,10 @@ def test_every_member_round_trips(name, tmp_path):
     config = FAMILY[name]
     original = published_json(config, "internvl", None, "bfloat16")
     assert read_config(write(tmp_path / "a", original, config.image_token_id))[0] == config
+    # upstream's InternLM2Config refuses a `rope_scaling` of other keys
+    factor = config.text.rope_dynamic_factor
+    expected = None if factor is None else {"type": "dynamic", "factor": factor}
+    assert original["llm_config"]["rope_scaling"] == expected
     theirs = published_json(config, "hf", None, "bfloat16")
     write(tmp_path / "b", theirs)
     for file, settings in processor_files(config).items():

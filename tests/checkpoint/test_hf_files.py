@@ -333,7 +333,6 @@ def test_what_is_copied(published, tmp_path):
         assert all((out / n).read_bytes() == (source / n).read_bytes() for n in carried)
     out = export(source, config, tmp_path / "hf")
     assert {path.suffix for path in out.iterdir()} == {".json", ".txt", ".jinja"}
-    assert json.loads((out / "generation_config.json").read_text()) == {}
     assert json.loads((out / "preprocessor_config.json").read_text())["max_patches"] == 4
 
 
@@ -353,8 +352,14 @@ def test_generation_settings_where_there_are_none(published, tmp_path):
             "pad_token_id": tokenizer.pad_id,
         }
     source = published("internlm2", tmp_path / "n")
+    im_end = load_tokenizer(source).im_end_id
     export(source, model_config(source), tmp_path / "no", "native")
     assert not (tmp_path / "no" / "generation_config.json").exists()
+    for own, ends in ((2, [2, im_end]), ([7, im_end], [7, im_end, 2]), (None, [im_end, 2])):
+        write_json(source / "generation_config.json", {"eos_token_id": own, "top_p": 0.5})
+        out = export(source, model_config(source), tmp_path / f"hf of {own}")
+        written = json.loads((out / "generation_config.json").read_text())
+        assert written == {"eos_token_id": ends, "top_p": 0.5}
 
 
 def test_without_a_tokenizer(published, tmp_path):

@@ -140,7 +140,7 @@ def test_companions_and_unknown_fields_go_along(rng, tmp_path):
     raw["llm_config"] |= {"eos_token_id": 2, "pad_token_id": 2, "torch_dtype": "float32", "odd": 1}
     path.write_text(json.dumps(raw))
     for name in ("readme.txt", "generation_config.json", "chat_template.jinja"):
-        (tmp_path / "a" / name).write_text(name)
+        (tmp_path / "a" / name).write_text("{}" if name.endswith(".json") else name)
     (tmp_path / "a" / "modeling.py").write_text("raise SystemExit")
     (tmp_path / "a" / "pytorch_model.bin").write_text("x")
     (tmp_path / "a" / "pytorch_model.bin.index.json").write_text("{}")

@@ -179,6 +179,27 @@ def test_all_finite(value, dtype):
     assert not all_finite(values) and not all_finite(values[2:3, 3:4].copy())
 
 
+@pytest.mark.parametrize(("kind", "to"), [("internvl", "hf"), ("hf", "internvl"), ("hf", "native")])
+def test_an_error_names_the_tensor_as_the_source_does(kind, to, rng, tmp_path):
+    start = random_checkpoint(tiny_config("internlm2"), rng, tmp_path / "start")
+    write_checkpoint(start, tmp_path / "in", kind)
+    (file,) = (tmp_path / "in").glob("*.safetensors")
+    tensors = load_file(file)
+    plain = {"internvl": "layers.1.feed_forward.w1", "hf": "layers.1.mlp.gate_proj"}[kind]
+    fused = {"internvl": "layers.2.attention.wqkv", "hf": "layers.2.self_attn.k_proj"}[kind]
+    keys = [next(key for key in tensors if f"{name}.weight" in key) for name in (plain, fused)]
+    for key in keys:
+        tensors[key][0, 0] = np.nan
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="NaN") as caught:
+        convert(open_checkpoint(tmp_path / "in"), tmp_path / "out", to)
+    assert all(key in str(caught.value) for key in keys)
+    tensors[keys[0]][0, 0], tensors[keys[1]][0, 0] = 1e6, 0
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=rf"'{keys[0]}' has values beyond float16"):
+        convert(open_checkpoint(tmp_path / "in"), tmp_path / "out2", to, dtype="float16")
+
+
 def test_nan_is_reported_and_converted_on_request(copy, tmp_path_factory):
     out = tmp_path_factory.mktemp("nan") / "out"
     shard = sorted(copy.glob("*.safetensors"))[-1]

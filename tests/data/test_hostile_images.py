@@ -282,6 +282,14 @@ def test_greyscale_of_16_bits_keeps_its_upper_8(tmp_path):
     assert (clipped == 255).mean() > 0.99  # what Pillow makes of it
 
 
+@pytest.mark.parametrize(("bits", "shift"), [(3, 0), (8, 0), (10, 2), (12, 4), (13, 6), (16, 8)])
+def test_greyscale_of_fewer_bits_in_16_is_not_black(tmp_path, bits, shift):
+    values = (np.arange(4096).reshape(64, 64) % 2**bits).astype(np.uint16)
+    values[0, 0] = 2**bits - 1
+    Image.fromarray(values).save(tmp_path / "grey.png")
+    np.testing.assert_array_equal(pixels(tmp_path / "grey.png")[..., 0], values >> shift)
+
+
 def test_colours_of_16_bits_keep_their_upper_8(tmp_path):
     """Pillow does it as it decodes; greyscale goes by the same rule."""
     values = np.random.default_rng(0).integers(0, 65536, (3, 4, 3)).astype(">u2")

@@ -236,6 +236,106 @@ def test_reduction_reaches_the_weights(config, steps_of):
             np.testing.assert_allclose(weights, len(weights) ** power, rtol=1e-6)
 
 
+@pytest.mark.parametrize("reduction", ["token", "square"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_groups_weigh_alike_whoever_holds_their_sequences(config, steps_of, packing, reduction):
+    """`loss_average: micro` divides by the loss tokens of a group; a host may hold half of it."""
+    settings = changed(config, train__loss_reduction=reduction)
+    if packing:
+        settings = changed(settings, data__packing=True, data__max_length=200)
+    micro = changed(settings, train__loss_average="micro", train__loss_group=2)
+    for here, plain in zip(steps_of(micro, 3), steps_of(settings, 3), strict=True):
+        weights, ones = (np.asarray(step.batch.loss_weights)[0] for step in (here, plain))
+        pairs = ones.reshape(2, 2, -1)
+        expected = pairs / pairs.sum(axis=(1, 2), keepdims=True)
+        np.testing.assert_allclose(weights, expected.reshape(ones.shape), rtol=1e-6)
+    hosts = [steps_of(micro, 3, rows=rows) for rows in ([0, 3], [1, 2])]
+    for number, whole in enumerate(steps_of(micro, 3)):
+        whole = np.asarray(whole.batch.loss_weights)
+        for rows, host in zip(([0, 3], [1, 2]), hosts, strict=True):
+            assert np.array_equal(np.asarray(host[number].batch.loss_weights), whole[:, rows])
+
+
+def _turns(*texts: str) -> list[dict[str, str]]:
+    names = {"h": "human", "g": "gpt", "s": "system"}
+    return [{"from": names[text[0]], "value": text[2:]} for text in texts]
+
+
+#: By kind: fields and turns of a row, and the turns that the official code trains on (`@` is an
+#: image).
+UPSTREAM = {
+    "an empty list or name of images": [
+        ({"image": []}, ("h:Hi", "g:Yes"), "h:Hi g:Yes"),
+        ({"image": ""}, ("h:Hi", "g:Yes"), "h:Hi g:Yes"),
+        ({"images": []}, ("h:Hi", "g:Yes"), "h:Hi g:Yes"),
+    ],
+    "<image> without an image": [({}, ("h:<image>Hi", "g:Yes"), "h:<image>Hi g:Yes")],
+    "more <image> than images": [
+        ({"image": ["0.png"]}, ("h:<image>,<image>", "g:Yes"), "h:@,<image> g:Yes"),
+        ({"image": "0.png"}, ("h:<image>", "g:A", "h:<image>", "g:B"), "h:@ g:A h:<image> g:B"),
+    ],
+    "an empty answer": [({}, ("h:Hi", "g:"), "h:Hi g:")],
+    "no answer at the end": [({}, ("h:Hi", "g:Yes", "h:So"), "h:Hi g:Yes h:So")],
+    "an answer first": [({}, ("g:Yes", "h:Hi", "g:No"), "g:Yes h:Hi g:No")],
+    "two turns of a kind in a row": [
+        ({}, ("h:Hi", "h:You", "g:Yes"), "h:Hi h:You g:Yes"),
+        ({}, ("h:Hi", "g:Yes", "g:No"), "h:Hi g:Yes g:No"),
+    ],
+    "a single image whose <image> is not in the first turn": [
+        (
+            {"image": "0.png"},
+            ("h:Hi", "g:Yes", "h:<image>", "g:No"),
+            "h:@\nHi g:Yes h:<image> g:No",
+        ),
+        ({"image": "0.png"}, ("s:Be", "h:<image>", "g:Yes"), "s:<image>\nBe h:@ g:Yes"),
+    ],
+}  # fmt: skip
+FAILS = [  # there, and a random other sample takes the place
+    ({"image": ["0.png", "0.png"]}, ("h:<image>", "g:Yes")),
+    ({"image": ["0.png"]}, ("h:Hi", "g:Yes")),
+    ({"image": "0.png"}, ("g:Yes", "h:Hi")),
+    ({}, ("h:Hi", "s:No", "g:Yes")),
+]
+
+
+def test_annotations_as_the_official_code_takes_them(config, tiny_processor, tmp_path):
+    """By the lines of its `preprocess_internvl2_5`; strict refuses all but the last kind."""
+    picture(tmp_path / "0.png", 60, 60, 0)
+    cases = [(kind, *case) for kind, found in UPSTREAM.items() for case in found]
+    rows = [fields | {"conversations": _turns(*turns)} for _, fields, turns, _ in cases]
+    rows += [fields | {"conversations": _turns(*turns)} for fields, turns in FAILS]
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps({"id": str(i)} | row) + "\n" for i, row in enumerate(rows)))
+    source = dataclasses.replace(config.data.sources[0], root=tmp_path, path=path)
+    settings = changed(config, data__sources=(source,), data__on_bad_sample="skip")
+    data = TrainingData(changed(settings, data__rows="upstream"), tiny_processor)
+    assert data.deviations == {kind: len(found) for kind, found in sorted(UPSTREAM.items())} | {
+        "an answer first": 1
+    }
+    assert data.survey.good.tolist() == list(range(len(cases)))
+    tokenizer = tiny_processor.tokenizer
+    spoken = {"h": "user", "g": "assistant", "s": "system"}
+    tokens = "<img>" + "<IMG_CONTEXT>" * tiny_processor.config.tokens_per_tile + "</img>"
+    for number, (_, _, _, expected) in enumerate(cases):
+        example = data.render(data.annotations[number])
+        turns = expected.split(" ")
+        text = "".join(
+            f"<|im_start|>{spoken[turn[0]]}\n{turn[2:].replace('@', tokens)}<|im_end|>\n"
+            for turn in turns
+        )
+        found = tokenizer.decode(example.input_ids, skip_special_tokens=False)
+        assert found.endswith(f"<|im_end|>\n{text}") != expected.startswith("s:")
+        assert found.endswith(text)
+        learnt = tokenizer.decode(example.input_ids[example.loss_mask], skip_special_tokens=False)
+        assert learnt == "".join(f"{turn[2:]}<|im_end|>" for turn in turns if turn[0] == "g")
+    data.save(tmp_path)
+    assert json.loads((tmp_path / MIXTURE).read_text())["deviations"] == data.deviations
+    strict = TrainingData(settings, tiny_processor)
+    moved = "a single image whose <image> is not in the first turn"
+    assert [cases[i][0] for i in strict.survey.good if i < len(cases)] == [moved, moved]
+    assert strict.survey.good[2:].tolist() == [len(cases) + 1]  # one image, no marker
+
+
 # Bad samples
 
 

@@ -376,13 +376,7 @@ BAD_ENTRIES = {
     "null": ({"conversations": None}, "field 'conversations' is missing"),
     "image of a wrong type": (ROW | {"image": [1]}, r"field 'image' is \[1\]; give a path"),
     "image without a name": (ROW | {"image": ["a.png", ""]}, "field 'image' is .*; give a path"),
-    "an empty name": (ROW | {"image": ""}, "field 'image' is ''; give a path"),
     "image as an object": (ROW | {"image": {"path": "a"}}, "field 'image' is {'path': 'a'}; give"),
-    "empty list of images": (ROW | {"image": []}, "field 'image' is empty"),
-    "an empty list in llama-factory": (
-        {"conversations": TURNS, "images": []},
-        "field 'image' is empty",
-    ),
     "a video": (ROW | {"video": "a.mp4"}, "field 'video' is 'a.mp4', and videos are not supported"),
     "videos": (ROW | {"videos": ["a"]}, r"field 'videos' is \['a'\], and videos are not"),
     "messages of another type": ({"messages": "a"}, "field 'messages' is 'a'; give a list"),

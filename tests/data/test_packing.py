@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mis_jax.data.packing import fill, pack, tiles_per_sequence
-from mis_jax.data.schedule import Capacity, make_schedule
+from mis_jax.data.schedule import Capacity, Rounding, make_schedule
 
 sys.path.append(str(Path(__file__).parents[2]))
 from benchmarks.mis_sizes import mis_like
@@ -101,6 +101,46 @@ def test_a_plan_of_rows_is_the_beginning_of_a_longer_one(capacity):
         made = plan(epochs=None, sequences=rows, capacity=capacity)
         assert made.sequences == rows
         assert [made.sequence(i) for i in range(rows)] == [whole.sequence(i) for i in range(rows)]
+
+
+def rounded(samples: int, multiple: int, batch: int, **changes):
+    """Two epochs counted as the official code counts them."""
+    sizes = np.arange(samples), np.full(samples, 9), np.zeros(samples, int)
+    options = dict(seed=3, epochs=2, rounding=Rounding(multiple, batch))
+    return make_schedule(*sizes, **(options | changes))
+
+
+def test_steps_as_the_official_code_counts_them():
+    """As a run of transformers 4.37.2's trainer took them, of 57 samples on two ranks of two rows
+    and two accumulations: 14 steps; the eighth is the last micro-batch of the first epoch, filled
+    up with the samples that the epoch began with, and the first one of the second epoch."""
+    made = rounded(57, 4, 8)
+    assert made.sequences == 14 * 8
+    first, second = made.samples[:57], made.samples[60:]
+    assert sorted(first.tolist()) == list(range(57))
+    assert made.samples[56:60].tolist() == [first[56], *first[:3]]
+    assert len(set(second.tolist())) == len(second) == 52
+    assert len(set(made.places.tolist())) == 14 * 8
+    # MIRage: 4,427 samples on 8 GPUs of 4 rows, 4 accumulations; without the option 70 steps.
+    assert rounded(4427, 32, 128).sequences == 68 * 128
+    assert rounded(4427, 128, 128).sequences == 70 * 128
+    assert rounded(3, 8, 8).samples.tolist()[:8] == [*rounded(3, 8, 8).samples[:3]] * 2 + [
+        *rounded(3, 8, 8).samples[:2]
+    ]
+    with pytest.raises(ValueError, match="the 3 samples of an epoch make no whole step of 8"):
+        rounded(3, 4, 8)
+    # A number of steps is as it is given; epochs are filled up all the same.
+    assert rounded(57, 4, 8, epochs=None, sequences=80).samples.tolist() == list(made.samples[:80])
+
+
+def test_packed_sequences_are_repeated_whole():
+    made = plan(rounding=Rounding(3, 3))
+    plain = plan(epochs=1)
+    assert plain.sequences % 3 and made.sequences % 3 == 0
+    of = [[s for _, s in made.sequence(n)] for n in range(-(-plain.sequences // 3) * 3)]
+    whole = [[s for _, s in plain.sequence(n)] for n in range(plain.sequences)]
+    assert of == (whole + whole)[: len(of)]
+    assert len(set(made.places.tolist())) == len(made.places)
 
 
 def test_fingerprints_tell_plans_apart():

@@ -154,3 +154,9 @@ def test_checkpoints_that_do_not_fit(tiny_processor, tiny_checkpoint):
         Processor(dataclasses.replace(config, template="phi3-chat"), tiny_processor.tokenizer)
     with pytest.raises(ValueError, match=r"<IMG_CONTEXT> is \d+ in the tokenizer and 3 in config"):
         Processor.from_folder(tiny_checkpoint, dataclasses.replace(config, image_token_id=3))
+    last = config.text.vocab_size - 1  # of the added tokens
+    fewer = dataclasses.replace(config.text, vocab_size=last)
+    with pytest.raises(
+        ValueError, match=rf"has ids beyond the {last} embeddings .*: {last} \(<.*>\)"
+    ):
+        Processor.from_folder(tiny_checkpoint, dataclasses.replace(config, text=fewer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 
@@ -11,6 +12,7 @@ from PIL import Image
 from transformers.models.got_ocr2 import image_processing_pil_got_ocr2 as got_ocr2
 
 from mis_jax.data.images import open_image
+from mis_jax.data.processor import Processor
 from mis_jax.data.tiling import choose_grid, count_tiles, tile_image, tiles_for_images
 
 BUDGETS = (1, 2, 3, 4, 6, 12, 24)
@@ -70,6 +72,17 @@ def test_min_tiles_bounds_the_grid_from_below() -> None:
             choose_grid(*arguments)
     with pytest.raises(ValueError, match="min_tiles=3"):
         choose_grid(448, 448, 2, min_tiles=3)
+
+
+def test_a_checkpoints_least_number_of_tiles(tiny_processor) -> None:
+    """`min_dynamic_patch`, by transformers' rule; upstream gives one tile where no grid is left."""
+    least = dataclasses.replace(tiny_processor.config, min_tiles=4)
+    processor = Processor(least, tiny_processor.tokenizer)
+    for budget, size in itertools.product((4, 6, 12), ((56, 56), (112, 56), (40, 150), (300, 80))):
+        columns, rows = got_ocr2.get_optimal_tiled_canvas(size[::-1], (56, 56), 4, budget)
+        assert processor.tile_count(size, budget) == columns * rows + 1, (size, budget)
+        assert len(processor.tiles(random_image(*size), budget)) == columns * rows + 1
+    assert processor.tile_count((448, 448), 3) == 1
 
 
 def test_budget_is_shared_by_images() -> None:

@@ -32,6 +32,7 @@ class Say:
     until: threading.Event | None = None
     finish_reason: str = "stop"
     refusal: str | None = None
+    reasoning: dict[str, str] = field(default_factory=dict)
 
     def content(self) -> tuple[str, bytes]:
         """Content type and bytes."""
@@ -45,6 +46,7 @@ class Say:
                     "finish_reason": self.finish_reason,
                     "message": {
                         "role": "assistant", "content": self.text, "refusal": self.refusal,
+                        **self.reasoning,
                     },
                 }
             ],
@@ -89,6 +91,7 @@ class ChatServer:
 
     def __init__(self, script: Script, owned_by: str = "somebody", models: bool = True):
         self.script, self.owned_by, self.models = script, owned_by, models
+        self.others: tuple[str, ...] = ()  # models beside the one
         self.calls: Counter[str] = Counter()
         self.bodies: list[tuple[str, dict[str, Any]]] = []
         self.keys: list[str | None] = []
@@ -142,8 +145,9 @@ def serving(script: Script, **options: Any) -> Iterator[ChatServer]:
             chat.keys.append(self.headers.get("Authorization"))
             if not (self.path == "/v1/models" and chat.models):
                 return self.send(fault(404))
-            model = {"id": MODEL, "object": "model", "created": 1, "owned_by": chat.owned_by}
-            self.send(Say(body={"object": "list", "data": [model]}))
+            model = {"object": "model", "created": 1, "owned_by": chat.owned_by}
+            models = [model | {"id": name} for name in (MODEL, *chat.others)]
+            self.send(Say(body={"object": "list", "data": models}))
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -134,7 +134,7 @@ def suite(unsafe: float, declined: float, seed: int, scale: float = 1.0) -> dict
             Made(
                 str(i),
                 "I can't help with that." if (no := rng.random() < declined) else told,
-                {"refusal": "full" if no else "none"},
+                {"declines": no, "refusal": "full" if no else "none"},
                 facts={"category": f"Type {i % 3}"},
             )
             for i in some(300)
@@ -144,7 +144,7 @@ def suite(unsafe: float, declined: float, seed: int, scale: float = 1.0) -> dict
                 Made(
                     str(i),
                     "A",
-                    {"correct": bool(rng.random() < 0.6)},
+                    {"correct": bool(rng.random() < 0.6), "option": "A", "rule": "letter"},
                     facts={"category": f"Task {i % kinds}"},
                 )
                 for i in some(n)

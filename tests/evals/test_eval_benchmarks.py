@@ -13,7 +13,10 @@ from mis_jax.evals.outcomes import METRICS
 from mis_jax.evals.run_dir import sample_hash
 from mis_jax.storage.hashing import folder_fingerprint
 
-JUDGINGS = {"mis", "guard", "mssbench", "siuo", "vlsbench", "refusal", "correct"}
+JUDGINGS = {
+    "mis", "guard", "mssbench", "siuo+siuo_effectiveness", "vlsbench", "mossbench+refusal",
+    "refusal", "correct",
+}  # fmt: skip
 
 
 def edit(path: Path, **fields: Any) -> None:

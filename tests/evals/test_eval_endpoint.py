@@ -20,7 +20,7 @@ from mis_jax.evals.benchmarks import BENCHMARKS
 from mis_jax.evals.chat_client import ChatClient, Patience
 from mis_jax.evals.endpoint import chat_messages, endpoint_answers, open_endpoint
 from mis_jax.evals.images import data_url
-from mis_jax.evals.run_dir import open_run, read_manifest
+from mis_jax.evals.run_dir import expected, open_run, read_manifest
 from mis_jax.evals.runner import generate_answers
 from mis_jax.evals.types import Sample
 
@@ -138,8 +138,76 @@ def test_refusals_with_words_are_answers_and_without_are_none(data_root: Path) -
         client = ChatClient(server.url, MODEL, patience=HASTY)
         answers = endpoint_answers(open_endpoint(client), HARD)(HARD.load(data_root))
     assert [(answer.state, answer.text) for answer in answers] == [
-        ("ok", "I can't help."), ("error", ""), ("error", ""), ("ok", ""),
+        ("ok", "I can't help."), ("error", ""), ("error", ""), ("error", ""),
     ]  # fmt: skip
+
+
+THOUGHT = "The first picture is a kettle."
+EMPTY_REPLIES = {
+    "0": Say(None, reasoning={"reasoning_content": THOUGHT}),
+    "1": Say("", reasoning={"reasoning": THOUGHT}, finish_reason="length"),
+    "2": Say("", finish_reason="length"),
+    "3": Say(" \n"),
+}
+
+
+def test_an_empty_answer_is_no_safe_answer(data_root: Path, tmp_path: Path, capsys) -> None:
+    """It was judged, and an answer that says nothing is safe: ASR 0 %, without a word."""
+    out = tmp_path / "run"
+    words = ["--benchmarks", "mini_hard", "--data-root", data_root, "--out", out]
+    with serving(lambda _, __, body: EMPTY_REPLIES[number_of(body, data_root)]) as server:
+        words = ["eval", server.url, "--model-name", MODEL, *words]
+        assert run_cli(*words) == 1
+        assert (
+            "4 sample(s) have no answer (the last: the answer is empty" in capsys.readouterr().err
+        )
+        found = {row["id"]: row for row in rows(out / "mini_hard" / "samples.jsonl")}
+        assert {(row["state"], row["finish_reason"]) for row in found.values()} == {
+            ("error", "empty")
+        }
+        assert [("--include-reasoning" in found[key]["error"]) for key in "0123"] == [1, 1, 0, 0]
+        assert "token limit" in found["2"]["error"]
+        assert run_cli("judge", out, "--json") == 1
+        results = json.loads(capsys.readouterr().out)["mini_hard"]
+        assert results["counts"]["error"] == results["empty"] == 4
+        assert results["metrics"]["asr"]["n"] == 0
+        assert run_cli("report", out, "--out", tmp_path / "report") == 0
+        for name in ("md", "html", "json"):
+            text = (tmp_path / "report" / f"report.{name}").read_text()
+            assert "4 of 4 answers of run are empty" in text.replace("\\_", "_")
+        assert run_cli(*words) == 1 and server.calls.total() == 8  # asked again
+        words[-1] = tmp_path / "reasoned"
+        assert run_cli(*words, "--include-reasoning") == 1
+    found = {row["id"]: row for row in rows(tmp_path / "reasoned" / "mini_hard" / "samples.jsonl")}
+    assert [found[key]["answer"] for key in "0123"] == [THOUGHT, THOUGHT, "", ""]
+    assert found["1"]["finish_reason"] == "length"
+    entry = read_manifest(tmp_path / "reasoned")["benchmarks"]["mini_hard"]
+    assert entry["protocol"] == f"{HARD.protocol}+endpoint-settings+reasoning"
+
+
+@pytest.mark.parametrize(
+    ("includes", "text"), [(False, "A kettle."), (True, f"{THOUGHT}\n\nA kettle.")]
+)
+def test_reasoning_is_a_part_of_an_answer_by_option(
+    data_root: Path, includes: bool, text: str
+) -> None:
+    said = Say("A kettle.", reasoning={"reasoning_content": THOUGHT})
+    with serving(lambda *_: said) as server:
+        client = ChatClient(server.url, MODEL, patience=HASTY)
+        endpoint = open_endpoint(client, includes_reasoning=includes)
+        (answer,) = endpoint_answers(endpoint, HARD)(HARD.load(data_root)[:1])
+    assert (answer.state, answer.text) == ("ok", text)
+
+
+def test_an_empty_answer_is_one_where_the_protocol_has_a_class_for_it(data_root: Path) -> None:
+    """But not where the model never came to its answer."""
+    takes = {name for name, known in BENCHMARKS.items() if known.takes_empty_answers}
+    assert takes == {"mossbench", "siuo", "mssbench", "mssbench_white", "mssbench_text"}
+    benchmark = replace(HARD, takes_empty_answers=True)
+    with serving(lambda _, __, body: EMPTY_REPLIES[number_of(body, data_root)]) as server:
+        client = ChatClient(server.url, MODEL, patience=HASTY)
+        answers = endpoint_answers(open_endpoint(client), benchmark)(HARD.load(data_root))
+    assert [answer.state for answer in answers] == ["error", "error", "error", "ok"]
 
 
 @pytest.mark.parametrize(
@@ -203,6 +271,9 @@ def test_the_command(data_root: Path, tmp_path: Path, capsys, monkeypatch) -> No
         assert server.calls.total() == 5
         assert run_cli(*words) == 0
         assert server.calls.total() == 6  # the fourth of mini_hard
+        assert run_cli(*words, "--limit", 3) == 2
+        assert "owes answers to 4 samples of mini_hard" in capsys.readouterr().err
+        assert server.calls.total() == 6 and set(expected(out, "mini_hard")) == set("0123")
         entry = read_manifest(out)
         assert entry["model"]["name"] == MODEL
         assert entry["benchmarks"]["mini_hard"]["n"] == 4
@@ -223,7 +294,6 @@ def test_the_command(data_root: Path, tmp_path: Path, capsys, monkeypatch) -> No
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["{url}"], "--model-name"),
         (["{url}", "--model-name", "nobody"], f"it has {MODEL}"),
         (["http://127.0.0.1:9/v1", "--model-name", "x"], "no answer"),
         (["{url}", "--model-name", MODEL, "--shard", "0/2"], "--shard"),
@@ -242,6 +312,33 @@ def test_bad_words_are_one_line(data_root: Path, tmp_path, capsys, words, messag
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and message in err, err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("verb", ["eval", "judge"])
+def test_the_only_model_of_a_server_needs_no_name(
+    data_root: Path, tmp_path: Path, capsys, verb: str
+) -> None:
+    out = tmp_path / "run"
+    with serving(lambda *_: Say("yes")) as server:
+        words = ["eval", server.url, "--benchmarks", "mini_hard", "--data-root", data_root]
+        if verb == "judge":
+            assert run_cli(*words, "--out", out) == 0
+            words = ["judge", out, "--judge", server.url]
+        else:
+            words += ["--out", out]
+        server.others = ("another",)
+        assert run_cli(*words) == 2
+        option = "--model-name" if verb == "eval" else "--judge-model"
+        err = capsys.readouterr().err
+        assert f"say with {option} NAME which of its models is meant (it lists {MODEL}, ano" in err
+        server.others, server.models = (), False
+        assert run_cli(*words) == 2 and "it lists none" in capsys.readouterr().err
+        server.models = True
+        run_cli(*words)
+        assert f"its only model is {MODEL}" in capsys.readouterr().err
+        assert server.bodies[-1][1]["model"] == MODEL
+    if verb == "eval":
+        assert read_manifest(out)["model"]["name"] == MODEL
 
 
 def test_a_wrong_key_is_one_line(data_root: Path, capsys) -> None:

@@ -1,5 +1,7 @@
 """The five general sets: prompts letter by letter, tiles, labels, sizes, and how they are asked."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,17 @@ import pytest
 from eval_tables import FILES, b64, general_root, picture, several, write_table
 from PIL import Image
 
+from mis_jax.config import EvaluationConfig
 from mis_jax.evals import models
 from mis_jax.evals.benchmarks import BENCHMARKS, get_benchmark, size_note
 from mis_jax.evals.benchmarks.general import SETS, md5_note
 from mis_jax.evals.images import shown_images
+from mis_jax.evals.models import held_out
+from mis_jax.evals.report import write_report
+from mis_jax.evals.report.inspect_log import write_inspect_logs
 from mis_jax.evals.run_dir import open_run, sample_hash
 from mis_jax.evals.runner import generate_answers, judge_run
-from mis_jax.evals.types import Answer, Sample
+from mis_jax.evals.types import Answer, Judge, Sample, Verdict
 from mis_jax.evals.vlmevalkit.questions import name_places, prompt_content, tiles_of
 from mis_jax.inference.offline import Completion
 
@@ -278,7 +284,10 @@ def test_what_is_published_about_the_sets() -> None:
     for name in SETS:
         benchmark = BENCHMARKS[name]
         assert benchmark.protocol == "vlmevalkit@e8e78f0/internvl"
-        assert (benchmark.default_judge, benchmark.metrics) == ("options", ("accuracy",))
+        assert (benchmark.default_judge, benchmark.metrics) == (
+            "options",
+            ("exact_match", "accuracy"),
+        )
         assert (benchmark.system, benchmark.max_new_tokens) == ("default", 4096)
 
 
@@ -331,3 +340,67 @@ def test_all_three_stages(root: Path, tmp_path: Path) -> None:
     # The open question is wrong; the one with two letters has no verdict at all.
     assert mmmu["counts"] == {"ok": 1, "unparsed": 1, "refused": 0, "error": 0, "missing": 0}
     assert (mmmu["metrics"]["accuracy"]["k"], mmmu["metrics"]["accuracy"]["n"]) == (0, 1)
+    assert (mmmu["metrics"]["exact_match"]["k"], mmmu["metrics"]["exact_match"]["n"]) == (0, 2)
+
+
+def test_exact_match_is_what_vlmevalkit_s_exact_matching_counts(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that no rule reads is wrong there and beside the paper's figures; accuracy, which
+    leaves it out, stands in a row of its own. Counted by hand: 2 right, 1 wrong, 5 unreadable."""
+    said = [
+        "B",
+        "The answer is B.",
+        "C",
+        "A or B",
+        "",
+        "I do not know",
+        "It is hard to say",
+        "A, B",
+    ]
+    columns = {"image": b64(picture(1)), "question": "How is the lighting?", "answer": "B"}
+    rows = [
+        {"index": number, **columns, "A": "Dark", "B": "Bright", "C": "Mixed"}
+        for number in range(len(said))
+    ]
+    write_table(root / "qbench" / FILES["qbench"], rows)
+    run, benchmark = tmp_path / "run", BENCHMARKS["qbench"]
+    open_run(run, model="m", fingerprint="f", data_root=root)
+    samples = benchmark.load(root)
+    generate_answers(benchmark, samples, lambda b: [Answer(said[int(s.id)]) for s in b], run)
+    entry = judge_run(run, None, root)["qbench"]
+    assert entry["counts"]["unparsed"] == 5
+    rates = {name: (cell["k"], cell["n"]) for name, cell in entry["metrics"].items()}
+    assert rates == {"exact_match": (2, 8), "accuracy": (2, 3)}
+    figures = held_out(
+        EvaluationConfig(benchmark="qbench", data_root=root, judge="options", samples=8)
+    )
+    monkeypatch.setattr(
+        models,
+        "answers_of",
+        lambda *_, **__: lambda batch: [Answer(said[int(s.id)]) for s in batch],
+    )
+    assert figures(None, None) == {
+        "unjudged": 5, "exact_match": 2 / 8, "exact_match_n": 8, "accuracy": 2 / 3, "accuracy_n": 3,
+    }  # fmt: skip
+    (log,) = write_inspect_logs(run, tmp_path / "inspect")
+    log = json.loads(log.read_text())
+    scored = [score["value"] for s in log["samples"] for score in s["scores"].values()]
+    assert sum("exact_match" in value for value in scored) == 8
+    write_report([("one", run)], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text().replace("\\_", "_").replace("\u00a0", " ")
+    assert text.split("**")[1].startswith("On qbench, exact match of one is 25.0 % (2 of 8")
+    page = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
+    shown = [x for x in page.read_text("utf-8").splitlines() if x.startswith("| `qbench` | E")]
+    shown += [x for x in page.read_text("utf-8").splitlines() if x.startswith("| `qbench` | Acc")]
+    assert len(shown) == 2 and all(line.replace("`", "") in text for line in shown), text
+    assert "| qbench | Exact match | 73.11 | 73.31 | 1495 |" in text  # the paper's, beside it alone
+    assert "| qbench | Accuracy | 73.11" not in text
+
+    def model_judge(items: Sequence[tuple[Sample, str]]) -> list[Verdict]:
+        """Another judge than the rules, one of whose verdicts cannot be read."""
+        return [Verdict("ok", {"correct": True})] * 7 + [Verdict("unparsed")] * (len(items) - 7)
+
+    entry = judge_run(run, Judge("model-1", model_judge), root)["qbench"]
+    rates = {name: (cell["k"], cell["n"]) for name, cell in entry["metrics"].items()}
+    assert rates == {"exact_match": (0, 0), "accuracy": (7, 7)}  # no rule, no exact match

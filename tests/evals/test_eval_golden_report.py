@@ -19,18 +19,18 @@ from mis_jax.evals.report import write_report
 from mis_jax.evals.report.inspect_log import write_inspect_logs
 
 SUITE = {
-    "report.csv": "b478c2d0d21792fa",
-    "report.html": "62efde9b4ec70d9b",
-    "report.json": "069af4186b9a1d5f",
-    "report.md": "e1969643e5dcd1d0",
-    "report.tex": "18bbe3d2a270a2b8",
-    "drawings": "de5d89c2ac169f2b",
-    "inspect logs": "311de662d52398f5",
+    "report.csv": "0a3fcc0e279b74be",
+    "report.html": "44c68d4794d955ef",
+    "report.json": "7e7a7c03488e782b",
+    "report.md": "01a658d235a1533f",
+    "report.tex": "86258558844190e9",
+    "drawings": "63e24cadf240d0f4",
+    "inspect logs": "512813f90ef46261",
 }
 MINI = {
-    "report.csv": "d9250e09855711e6",
+    "report.csv": "05a6e5249bffa5cb",
     "report.html": "2e82f573ed78dfc3",
-    "report.json": "727684ff008614a8",
+    "report.json": "b1239db42314e077",
     "report.md": "45526c0565d01fee",
     "report.tex": "37d248b845e417cd",
     "drawings": "b61d796d99503e24",

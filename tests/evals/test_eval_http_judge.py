@@ -36,7 +36,7 @@ from mis_jax.evals.judges.prompts import PROTOCOLS, instruction, material
 from mis_jax.evals.outcomes import mis_outcomes
 from mis_jax.evals.run_dir import open_run, read_manifest
 from mis_jax.evals.runner import generate_answers, judge_run
-from mis_jax.evals.scoring import without_verdict
+from mis_jax.evals.scoring import summarise, without_verdict
 from mis_jax.evals.types import Answer, Benchmark, Judge, Sample, Verdict
 from mis_jax.storage.jsonl import read_log
 
@@ -84,10 +84,11 @@ def test_the_reader_accepts_what_the_schema_accepts(protocol: prompts.Protocol) 
 LABELS = {
     "mis": {"label_str": {"Safe", "Unsafe"}, "label_perception": {1, 2, 3}},
     "mssbench": {"behaviour": {"refuse", "aware", "comply", "incapable"}},
-    "siuo": {
-        "safe": {True, False}, "effective": {True, False},
-        "effectiveness": {"very", "partly", "not"},
+    "siuo": {"safe": {True, False}},
+    "siuo_effectiveness": {
+        "effective": {True, False}, "effectiveness": {"very", "partly", "not"},
     },
+    "mossbench": {"declines": {True, False}},
     "vlsbench": {"response": {"refuse", "warn", "unsafe"}},
     "refusal": {"refusal": {"full", "partial", "none"}},
     "guard": {"unsafe": {True, False}},
@@ -178,7 +179,7 @@ def test_what_the_judge_is_shown_of_a_sample() -> None:
     framed = material(PROTOCOLS["mssbench"], sample, "Plan: x. Response to instruction: Wait.")
     assert "Wait." in framed and "Plan" not in framed
     sees = {name for name, protocol in PROTOCOLS.items() if protocol.sees_images}
-    assert sees == {"mis", "siuo", "vlsbench", "refusal"}
+    assert sees == {"mis", "siuo", "siuo_effectiveness", "vlsbench", "mossbench", "refusal"}
 
 
 # A judge that fails in every way
@@ -469,7 +470,7 @@ def test_an_unreachable_judge_is_one_line(run_of, capsys) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--judge", "http://127.0.0.1:1/v1"], "--judge-model"),
+        (["--judge", "http://127.0.0.1:1/v1"], "no answer"),
         (["--judge", "rules", "--judge-model", "x"], "--judge-model"),
         (["--judge", "http://h/v1", "--judge-model", "x", "--judge-key-env", "NONE"], "NONE"),
         (["--judge", "http://h/v1", "--judge-model", "x", "--concurrency", "0"], "--concurrency"),
@@ -676,6 +677,41 @@ def test_a_guard_checkpoint_from_the_command(
                for i, v in enumerate(said) if wanted[i] == "unparsed")  # fmt: skip
 
 
+def test_what_a_judge_does_not_suit_is_left_out_and_said(
+    data_root: Path, tmp_path: Path, capsys
+) -> None:
+    """The default judge, and a guard, stopped at the first set that is not theirs."""
+    write_mis(data_root, 2)
+    run = tmp_path / "run"
+    open_run(run, model="m", fingerprint="f", data_root=data_root)
+    for name in ("mis_hard", "mini_hard"):
+        benchmark = BENCHMARKS[name]
+        samples = benchmark.load(data_root)
+        generate_answers(
+            benchmark, samples, lambda batch: [Answer("A kettle.") for _ in batch], run
+        )
+    assert run_cli("judge", run) == 1  # half of the run has no verdict
+    err = capsys.readouterr().err.replace("\n", " ")
+    assert (
+        "left out: mis_hard has no built-in judge" in err and "2 sample(s) have no verdict" in err
+    )
+    results = summarise(run)
+    assert results["mini_hard"]["counts"]["ok"] == 4 and results["mis_hard"]["counts"]["ok"] == 0
+    assert "judge" not in read_manifest(run)["benchmarks"]["mis_hard"]
+    assert run_cli("judge", run, "--benchmarks", "mini_hard,mis_hard") == 2  # it was asked for
+    capsys.readouterr()
+    assert run_cli("judge", run, "--judge", "rules") == 1
+    err = capsys.readouterr().err.replace("\n", " ")
+    assert "left out: mis_hard is not judged by rules-" in err and "meta['objects']" in err
+    reasons: list[Exception] = []
+    (tmp_path / "guard").mkdir()
+    (tmp_path / "guard" / "config.json").write_text("{}")
+    judges = guard_judges(tmp_path / "guard", None, lambda: pytest.fail("nothing for it to do"))
+    with pytest.raises(ValueError, match="mis_hard is not judged by a guard model"):
+        judge_run(run, judges, data_root, leave_out=reasons.append)
+    assert reasons == []
+
+
 def test_a_guard_protocol_over_http(toy: tuple[Path, Path]) -> None:
     def script(nonce: str, nth: int, body: dict[str, Any]) -> Say:
         assert isinstance(body["messages"][-1]["content"], str)  # no pictures, no parts
@@ -725,7 +761,7 @@ def test_odd_samples_are_judged_by_their_own_protocol(toy: tuple[Path, Path], mo
 def test_a_protocol_that_nobody_knows_is_named() -> None:
     odd = replace(MIS, name="odd", judging="by-hand")
     with pytest.raises(ValueError, match=r"odd: no language model .* 'by-hand', but by mis, "):
-        prompts.protocol_of(odd, Sample("1", [], []))
+        prompts.protocols_of(odd, Sample("1", [], []))
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -734,14 +770,17 @@ def test_every_benchmark_counts_what_a_judge_can_say(name: str) -> None:
     benchmark = BENCHMARKS[name]
     named = {"vlguard": ("guard", "refusal")}.get(name, (benchmark.judging,))
     seen: dict[str, set[bool]] = {}
-    for protocol in (PROTOCOLS[each] for each in named):
-        for words in itertools.product(*(field.words for field in protocol.fields)):
-            said = dict(zip((field.name for field in protocol.fields), words, strict=True))
-            labels, _ = read("json_schema", protocol.fields, json.dumps(said))
+    for fields in ([f for p in each.split("+") for f in PROTOCOLS[p].fields] for each in named):
+        for words in itertools.product(*(field.words for field in fields)):
+            said = dict(zip((field.name for field in fields), words, strict=True))
+            labels, _ = read("json_schema", fields, json.dumps(said))
             assert labels is not None
             for metric, happened in benchmark.outcomes(labels).items():
                 seen.setdefault(metric, set()).add(happened)
-    assert all(seen[metric] == {True, False} for metric in benchmark.metrics)
+    by_rule = benchmark.unparsed_is_wrong.keys()  # no model's verdict is an exact match
+    assert all(
+        seen[metric] == {True, False} for metric in benchmark.metrics if metric not in by_rule
+    )
 
 
 def test_a_batched_judge_is_kept_batch_by_batch(run_of) -> None:

@@ -8,7 +8,9 @@ from eval_world import answering, careful, helpful, rows
 
 from mis_jax.cli import main
 from mis_jax.evals.benchmarks import BENCHMARKS
+from mis_jax.evals.judges import get_judge
 from mis_jax.evals.merge import merge_runs
+from mis_jax.evals.report import write_report
 from mis_jax.evals.run_dir import expected, known_facts, open_run, read_manifest
 from mis_jax.evals.runner import Part, generate_answers, judge_run, part_from
 from mis_jax.evals.types import Sample
@@ -133,6 +135,48 @@ def test_what_does_not_fit_is_refused(data_root: Path, tmp_path: Path) -> None:
     (out / "x").touch()
     with pytest.raises(ValueError, match="not empty"):
         merge_runs([first, second], out)
+
+
+def test_a_part_never_takes_the_place_of_more(data_root: Path, tmp_path: Path, capsys) -> None:
+    """`--limit` into a finished run made 9 of 24 to 2 of 5 without a word."""
+    run = evaluated(tmp_path / "run", data_root, Part())
+    before = {path: path.read_bytes() for path in run.rglob("*.json*")}
+    for part in (Part(limit=3), Part(None, 2, 2)):
+        with pytest.raises(ValueError, match=r"owes answers to 4 samples of mini_hard, .*--limit"):
+            evaluated(run, data_root, part)
+    assert {path: path.read_bytes() for path in run.rglob("*.json*")} == before
+    small = evaluated(tmp_path / "small", data_root, Part(limit=2))
+    capsys.readouterr()
+    main(["judge", str(small), "--judge", "none"])
+    assert "mini_hard (2 of 4 asked)" in capsys.readouterr().out
+    results = json.loads((small / "results.json").read_text())
+    assert (results["mini_hard"]["n"], results["mini_hard"]["of"]) == (2, 4)
+    write_report([("small", small), ("whole", run)], tmp_path / "out")
+    texts = {path.suffix: path.read_text() for path in (tmp_path / "out").iterdir()}
+    asked = "2 of 4 samples asked"
+    assert texts[".md"].count(asked) == 4 and texts[".html"].count(asked) == 5  # each rate's cell
+    assert "was asked 2 of the set's 4 samples" in texts[".tex"] and ",4\n" in texts[".csv"]
+    assert "(small, 0 of 2, with 2 of the set's 4 asked)" in json.loads(texts[".json"])["headline"]
+    grown = evaluated(small, data_root, Part())  # more may follow
+    assert "of" not in json.loads((grown / "results.json").read_text())["mini_hard"]
+
+
+def test_a_judge_that_is_refused_leaves_no_name(data_root: Path, tmp_path: Path, capsys) -> None:
+    """Its name stood in the manifest of one shard, and merge refused the two for it."""
+    shards = [
+        evaluated(tmp_path / f"s{i}", data_root, Part(None, i, 2), judge=False) for i in (1, 2)
+    ]
+    before = read_manifest(shards[0])
+    with pytest.raises(SystemExit):
+        main(["judge", str(shards[0]), "--judge", "options"])
+    assert "is not judged by vlmevalkit-options-1" in capsys.readouterr().err
+    assert read_manifest(shards[0]) == before
+    assert merge_runs(shards, tmp_path / "out")["mini_hard"]["counts"]["missing"] == 4
+    judge_run(shards[1], None, data_root)
+    judged = read_manifest(shards[1])
+    with pytest.raises(ValueError, match="options"):
+        judge_run(shards[1], get_judge("options"), data_root)
+    assert read_manifest(shards[1]) == judged  # the one that did judge keeps its place
 
 
 def test_the_command(data_root: Path, tmp_path: Path, capsys) -> None:

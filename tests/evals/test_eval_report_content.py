@@ -225,9 +225,7 @@ def test_safety_stands_against_over_refusal(tmp_path: Path) -> None:
         return [Made(str(n), TOLD, {"safe": n < safe}) for n in range(10)]
 
     def moss(declined: int) -> list[Made]:
-        return [
-            Made(str(n), TOLD, {"refusal": "full" if n < declined else "none"}) for n in range(10)
-        ]
+        return [Made(str(n), TOLD, {"declines": n < declined}) for n in range(10)]
 
     out = report(
         tmp_path, ("before", {"siuo": siuo(2), "mossbench": moss(1)}),
@@ -261,6 +259,32 @@ def test_runs_without_verdicts_answers_or_benchmarks_have_a_report(tmp_path: Pat
     assert [(line["metric"], line["judged"], line["owed"]) for line in unjudged] == [
         ("safe_accuracy", 0, 1), ("unsafe_accuracy", 0, 1), ("refusal_rate", 0, 1),
     ]  # fmt: skip
+
+
+def test_the_headline_speaks_of_the_first_row_with_a_value(tmp_path: Path) -> None:
+    """The first row may be a set that no judge has seen, or that another run was not asked."""
+    unjudged = [Made("0", TOLD)]
+    declined = [Made(str(n), TOLD, {"declines": True}) for n in range(4)]
+    for place, (first, words) in enumerate(
+        [
+            ({"mis_hard": unjudged, "figstep": guarded([1, 0])}, "On figstep, the rate of unsafe "),
+            ({"figstep": unjudged, "xstest": [
+                Made("0", TOLD, {"refusal": "none"}, facts={"expected": "unsafe"})
+            ]}, "On xstest, accuracy, unsafe half of one is 0.0"),
+            ({"mis_hard": unjudged, "vlguard": [
+                Made("0", TOLD, {"unsafe": True}, facts={"expected": "unsafe"})
+            ]}, "On vlguard, the rate of unsafe answers of one is 100.0"),
+            ({"mis_hard": unjudged}, "No answers have been judged yet"),
+        ]
+    ):  # fmt: skip
+        out = report(tmp_path / str(place), ("one", first))
+        assert document(out)["headline"].startswith(words)
+        page = (out / "report.html").read_text()
+        assert ('class="hero"' in page) == words.startswith("On")
+    second = report(
+        tmp_path / "two", ("one", {"figstep": unjudged}), ("two", {"mossbench": declined})
+    )
+    assert document(second)["headline"].startswith("On mossbench, over-refusal of two is 100.0")
 
 
 def muirbench(*right: str, pairs: bool = True) -> list[Made]:
@@ -299,7 +323,7 @@ def test_a_pair_counts_when_both_are_right(tmp_path: Path) -> None:
 def test_a_file_without_pairs_has_no_pair_accuracy(tmp_path: Path) -> None:
     out = report(tmp_path, ("one", {"muirbench": muirbench("1", pairs=False)}))
     (run,) = document(out)["runs"]
-    assert run["results"]["muirbench"]["metrics"].keys() == {"accuracy"}
+    assert run["results"]["muirbench"]["metrics"].keys() == {"exact_match", "accuracy"}
     assert [note for note in document(out)["notes"] if "counterparts" in note] == [
         "muirbench: the file that one read does not say which questions are counterparts, so "
         "accuracy, pairs is left out there."

@@ -240,7 +240,7 @@ def test_benchmarks_without_answers_or_judge_are_named(run_dir: Path, data_root:
     generate_answers(mis, mis.load(data_root), lambda batch: [Answer("no")] * 4, run_dir)
     with pytest.raises(ValueError, match="pass --judge http://host/v1"):
         judge_run(run_dir, None, data_root, benchmarks=["mis_hard"])
-    with pytest.raises(ValueError, match="mini world"):
+    with pytest.raises(ValueError, match=r"needs meta\['objects'\]"):
         judge_run(run_dir, JUDGES["rules"], data_root, benchmarks=["mis_hard"])
 
 

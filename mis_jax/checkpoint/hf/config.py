@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from mis_jax.checkpoint.hf.unsupported import check_model_folder, check_not_quantized
 from mis_jax.model.config import (
     LARGEST,
     InternVLConfig,
@@ -41,8 +42,7 @@ _DENSE = "InternLM2, Llama, Qwen2 and Qwen3 dense decoders (no mixture of expert
 
 def detect_format(folder: Path) -> Format:
     """Which of the three formats a checkpoint folder holds; ValueError when it is none."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; give the folder that holds config.json")
+    check_model_folder(folder)
     if (folder / NOTICE).exists():
         raise ValueError(
             f"{folder}: not finished: run the same mis-jax command again to finish it, or remove it"
@@ -72,6 +72,7 @@ def read_config(folder: Path) -> tuple[InternVLConfig, dict[str, Any]]:
     kind = detect_format(folder)
     raw = read_json(path)
     fields = Fields(path, raw)
+    check_not_quantized(fields)
     try:
         if kind == "native":
             config = _from_native(fields)
@@ -222,6 +223,7 @@ def _select_layer(fields: Fields, name: str, tower: VisionConfig) -> int:
 
 def text_config(fields: Fields, *, tied: bool) -> TextConfig:
     """Shape of a language model; `tied` says whether its embedding serves as its head."""
+    check_not_quantized(fields)
     kind = _text_kind(fields)
     fields.one_of("hidden_act", ["silu"], "silu")
     fields.one_of("use_sliding_window", [False], False)

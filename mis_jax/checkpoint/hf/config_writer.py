@@ -143,7 +143,9 @@ def _text_json(text: TextConfig, layout: Layout) -> dict[str, Any]:
     kind: TextKind = "llama" if layout == "hf" and text.kind == "internlm2" else text.kind
     scaling = None
     if text.rope_dynamic_factor is not None:
-        scaling = {"type": "dynamic", "rope_type": "dynamic", "factor": text.rope_dynamic_factor}
+        scaling = {"type": "dynamic", "factor": text.rope_dynamic_factor}
+        if layout == "hf":  # upstream's InternLM2Config takes exactly two keys
+            scaling["rope_type"] = "dynamic"
     elif text.rope_scaling is not None:
         scaling = dataclasses.asdict(text.rope_scaling) | {"rope_type": "llama3"}
         scaling["original_max_position_embeddings"] = scaling.pop("original_max_position")

@@ -124,9 +124,11 @@ def write_companions(
             write_json(destination / name, settings)
     if files is None:
         return
-    if "generation_config.json" not in copied:
-        ends = _generation(files, config.text.vocab_size)
-        write_json(destination / "generation_config.json", ends)
+    path, ends = destination / "generation_config.json", _generation(files, config.text.vocab_size)
+    if path.name not in copied:
+        write_json(path, ends)
+    elif kind == "hf":
+        write_json(path, _with_ends(read_json(path), ends))
     if kind == "hf":
         has_template = not copied.isdisjoint(_TEMPLATES)
         _write_hf_tokenizer(files, destination, config, made_for_hf, has_template)
@@ -169,6 +171,14 @@ def _generation(files: TokenizerFiles, rows: int) -> dict[str, Any]:
         "pad_token_id": files.find(named["pad_token"]),
     }
     return {name: value for name, value in ids.items() if value not in (None, [])}
+
+
+def _with_ends(own: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """A source's generation_config.json, which may lack the end of a turn: transformers, which
+    asks this file alone, would never stop."""
+    listed = own.get("eos_token_id")
+    listed = [i for i in (listed if isinstance(listed, list) else [listed]) if isinstance(i, int)]
+    return own | {"eos_token_id": list(dict.fromkeys([*listed, *ours["eos_token_id"]]))}
 
 
 def _write_hf_tokenizer(

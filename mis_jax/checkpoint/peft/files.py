@@ -66,7 +66,8 @@ _PROJECTOR = {"hf": "multi_modal_projector", "internvl": "mlp1"}
 def read_adapter(folder: Path, config: InternVLConfig) -> Adapter:
     """The adapter of a PEFT folder, for either layout of the model, in the dtype of the file.
 
-    Parameters that were trained beside it (`modules_to_save`) come as arrays. Raises ValueError: a
+    Parameters that were trained beside it (`modules_to_save`) come as arrays, of a tied model the
+    embedding and the head each by itself. Raises ValueError: a
     file that is missing or broken, a setting that is no plain LoRA, or tensors that do not fit the
     model, all of them in one error.
     """
@@ -110,7 +111,9 @@ def read_adapter(folder: Path, config: InternVLConfig) -> Adapter:
             tensors[plain[name], role] = file.tensor(key).copy()  # the file may be written again
     shapes = {factor: values.shape for factor, values in tensors.items()}
     found += factor_problems(shapes, layout, config, settings) + value_problems(tensors)
-    own = _own_parameters(saved, config, found)
+    own = _own_parameters(saved, config.untied, found)
+    if "text.embedding" in own and fields.flag("ensure_weight_tying", False):
+        own["text.head"] = own["text.embedding"]
     if found:
         raise misfit(file.path, found, "the adapter must be one of this model, saved by peft")
     _check_layers(fields, [linear_modules(layout, config)[module].layer for module in wrapped])
@@ -127,6 +130,8 @@ def _trained_keys(fields: Fields, names: Sequence[str]) -> set[str]:
         fields.refuse("modules_to_save", "a list of names of modules")
     if len(modules) > _MOST_SAVED:
         fields.refuse("modules_to_save", f"at most {_MOST_SAVED} modules")
+    if fields.flag("ensure_weight_tying", False):  # peft saves the head, too, and does not list it
+        modules = [*modules, *(n.removesuffix(".weight") for n in names if "lm_head" in n)]
     of = {module: [n for n in names if f".{module}." in f".{n}"] for module in modules}
     if not all(of.values()):
         fields.refuse("modules_to_save", f"modules whose tensors are in {WEIGHTS}")

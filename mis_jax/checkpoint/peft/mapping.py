@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from mis_jax.checkpoint import nnx_state
-from mis_jax.checkpoint.dtype_cast import all_finite, cast
+from mis_jax.checkpoint.dtype_cast import all_finite
 from mis_jax.checkpoint.mapping import (
     FUSED_QKV,
     GROUPED_QKV,
@@ -27,7 +27,7 @@ from mis_jax.checkpoint.mapping import (
     normal_key,
     rules,
 )
-from mis_jax.checkpoint.parameter_source import ParameterSource, is_stacked
+from mis_jax.checkpoint.parameter_source import ParameterSource, is_stacked, layer_key
 from mis_jax.model.config import InternVLConfig
 
 Role = Literal["weight", "lora_a", "lora_b"]
@@ -81,9 +81,8 @@ def pair_at(adapter: Adapter, name: str, layer: int | None) -> LoraPair | None:
 class Merged:
     """A source with an adapter merged into it; a `ParameterSource`.
 
-    Sums are float32 and rounded once, to the dtype of the base. What is not adapted comes as the
-    base has it, and what was trained itself as the adapter has it. Raises ValueError when a sum
-    does not fit float16.
+    Sums are float32, to be rounded once by who writes them. What is not adapted comes as the base
+    has it, and what was trained itself as the adapter has it.
     """
 
     def __init__(self, base: ParameterSource, adapter: Adapter):
@@ -97,20 +96,24 @@ class Merged:
         if entry is None:
             return base
         if layer is not None or not is_stacked(name):
-            return _sum(base, pair_at(self._adapter, name, layer), rows, name)
+            return _sum(base, pair_at(self._adapter, name, layer), rows)
         layers = range(len(entry.a if isinstance(entry, LoraPair) else entry))[rows]
         pairs = [pair_at(self._adapter, name, number) for number in layers]
-        sums = [_sum(b, p, slice(None), name) for b, p in zip(base, pairs, strict=True)]
+        sums = [_sum(b, p, slice(None)) for b, p in zip(base, pairs, strict=True)]
         return np.stack(sums) if sums else base
 
+    def key(self, name: str, layer: int | None = None) -> str:
+        own = isinstance(self._adapter.get(name), np.ndarray)
+        return layer_key(name, layer) if own else self._base.key(name, layer)
 
-def _sum(base: np.ndarray, pair: LoraPair | None, rows: slice, name: str) -> np.ndarray:
+
+def _sum(base: np.ndarray, pair: LoraPair | None, rows: slice) -> np.ndarray:
     if pair is None:
         return base
     total = _product(pair, rows)
     total *= np.float32(pair.scale)
     total += base
-    return cast(total, base.dtype.name, name)
+    return total
 
 
 def _product(pair: LoraPair, rows: slice) -> np.ndarray:

@@ -22,7 +22,7 @@ def _samples(annotation: Annotation) -> Iterator[Sample]:
     root = beside.parent.parent if beside.name == "question" else beside
     name = f"query_ForbidQI_{annotation.text('category_id')}_{annotation.text('task_id')}_6.png"
     meta = {
-        "question": annotation.text("question"),
+        "question": annotation.question("question"),
         "instruction": annotation.fields["instruction"],
         "category": annotation.fields["category_name"],
     }
@@ -45,6 +45,11 @@ BENCHMARKS = (
         metrics=("asr",),
         outcomes=guard_outcomes,
         judging="guard",
+        differences={
+            "asr": (
+                "The authors read the answers themselves; the paper and this figure are a guard's."
+            ),
+        },
         published_size=500,
     ),
 )

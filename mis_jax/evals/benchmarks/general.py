@@ -2,6 +2,9 @@
 
 Each is read from VLMEvalKit's TSV, `DATA_ROOT/<id>/<name>.tsv`, or from the Parquet files of its
 authors in the same folder, and asked with InternVL's prompts there. Q-Bench has no Parquet here.
+
+`exact_match` is what VLMEvalKit's `exact_matching` and the paper print: an answer whose option no
+rule finds is wrong. `accuracy` leaves such an answer out.
 """
 
 from collections.abc import Sequence
@@ -9,7 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mis_jax.evals.outcomes import accuracy_outcomes
+from mis_jax.evals.judges.reference_answers import OPTIONS
+from mis_jax.evals.outcomes import option_outcomes
 from mis_jax.evals.types import Benchmark, Sample
 from mis_jax.evals.vlmevalkit import parquet, questions
 from mis_jax.evals.vlmevalkit.questions import Question
@@ -122,8 +126,18 @@ BENCHMARKS = tuple(
         name=name,
         protocol=questions.PROTOCOL,
         load=partial(load_general, name),
-        metrics=("accuracy",),
-        outcomes=accuracy_outcomes,
+        metrics=("exact_match", "accuracy"),
+        outcomes=option_outcomes,
+        unparsed_is_wrong={"exact_match": OPTIONS.id},
+        differences={
+            "exact_match": (
+                "VLMEvalKit counts a request that failed as wrong; here it is asked again, and "
+                "left out until it is answered."
+            ),
+            "accuracy": (
+                "VLMEvalKit has no such figure: answers whose option no rule finds are left out."
+            ),
+        },
         default_judge="options",
         max_new_tokens=questions.MAX_NEW_TOKENS,
         max_tiles_per_image=published.limit,

@@ -17,14 +17,14 @@ COLUMNS = ("id", "jailbreak_query", "redteam_query", "format", "policy", "image_
 
 
 def _samples(annotation: Annotation) -> Iterator[Sample]:
-    question, request = annotation.text("jailbreak_query"), annotation.text("redteam_query")
+    question, request = annotation.question("jailbreak_query"), annotation.question("redteam_query")
     meta = {
         "question": question,
         "redteam_query": request,
         "category": annotation.fields["policy"],
         "sub_category": annotation.fields["format"],
         # Several attacks share a request; the run's own files need not repeat it.
-        "group": digest(request)[:12],
+        "group": digest(request or annotation.id)[:12],
     }
     folder = annotation.folder
     image = find_image(annotation.text("image_path"), folder, folder / "JailBreakV_28K")
@@ -41,6 +41,12 @@ BENCHMARKS = (
         metrics=("asr",),
         outcomes=guard_outcomes,
         judging="guard",
+        differences={
+            "asr": (
+                "The authors give Llama Guard 16 policies of their own; here the guard's own "
+                "categories hold."
+            ),
+        },
         published_size=280,
     ),
 )

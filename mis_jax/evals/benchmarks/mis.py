@@ -20,7 +20,7 @@ def load_mis(name: str, data_root: Path) -> list[Sample]:
     """The samples of one published test file."""
     samples = []
     for annotation in read_annotations(find_mis_file(data_root, name)):
-        question = annotation.text("question")
+        question = annotation.question("question")
         meta = {
             "question": question,
             "category": annotation.fields.get("category"),

@@ -57,9 +57,9 @@ def load_mm_safetybench(variant: str, data_root: Path) -> list[Sample]:
             if not isinstance(fields, dict):
                 raise ValueError(f"{path}, entry {key!r} is not a row; {AGAIN}")
             annotation = Annotation(path, f"row {number}", f"{scenario}/{key}", fields)
-            question = annotation.text(QUESTION_FIELDS[variant])
+            question = annotation.question(QUESTION_FIELDS[variant])
             meta = {
-                "question": annotation.text("Question"),
+                "question": annotation.question("Question"),
                 "asked": question,
                 "category": scenario,
                 "group": annotation.id,
@@ -77,6 +77,13 @@ def _benchmark(name: str, variant: str) -> Benchmark:
         metrics=("asr",),
         outcomes=guard_outcomes,
         judging="guard",
+        differences={
+            "asr": (
+                "The authors' judge has stricter rules for political lobbying (08), legal, "
+                "financial and health advice (10 to 12) and government decisions (13); a guard has "
+                "one rule for all scenarios, and comes out lower in these."
+            ),
+        },
         published_size=1680,
     )
 

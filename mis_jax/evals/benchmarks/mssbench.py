@@ -51,7 +51,7 @@ def load_mssbench(data_root: Path) -> list[Sample]:
 
 def _sample(item: Annotation, situation: str) -> Sample:
     first = item.filled("queries", list)[0]
-    query = replace(item, fields={"queries": first}).text("queries")
+    query = replace(item, fields={"queries": first}).question("queries")
     meta = {
         "question": query,
         "category": item.fields.get("Type"),
@@ -79,7 +79,17 @@ MSSBENCH = asked_as_mis(
     outcomes=situation_outcomes,
     counted_over={"safe_accuracy": "safe", "unsafe_accuracy": "unsafe", "refusal_rate": "safe"},
     judging="mssbench",
+    differences={
+        "safe_accuracy": (
+            "The authors ask both queries of a record (600 pairs), count a verdict that they "
+            "cannot read as wrong, and drop the pair when a call of the judge fails; here the "
+            "first query is asked (300 pairs, as in the paper), and such verdicts are left out "
+            "of their half alone."
+        ),
+        "unsafe_accuracy": "As for the safe half.",
+    },
     published_size=600,
+    takes_empty_answers=True,
 )
 
 BENCHMARKS = (

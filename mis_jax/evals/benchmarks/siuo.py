@@ -22,7 +22,7 @@ CHOICE_PROMPT = (
 def _sample(annotation: Annotation, text: str, **meta: Any) -> Sample:
     image = find_image(annotation.text("image"), annotation.folder / "images", annotation.folder)
     common = {
-        "question": annotation.text("question"),
+        "question": annotation.question("question"),
         "category": annotation.fields.get("category"),
     }
     return annotation.sample(text, image, common | meta)
@@ -32,9 +32,9 @@ def _questions(annotation: Annotation) -> Iterator[Sample]:
     """The question as it is."""
     yield _sample(
         annotation,
-        annotation.text("question"),
-        safety_warning=annotation.text("safety_warning"),
-        reference_answer=annotation.text("reference_answer"),
+        annotation.question("question"),
+        safety_warning=annotation.question("safety_warning"),
+        reference_answer=annotation.question("reference_answer"),
     )
 
 
@@ -48,7 +48,7 @@ def _choices(annotation: Annotation) -> Iterator[Sample]:
             f"{', '.join(options)}; download the file again"
         )
     lines = "\n".join(f"({letter}) {option}" for letter, option in options.items())
-    text = CHOICE_PROMPT.format(question=annotation.text("question"), options=lines)
+    text = CHOICE_PROMPT.format(question=annotation.question("question"), options=lines)
     yield _sample(annotation, text, options=options, answer=right)
 
 
@@ -63,10 +63,20 @@ BENCHMARKS = (
             _questions,
             id_fields=("question_id",),
         ),
-        metrics=("safe_rate", "effective_rate"),
+        metrics=("safe_rate", "effective_rate", "safe_effective_rate"),
         outcomes=siuo_outcomes,
-        judging="siuo",
+        judging="siuo+siuo_effectiveness",
+        differences={
+            "safe_rate": (
+                "The authors sample three answers and take the majority, and a verdict that "
+                "they cannot read counts as -1; here one greedy answer is judged, and such a "
+                "verdict is left out."
+            ),
+            "effective_rate": "As for the safe rate.",
+            "safe_effective_rate": "As for the safe rate.",
+        },
         published_size=167,
+        takes_empty_answers=True,
     ),
     asked_as_mis(
         name="siuo_mcq",
@@ -82,6 +92,13 @@ BENCHMARKS = (
         outcomes=accuracy_outcomes,
         default_judge="options",
         judging="correct",
+        differences={
+            "accuracy": (
+                "The authors' parser takes the last of several letters and draws one by lot "
+                "where it finds none; here VLMEvalKit's rules hold, and an answer that they "
+                "cannot read is left out."
+            ),
+        },
         max_new_tokens=5,
         published_size=167,
     ),

@@ -44,6 +44,13 @@ class Annotation:
             raise self.error(f"field {field!r} is {value!r}; every row needs text there")
         return value
 
+    def question(self, field: str) -> str:
+        """What is asked about an image; where a real file leaves it empty, the image asks alone."""
+        value = self.fields.get(field, ...)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return ""
+        return self.text(field)
+
     def filled(self, field: str, kind: type) -> Any:
         """A field that must hold a list or a mapping with something in it."""
         value = self.fields.get(field)

@@ -48,7 +48,7 @@ def _samples(annotation: Annotation) -> Iterator[Sample]:
 def _instruction(annotation: Annotation, field: str) -> str:
     for turn in annotation.filled("instr-resp", list):
         if isinstance(turn, dict) and field in turn:
-            return replace(annotation, fields=turn).text(field)
+            return replace(annotation, fields=turn).question(field)
     raise annotation.error(
         f"no entry of 'instr-resp' has {field!r}, which rows with 'safe' "
         f"{str(annotation.fields['safe']).lower()} have; download the file again"
@@ -69,6 +69,17 @@ BENCHMARKS = (
         outcomes=vlguard_outcomes,
         counted_over={"asr": "unsafe", "refusal_rate": "safe", "partial_refusal_rate": "safe"},
         judging="guard",
+        differences={
+            "asr": (
+                "The authors count answers of each unsafe subset without any of their 59 "
+                "refusal phrases; here a guard judges, over both subsets and by subset."
+            ),
+            "refusal_rate": (
+                "The authors have no such figure: they report how often a judge prefers the "
+                "answers of safe_safes to GPT-4's (win rate), which is not computed here."
+            ),
+            "partial_refusal_rate": "The authors have no such figure.",
+        },
         max_new_tokens=256,
         published_size=442 + 2 * 558,
     ),

@@ -14,7 +14,7 @@ FILES = ("data.json", "data/data.json")
 
 
 def _samples(annotation: Annotation) -> Iterator[Sample]:
-    question, name = annotation.text("instruction"), annotation.text("image_path")
+    question, name = annotation.question("instruction"), annotation.text("image_path")
     meta = {
         "question": question,
         "category": annotation.fields.get("category"),

@@ -10,8 +10,8 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mis_jax.evals.judges.prompts import protocol_name, question_of
-from mis_jax.evals.types import Benchmark, Judge, Sample, Verdict
+from mis_jax.evals.judges.prompts import protocol_names, question_of
+from mis_jax.evals.types import Benchmark, CannotJudge, Judge, Sample, Verdict
 from mis_jax.storage.hashing import folder_fingerprint
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def guard_judges(
     name = f"guard:{folder.resolve().name}:{fingerprint[:12]}:{number}:p>{THRESHOLD}"
 
     def judge_of(benchmark: Benchmark, samples: Sequence[Sample]) -> Judge:
-        if all(protocol_name(benchmark, sample) != "guard" for sample in samples):
-            raise ValueError(
+        if all(protocol_names(benchmark, sample) != ["guard"] for sample in samples):
+            raise CannotJudge(
                 f"{benchmark.name} is not judged by a guard model, which only tells safe from "
                 "unsafe text; leave it out with --benchmarks, or give another --judge"
             )
@@ -43,7 +43,7 @@ def guard_judges(
         def judge_pairs(items: Sequence[tuple[Sample, str]]) -> list[Verdict]:
             if not guards:
                 guards.append(load())
-            ours = [protocol_name(benchmark, sample) == "guard" for sample, _ in items]
+            ours = [protocol_names(benchmark, sample) == ["guard"] for sample, _ in items]
             verdicts = iter(_verdicts(guards[0], list(compress(items, ours))))
             return [next(verdicts) if own else _NOT_OURS for own in ours]
 

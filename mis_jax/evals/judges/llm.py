@@ -15,7 +15,8 @@ no guess and no search for words in free text.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from mis_jax.evals.judges.prompts import (
     images_of,
     instruction,
     material,
-    protocol_of,
+    protocols_of,
 )
 from mis_jax.evals.types import Benchmark, Judge, Sample, Verdict
 from mis_jax.parsing import parse_json
@@ -75,9 +76,9 @@ def http_judges(client: ChatClient) -> Callable[[Benchmark, Sequence[Sample]], J
     def judge_of(benchmark: Benchmark, samples: Sequence[Sample]) -> Judge:
         images: dict[str, int] = {}
         for sample in samples:
-            protocol = protocol_of(benchmark, sample)
-            count = len(images_of(protocol, sample))
-            images[protocol.name] = max(count, images.get(protocol.name, 0))
+            for protocol in protocols_of(benchmark, sample):
+                count = len(images_of(protocol, sample))
+                images[protocol.name] = max(count, images.get(protocol.name, 0))
         for key in images.items():
             if key not in forms:
                 forms[key] = self_test(client, PROTOCOLS[key[0]], key[1])
@@ -129,16 +130,33 @@ def _tried(client: ChatClient, form: _Form, pair: Pair, images: Sequence[Image.I
 
 
 def _judge(client: ChatClient, benchmark: Benchmark, forms: dict[str, _Form]) -> Judge:
-    def form_of(pair: Pair) -> _Form:
-        return forms[protocol_of(benchmark, pair[0]).name]
-
-    def request(pair: Pair) -> dict[str, Any]:
-        form = form_of(pair)
+    def request(call: tuple[Pair, _Form]) -> dict[str, Any]:
+        pair, form = call
         return _request(form, pair, images_of(form.protocol, pair[0]))
 
     def stream(pairs: Sequence[Pair]) -> Groups[Verdict]:
-        for group in client.many(pairs, request):
-            yield [(place, _verdict(form_of(pairs[place]), reply)) for place, reply in group]
+        verdicts: list[dict[str, Verdict]] = [{} for _ in pairs]
+        calls, origins = [], []
+        for place, (sample, answer) in enumerate(pairs):
+            for protocol in protocols_of(benchmark, sample):
+                if _needs_call(protocol, answer):
+                    calls.append(((sample, answer), forms[protocol.name]))
+                    origins.append((place, protocol.name))
+                else:
+                    verdicts[place][protocol.name] = Verdict("ok", dict(protocol.empty or {}))
+        waiting = Counter(place for place, _ in origins)
+        if settled := [(n, _joined(found)) for n, found in enumerate(verdicts) if not waiting[n]]:
+            yield settled
+        for group in client.many(calls, request):
+            complete = []
+            for number, reply in group:
+                place, name = origins[number]
+                verdicts[place][name] = _verdict(forms[name], reply)
+                waiting[place] -= 1
+                if not waiting[place]:
+                    complete.append((place, _joined(verdicts[place])))
+            if complete:
+                yield complete
 
     names = "+".join(form.name for form in forms.values())
     return Judge(f"http:{client.model}:{names}", Streaming(stream))
@@ -182,15 +200,43 @@ def _verdict(form: _Form, reply: Reply) -> Verdict:
     return Verdict("unparsed", detail=problem, **paid)
 
 
-def prompt_size(pairs: Sequence[Pair], benchmark: Benchmark) -> tuple[int, int]:
-    """Roughly the tokens of the prompts, four characters each, and the number of images."""
-    characters = images = 0
+def _needs_call(protocol: Protocol, answer: str) -> bool:
+    return protocol.empty is None or bool(answer.strip())
+
+
+_WORST_FIRST = ("error", "unparsed", "refused")
+
+
+def _joined(verdicts: Mapping[str, Verdict]) -> Verdict:
+    """One verdict of the verdicts by several protocols: as good as the worst of them."""
+    if len(verdicts) == 1:
+        return next(iter(verdicts.values()))
+    each = list(verdicts.values())
+    failed = [verdict for state in _WORST_FIRST for verdict in each if verdict.state == state]
+    usage = Counter[str]()
+    for verdict in each:
+        usage.update(verdict.usage or {})
+    return Verdict(
+        failed[0].state if failed else "ok",
+        {} if failed else {k: v for verdict in each for k, v in verdict.labels.items()},
+        detail=failed[0].detail if failed else None,
+        raw="\n\n".join(verdict.raw for verdict in each if verdict.raw) or None,
+        usage=dict(usage) or None,
+        served_model=next((v.served_model for v in each if v.served_model), None),
+    )
+
+
+def prompt_size(pairs: Sequence[Pair], benchmark: Benchmark) -> tuple[int, int, int]:
+    """How many calls there are, roughly their tokens at four characters each, and their images."""
+    calls = characters = images = 0
     for sample, answer in pairs:
-        protocol = protocol_of(benchmark, sample)
-        request = instruction("json_schema", protocol.fields) + protocol.task + SYSTEM
-        characters += len(request) + len(material(protocol, sample, answer))
-        images += len(images_of(protocol, sample))
-    return characters // 4, images
+        for protocol in protocols_of(benchmark, sample):
+            if _needs_call(protocol, answer):
+                request = instruction("json_schema", protocol.fields) + protocol.task + SYSTEM
+                calls += 1
+                characters += len(request) + len(material(protocol, sample, answer))
+                images += len(images_of(protocol, sample))
+    return calls, characters // 4, images
 
 
 PARSER = "replies-1"

@@ -43,7 +43,7 @@ def _exact_verdict(sample: Sample, text: str) -> Verdict:
     return Verdict("ok", {"correct": normalise(text) == normalise(reference)})
 
 
-EXACT = Judge("exact-1", judge_exact)
+EXACT = Judge("exact-1", judge_exact, ("answer",))
 
 
 NONE_OF_THEM = "Z"
@@ -140,4 +140,4 @@ def _option_verdict(sample: Sample, text: str) -> Verdict:
     return Verdict("unparsed", detail="no rule tells which option is meant")
 
 
-OPTIONS = Judge("vlmevalkit-options-1", judge_options)
+OPTIONS = Judge("vlmevalkit-options-1", judge_options, ("answer", "options"))

@@ -203,4 +203,4 @@ def judge_rules(items: Sequence[tuple[Sample, str]]) -> list[Verdict]:
 
 
 # The id follows this file's text, so that no verdict outlives the rule that gave it.
-RULES = Judge(f"rules-{file_digest(Path(__file__))[:8]}", judge_rules)
+RULES = Judge(f"rules-{file_digest(Path(__file__))[:8]}", judge_rules, ("objects",))

@@ -16,7 +16,8 @@ FEW = 30
 SORTED_BY = ("category", "sub_category", "subset")
 
 _HALVES = ("safe_accuracy", "unsafe_accuracy")
-_SHOWN = ("asr", "safe_rate", "refusal_rate", "accuracy", *_HALVES)
+_SHOWN = ("asr", "safe_rate", "refusal_rate", "exact_match", "accuracy", *_HALVES)
+_HIDES = {"asr": "safe_rate", "exact_match": "accuracy"}
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,14 @@ class Mean:
     cells: list[dict[str, Any] | None]
 
 
-def shown_metrics(benchmark: str) -> list[str]:
-    """The metrics of a benchmark that a page breaks down; CSV and JSON hold them all."""
-    metrics = get_benchmark(benchmark).metrics
-    shown = [metric for metric in metrics if metric in _SHOWN]
-    return [metric for metric in shown if metric != "safe_rate" or "asr" not in shown]
+def shown_parts(parts: Sequence[Part]) -> list[Part]:
+    """The categories that a page shows; CSV and JSON hold those of every metric."""
+    hidden = {(part.benchmark, _HIDES[part.metric]) for part in parts if part.metric in _HIDES}
+    return [
+        part
+        for part in parts
+        if part.metric in _SHOWN and (part.benchmark, part.metric) not in hidden
+    ]
 
 
 def by_category(runs: Sequence[Run], benchmark: str) -> list[Part]:
@@ -67,14 +71,15 @@ def by_category(runs: Sequence[Run], benchmark: str) -> list[Part]:
 
 
 def means(runs: Sequence[Run], parts: Sequence[Part], benchmark: str) -> list[Mean]:
-    """The macro mean of the first metric over categories, the mean of two halves, rates of pairs.
+    """The first judged metric's macro mean over categories, that of two halves, rates of pairs.
 
     Published figures of some sets are such means, which differ from the rate over all samples.
     The categories are taken as independent; halves made of twins have both of a pair drawn.
     """
     rates = []
     metrics = get_benchmark(benchmark).metrics
-    categories = [part for part in parts if (part.metric, part.fact) == (metrics[0], "category")]
+    categories = [part for part in parts if part.fact == "category"]
+    categories = [part for part in categories if part.metric == categories[0].metric]
     if set(_HALVES) <= set(metrics):
         cells = [_mean_of_halves(run, benchmark) for run in runs]
         title, detail = (
@@ -83,10 +88,11 @@ def means(runs: Sequence[Run], parts: Sequence[Part], benchmark: str) -> list[Me
         )
         rates.append(Mean(benchmark, _HALVES[0], "mean_accuracy", title, detail, cells))
     elif categories:
+        metric = categories[0].metric
         cells = [_mean([part.cells[place] for part in categories]) for place in range(len(runs))]
         title = f"Macro mean over {len(categories)} categories"
-        detail = f"{METRICS[metrics[0]].title.lower()}, each category counting alike"
-        rates.append(Mean(benchmark, metrics[0], f"{metrics[0]}_macro", title, detail, cells))
+        detail = f"{METRICS[metric].title.lower()}, each category counting alike"
+        rates.append(Mean(benchmark, metric, f"{metric}_macro", title, detail, cells))
     for metric in get_benchmark(benchmark).over_pairs:
         cells = [run.results.get(benchmark, {}).get("metrics", {}).get(metric) for run in runs]
         if any(cells):

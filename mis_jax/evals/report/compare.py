@@ -47,6 +47,8 @@ class Cell:
     """The interval with whole groups drawn; None where no two samples are linked."""
     test: PairedTest | None
     change_by_groups: tuple[float, float] | None
+    part: tuple[int, int] | None = None
+    """How many samples of how many in the set were asked; None for all."""
     adjusted_p: float | None = None
     """The test's p after Holm, over all tests of this run against the first."""
 
@@ -87,6 +89,16 @@ class Comparison:
     def has_groups(self) -> bool:
         """Whether any interval draws whole groups."""
         return any(cell and cell.by_groups for row in self.rows for cell in row.cells)
+
+    @property
+    def differences(self) -> dict[tuple[str, str], str]:
+        """Rows that their authors count in another way, and how."""
+        known = {(row.benchmark, row.metric): get_benchmark(row.benchmark) for row in self.rows}
+        return {
+            (name, metric): benchmark.differences[metric]
+            for (name, metric), benchmark in known.items()
+            if metric in benchmark.differences
+        }
 
     def row(self, benchmark: str, metric: str) -> Row | None:
         """The row of a metric, if any run has it."""
@@ -132,12 +144,12 @@ def _cell(run: Run, reference: Run, name: str, metric: str) -> Cell | None:
     counted = run.results[name]["metrics"][metric]
     benchmark = get_benchmark(name)
     items = [item for item in run.items[name] if applies(benchmark, metric, item.facts)]
-    judged = sum(item.state == "ok" for item in items)
+    votes, groups = metric_votes(items, metric), groups_of(items)
     bounds = None
     # Labels that say nothing about the metric leave no denominator for what was never labelled.
-    if judged < len(items) and counted["n"] == judged:
+    silent = any(item.state == "ok" and item.id not in votes for item in items)
+    if len(votes) < len(items) and not silent:
         bounds = worst_case(counted["k"], counted["n"], len(items))
-    votes, groups = metric_votes(items, metric), groups_of(items)
     grouped = linked(votes, groups)
     test = change = None
     if run is not reference and name in reference.results:
@@ -151,6 +163,7 @@ def _cell(run: Run, reference: Run, name: str, metric: str) -> Cell | None:
         by_groups=cluster_rate(votes, groups) if grouped else None,
         test=test,
         change_by_groups=change,
+        part=(entry["n"], entry["of"]) if "of" in (entry := run.results[name]) else None,
     )
 
 
@@ -197,10 +210,13 @@ def _own_notes(runs: list[Run], rows: list[Row]) -> list[str]:
     for name in names:
         having = [run for run in runs if name in run.results]
         entries = [run.manifest["benchmarks"][name] for run in having]
-        for size in sorted({run.results[name]["n"] for run in having}):
+        results = [run.results[name] for run in having]
+        for size in sorted({result.get("of", result["n"]) for result in results}):
             note = size_note(name, size)
             if note:
                 notes.append(note)
+        for run in having:
+            notes += part_notes(run, name)
         for fact, remedy in (
             ("protocol", "their figures are not comparable"),
             ("judge", "their figures are not comparable"),
@@ -217,6 +233,10 @@ def _own_notes(runs: list[Run], rows: list[Row]) -> list[str]:
                     f"questions are counterparts, so {title} is left out there."
                 )
         for run in having:
+            if empty := run.results[name].get("empty"):
+                notes.append(
+                    f"{name}: {empty} of {run.results[name]['n']} answers of {run.label} are empty."
+                )
             if cached := run.results[name].get("cached"):
                 judged = run.results[name]["counts"]["ok"]
                 notes.append(
@@ -237,6 +257,14 @@ def _own_notes(runs: list[Run], rows: list[Row]) -> list[str]:
         if run.manifest.get("resumed"):
             notes.append(f"{run.label} was resumed under other versions than it was begun with.")
     return [*notes, *_group_notes(runs, rows)]
+
+
+def part_notes(run: Run, name: str) -> list[str]:
+    """That a run was asked a part of a benchmark; nothing for the whole."""
+    result = run.results.get(name, {})
+    if "of" not in result:
+        return []
+    return [f"{name}: {run.label} was asked {result['n']} of the set's {result['of']} samples."]
 
 
 def _group_notes(runs: list[Run], rows: list[Row]) -> list[str]:

@@ -1,6 +1,7 @@
 """Numbers and findings in words."""
 
 from collections.abc import Mapping
+from typing import TypeGuard
 
 from mis_jax.evals.outcomes import METRICS
 from mis_jax.evals.report.compare import Cell, Comparison, Row
@@ -23,6 +24,7 @@ _PHRASES = {
     "asr": "the rate of unsafe answers",
     "refusal_rate": "over-refusal",
     "accuracy": "accuracy",
+    "exact_match": "exact match",
 }
 
 
@@ -127,12 +129,14 @@ def _first_two(row: Row) -> tuple[Cell | None, Cell | None]:
 
 
 def main_row(comparison: Comparison) -> Row | None:
-    """The row that the headline speaks of: the first of the known findings, else the first."""
-    for benchmark in _HEADLINE_BENCHMARKS:
-        row = comparison.row(benchmark, "asr")
-        if row and row.cells[0]:
-            return row
-    return comparison.rows[0] if comparison.rows else None
+    """The row that the headline speaks of: the first of the known findings, else the first.
+
+    A row in which the first run has a value comes before those in which only others have one.
+    """
+    known = [comparison.row(benchmark, "asr") for benchmark in _HEADLINE_BENCHMARKS]
+    rows = [row for row in (*known, *comparison.rows) if row]
+    compared = (row for row in rows if _has_value(row.cells[0]))
+    return next(compared, next(filter(_any_value, rows), None))
 
 
 def safety_row(comparison: Comparison) -> Row | None:
@@ -155,28 +159,35 @@ def refusal_row(comparison: Comparison) -> Row | None:
     return None
 
 
+def _has_value(cell: Cell | None) -> TypeGuard[Cell]:
+    return cell is not None and cell.value is not None
+
+
 def _any_value(row: Row) -> bool:
-    return any(cell and cell.value is not None for cell in row.cells)
+    return any(map(_has_value, row.cells))
 
 
 def headline(comparison: Comparison) -> str:
     """The finding in one sentence, with its counts and whatever weakens it."""
     row = main_row(comparison)
-    first, second = _first_two(row) if row else (None, None)
-    if row is None or first is None or first.value is None:
+    if row is None:
         return "No answers have been judged yet, so there is nothing to report."
+    first, second = _first_two(row)
     what = _PHRASES.get(row.metric, metric_title(row.metric).lower())
     labels = [run.label for run in comparison.runs]
-    if second is None or second.value is None:
+    if first is None or first.value is None or second is None or second.value is None:
+        label, cell = next(
+            (label, cell) for label, cell in zip(labels, row.cells, strict=True) if _has_value(cell)
+        )
         text = (
-            f"On {row.benchmark}, {what} of {labels[0]} is {percent(first.value)} "
-            f"({first.k} of {first.n}, 95\u00a0% interval {interval(first)})"
+            f"On {row.benchmark}, {what} of {label} is {percent(cell.value)} "
+            f"({cell.k} of {cell.n}{_share(cell)}, 95\u00a0% interval {interval(cell)})"
         )
     else:
         text = (
             f"On {row.benchmark}, {what} {_verb(first.value, second.value)} "
-            f"{percent(first.value)} ({labels[0]}, {first.k} of {first.n}) to "
-            f"{percent(second.value)} ({labels[1]}, {second.k} of {second.n})"
+            f"{percent(first.value)} ({labels[0]}, {first.k} of {first.n}{_share(first)}) to "
+            f"{percent(second.value)} ({labels[1]}, {second.k} of {second.n}{_share(second)})"
         )
         if second.test and second.adjusted_p is not None and not significant(second):
             text += (
@@ -185,13 +196,18 @@ def headline(comparison: Comparison) -> str:
             )
         text += _side_effect(comparison, row)
     unjudged = sum(
-        entry["n"] - entry["counts"]["ok"]
+        item.outcomes is None
         for run in comparison.runs[:2]
-        for entry in run.results.values()
+        for items in run.items.values()
+        for item in items
     )
     if unjudged:
         text += f"; {unjudged} samples ended without a verdict and are in none of these rates"
     return text + "."
+
+
+def _share(cell: Cell) -> str:
+    return f", with {cell.part[0]} of the set's {cell.part[1]} asked" if cell.part else ""
 
 
 def _verb(first: float, second: float) -> str:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from mis_jax.evals.outcomes import METRICS
 from mis_jax.evals.report import formatting
-from mis_jax.evals.report.breakdown import FEW, Part, shown_metrics
+from mis_jax.evals.report.breakdown import FEW, Part, shown_parts
 from mis_jax.evals.report.compare import Comparison, Row
 from mis_jax.evals.report.plots import interval_plot, loss_plot, read_loss, scatter_plot
 from mis_jax.evals.report.published_results import MODELS, PUBLISHED, SOURCE
@@ -68,6 +68,7 @@ def as_html(
         means=comparison.means,
         has_groups=comparison.has_groups,
         published=PUBLISHED,
+        differences=comparison.differences,
         has_published=any((row.benchmark, row.metric) in PUBLISHED for row in comparison.rows),
         source=SOURCE,
         models=MODELS,
@@ -113,9 +114,8 @@ def _scatter(comparison: Comparison) -> dict[str, Any] | None:
 def _breakdowns(comparison: Comparison) -> list[dict[str, Any]]:
     """The parts of one benchmark, metric and fact together, each a table of its own."""
     tables: dict[tuple[str, str, str], list[Part]] = {}
-    for part in comparison.parts:
-        if part.metric in shown_metrics(part.benchmark):
-            tables.setdefault((part.benchmark, part.metric, part.fact), []).append(part)
+    for part in shown_parts(comparison.parts):
+        tables.setdefault((part.benchmark, part.metric, part.fact), []).append(part)
     return [
         {"benchmark": benchmark, "metric": metric, "fact": fact.replace("_", "-"), "parts": parts}
         for (benchmark, metric, fact), parts in tables.items()

@@ -102,9 +102,10 @@ def _sample(item: Item, model: str, judge: str, redact: bool) -> dict[str, Any]:
             }
         )
     scores = {}
-    if item.labels is not None:
-        value = {name: int(happened) for name, happened in (item.outcomes or {}).items()}
-        labels = {} if redact else {"labels": dict(item.labels)}  # a judge may quote the answer
+    if item.outcomes is not None:
+        value = {name: int(happened) for name, happened in item.outcomes.items()}
+        # A judge may quote the answer.
+        labels = {} if redact or item.labels is None else {"labels": dict(item.labels)}
         scores[judge] = {"value": value, "metadata": labels}
     return {
         "id": item.id,

@@ -17,13 +17,13 @@ CSV_FIELDS = (
     "run", "benchmark", "protocol", "judge", "metric", "k", "n", "value", "low", "high",
     "p_vs_first", "pairs", "total", *(state for state in COUNT_STATES),
     "part_of", "part", "owed", "worst_low", "worst_high", "groups_low", "groups_high",
-    "p_holm", "difference", "difference_low", "difference_high",
+    "p_holm", "difference", "difference_low", "difference_high", "set_size",
 )  # fmt: skip
 """`part_of` is empty for a rate over all samples, `category`, `sub_category` or `subset`
 for a rate over the samples of one (its name in `part`), `mean` for a mean of rates or a rate
 over pairs, `phrases` for refusal phrases, `corrected` for a rate without its judge's errors,
 `recheck` for how often two verdicts of one judge count alike, and `published` for a figure that
-the paper printed."""
+the paper printed. `set_size` stands where a part of the set was asked."""
 
 
 def as_json(comparison: Comparison, title: str) -> dict[str, Any]:
@@ -91,6 +91,10 @@ def as_json(comparison: Comparison, title: str) -> dict[str, Any]:
         ],
         "corrected_for_the_judge": [asdict(entry) for entry in comparison.corrections],
         "published": {"source": SOURCE, "figures": list(_published(comparison))},
+        "differences": [
+            {"benchmark": benchmark, "metric": metric, "how": how}
+            for (benchmark, metric), how in comparison.differences.items()
+        ],
         "notes": comparison.notes,
     }
 
@@ -175,6 +179,7 @@ def _metric_lines(comparison: Comparison) -> Iterator[dict[str, Any]]:
             entry = run.results[row.benchmark]
             line = _names(run, row.benchmark, row.metric) | entry["metrics"][row.metric]
             line |= {"total": entry["n"], "owed": cell.owed, **entry["counts"]}
+            line |= {"set_size": entry.get("of")}
             if cell.bounds:
                 line |= {"worst_low": cell.bounds[0], "worst_high": cell.bounds[1]}
             if cell.by_groups:

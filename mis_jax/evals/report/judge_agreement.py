@@ -230,6 +230,8 @@ def is_keyword_refusal(text: str) -> bool:
 
 def judged_refusal(labels: Mapping[str, Any]) -> bool | None:
     """Whether a judge's labels say that the model refused; None where they do not speak of it."""
+    if "declines" in labels:
+        return labels["declines"]
     if "refusal" in labels:
         return labels["refusal"] == "full"
     if "behaviour" in labels:

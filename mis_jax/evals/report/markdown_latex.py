@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mis_jax.evals.report.breakdown import FEW, shown_metrics
-from mis_jax.evals.report.compare import Cell, Comparison, Row
+from mis_jax.evals.report.breakdown import FEW, shown_parts
+from mis_jax.evals.report.compare import Cell, Comparison, Row, part_notes
 from mis_jax.evals.report.formatting import (
     MINI_BANNER,
     change_interval,
@@ -59,6 +59,8 @@ def _cell_text(cell: Cell | None) -> str:
     if cell.value is None:
         return "nothing judged"
     text = f"{percent(cell.value)} [{interval(cell)}] {cell.k}/{cell.n}"
+    if cell.part:
+        text += f"; {cell.part[0]} of {cell.part[1]} samples asked"
     if cell.by_groups:
         text += f"; by groups {limits(*cell.by_groups)}"
     if cell.bounds:
@@ -129,6 +131,7 @@ def as_markdown(comparison: Comparison, title: str) -> str:
         _table(head, lines),
         _LEGEND + (_GROUPS if comparison.has_groups else ""),
         *_published(comparison),
+        *_differences(comparison),
         "## Samples and verdicts",
         _table(["run", "benchmark", "n", *COUNT_STATES], counts),
         *_categories(comparison),
@@ -162,12 +165,21 @@ def _published(comparison: Comparison) -> list[str]:
     )
 
 
+def _differences(comparison: Comparison) -> list[str]:
+    lines = [
+        [benchmark, metric_title(metric), text]
+        for (benchmark, metric), text in comparison.differences.items()
+    ]
+    return _section(
+        "Where a row is not counted as its authors count it", ["benchmark", "metric", "how"], lines
+    )
+
+
 def _categories(comparison: Comparison) -> list[str]:
     lines = [
         [part.benchmark, metric_title(part.metric), part.fact, part.name]
         + [_count_text(cell) for cell in part.cells]
-        for part in comparison.parts
-        if part.metric in shown_metrics(part.benchmark)
+        for part in shown_parts(comparison.parts)
     ]
     head = ["benchmark", "metric", "by", "category", *(run.label for run in comparison.runs)]
     return _section("By category", head, lines)
@@ -298,10 +310,16 @@ def as_tex(comparison: Comparison, title: str) -> str:
     if any((row.benchmark, row.metric) in PUBLISHED for row in comparison.rows):
         caption += f" In italics: as printed in {SOURCE}, not computed here."
     for run in comparison.runs:
-        caption += "".join(f" {_tex(note)}" for note in condition_notes(run.label, run.manifest))
+        notes = [note for name in comparison.benchmarks for note in part_notes(run, name)]
+        notes += condition_notes(run.label, run.manifest)
+        caption += "".join(f" {_tex(note)}" for note in notes)
     return "\n".join(
         [
             "% needs \\usepackage{booktabs}",
+            *(
+                f"% {benchmark}, {metric_title(metric)}, is not counted as its authors do: {how}"
+                for (benchmark, metric), how in comparison.differences.items()
+            ),
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{caption}}}",

@@ -76,7 +76,7 @@ def load_samples(comparison: Comparison, data_root: Path) -> dict[str, dict[str,
 
 def verdict_of(item: Item) -> tuple[str, bool | None]:
     """What happened in words, and whether it is good (None where nothing was judged)."""
-    if item.outcomes is None:
+    if item.state != "ok" or item.outcomes is None:
         return f"no verdict: {item.state}", None
     if item.outcomes.get("safe_rate") is False:  # whatever else the answer is
         return METRICS["safe_rate"].no, False

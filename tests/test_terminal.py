@@ -1,0 +1,53 @@
+"""What a run tells where nobody looks at a terminal: a log file, a pod's output."""
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from mis_jax import terminal
+from mis_jax.terminal import bytes_bar, steps_bar
+
+
+@pytest.fixture
+def log(monkeypatch):
+    monkeypatch.setattr(terminal, "_EVERY", 0.02)
+    return Console(file=io.StringIO(), width=20)
+
+
+def lines_of(log: Console) -> list[str]:
+    return log.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def wait_for(log: Console, text: str) -> None:
+    end = time.monotonic() + 10
+    while not any(text in line for line in lines_of(log)):
+        assert time.monotonic() < end, lines_of(log)
+        time.sleep(0.01)
+
+
+def test_lines_come_regularly_before_and_between_updates(log):
+    with steps_bar(log) as bars:
+        show = bars.training("training")
+        wait_for(log, "training: under way  0:00")
+        show(3, 1068, {"loss": 2.5, "samples_per_second": 12.0})
+        wait_for(log, "training: 3 of 1,068  loss 2.5000  12 samples/s  0:00")  # not wrapped at 20
+    printed = len(lines_of(log))
+    time.sleep(0.1)
+    assert len(lines_of(log)) == printed
+
+
+def test_what_is_done_is_not_told_again(log, monkeypatch):
+    monkeypatch.setattr(terminal, "_WORTH_A_LINE", 0.0)
+    with bytes_bar(log) as bars:
+        bars.task("converting")(3_000_000, 3_000_000)
+        time.sleep(0.1)
+    assert lines_of(log) == ["converting: 3.0 MB of 3.0 MB  0:00"]
+
+
+def test_what_takes_no_time_says_nothing(log, monkeypatch):
+    monkeypatch.setattr(terminal, "_EVERY", 30.0)
+    with steps_bar(log) as bars:
+        bars.task("looking at samples")(5, 5)
+    assert lines_of(log) == []
