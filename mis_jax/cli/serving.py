@@ -24,6 +24,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     allow_host: Annotated[tuple[str, ...], UseAppendAction] = (),
+    allow_origin: Annotated[tuple[str, ...], UseAppendAction] = (),
     name: str | None = None,
     api_key_env: str | None = None,
     max_concurrent: int = 16,
@@ -50,6 +51,8 @@ def serve(
         port: Port number to listen on; 0 picks a free port.
         allow_host: Host header to accept in addition to localhost, --host and IP addresses;
             repeat the option for several. '*' accepts any, the default with 0.0.0.0.
+        allow_origin: Origin of web pages that may ask this server from a browser (CORS), such as
+            http://localhost:3000; repeat the option for several, '*' allows any.
         name: Model name used in the API; if unset, the folder's name,
             with --adapter both names.
         api_key_env: Environment variable that holds the API key clients must send.
@@ -109,6 +112,7 @@ def serve(
             context=processor.config.text.max_position,
             api_key=key,
             hosts=allowed_hosts(bound, host, allow_host),
+            origins=allow_origin,
             image_folder=allow_image_folder,
             timeout=timeout,
             max_body=max_body_mib << 20,

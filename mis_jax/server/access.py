@@ -31,6 +31,7 @@ class Settings:
         context: tokens that prompt and answer may have together.
         api_key: what clients must send as bearer token under /v1; None lets everybody in.
         hosts: names it may be asked by, see `allowed_hosts`; None is every name.
+        origins: web pages of these origins may ask from a browser (CORS); "*" is every one.
         image_folder: files below it may be named in `image_url`; None allows no file.
         timeout: seconds from a request's arrival to the end of its answer.
         max_body: bytes of a request.
@@ -43,6 +44,7 @@ class Settings:
     context: int
     api_key: str | None = field(default=None, repr=False)
     hosts: frozenset[str] | None = None
+    origins: tuple[str, ...] = ()
     image_folder: Path | None = None
     timeout: float = 600.0
     max_body: int = 32 * MIB

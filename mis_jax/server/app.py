@@ -9,6 +9,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
@@ -93,6 +94,13 @@ def create_app(service: Service, processor: Processor, settings: Settings) -> St
         Route("/models", models),
         Route("/models/{model:path}", one_model),
     ]
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=("x-request-id",),
+    )
     return Starlette(
         routes=[
             Mount("/v1", routes=v1, middleware=[Middleware(KeyCheck, key=settings.api_key)]),
@@ -101,7 +109,8 @@ def create_app(service: Service, processor: Processor, settings: Settings) -> St
             Route("/metrics", prometheus),
             Route("/openapi.json", openapi),
         ],
-        middleware=[Middleware(DrainBody), Middleware(HostCheck, hosts=settings.hosts)],
+        middleware=[Middleware(DrainBody), Middleware(HostCheck, hosts=settings.hosts)]
+        + [cors] * bool(settings.origins),
         exception_handlers={ApiError: as_json, HTTPException: as_json, Exception: as_json},
     )
 

@@ -82,8 +82,8 @@ class Bodies:
     def _check_headers(self, request: Request) -> None:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            # A web page elsewhere cannot send this type here without asking, which is never
-            # granted.
+            # A web page elsewhere cannot send this type here without asking, which is granted to
+            # those of --allow-origin alone.
             raise ApiError(415, f"the content type is {kind!r}; send application/json")
         length = request.headers.get("content-length", "0")
         if length.isdecimal() and (len(length) > 18 or int(length) > self._largest):

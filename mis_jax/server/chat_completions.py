@@ -38,6 +38,7 @@ from mis_jax.server.protocol import (
 from mis_jax.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+KEEP_ALIVE_SECONDS = 15.0  # of silence in a stream; proxies cut connections off after 30 to 60
 _LAST_WORD_SECONDS = 5.0  # for telling a client that may not be reading
 _LEAST_LOGPROB = -9999.0  # JSON has no minus infinity
 _START = "http.response.start"
@@ -122,9 +123,12 @@ class ChatCompletions:
             del work  # it holds the error whose frames hold it
 
     async def _counted(
-        self, answer: "_Answer", outputs: AsyncIterator[RequestOutput], *, timed: bool
-    ) -> AsyncIterator[RequestOutput]:
+        self, answer: "_Answer", outputs: AsyncIterator[RequestOutput | None], *, timed: bool
+    ) -> AsyncIterator[RequestOutput | None]:
         async for output in outputs:
+            if output is None:
+                yield None
+                continue
             if timed and not answer.generated:
                 self._metrics.first_piece(answer.seconds)
             self._metrics.generated(output.generated - answer.generated)
@@ -140,9 +144,10 @@ async def _until_gone(receive: Receive) -> None:
 
 async def _outputs(
     ticket: Ticket, parsed: ParsedRequest, gone: asyncio.Task
-) -> AsyncGenerator[RequestOutput]:
+) -> AsyncGenerator[RequestOutput | None]:
     """Starts the request and gives its pieces; raises what the service tells, or ClientGone.
 
+    None is given where nothing has come for a while.
     Close it (`contextlib.aclosing`): that cancels a request whose answer is not wanted any more.
     """
     loop = asyncio.get_running_loop()
@@ -155,7 +160,11 @@ async def _outputs(
     try:
         ticket.start(parsed.request, lambda out: _hand_over(loop, queue, out))
         while True:
-            output = await queue.get()
+            try:
+                output = await asyncio.wait_for(queue.get(), KEEP_ALIVE_SECONDS)
+            except TimeoutError:
+                yield None
+                continue
             if isinstance(output, Exception):
                 raise output
             yield output
@@ -191,9 +200,11 @@ class _Answer:
         """Since the request came."""
         return time.monotonic() - self._start
 
-    async def complete(self, parsed: ParsedRequest, outputs: AsyncIterator[RequestOutput]) -> None:
+    async def complete(
+        self, parsed: ParsedRequest, outputs: AsyncIterator[RequestOutput | None]
+    ) -> None:
         """Send one document, once the answer has ended."""
-        pieces = [output async for output in outputs]
+        pieces = [output async for output in outputs if output is not None]
         reason = pieces[-1].finish_reason
         assert reason is not None
         choice = Choice(
@@ -205,15 +216,22 @@ class _Answer:
         completion = ChatCompletion(id=self.id, model=self._model, choices=[choice], usage=usage)
         await JSONResponse(completion.model_dump())(self._scope, self._receive, self._send)
 
-    async def stream(self, parsed: ParsedRequest, outputs: AsyncIterator[RequestOutput]) -> None:
-        """Send server-sent events as OpenAI's clients read them, one a piece."""
+    async def stream(
+        self, parsed: ParsedRequest, outputs: AsyncIterator[RequestOutput | None]
+    ) -> None:
+        """Send server-sent events as OpenAI's clients read them, one a piece.
+
+        A comment where nothing comes for a while keeps proxies from cutting the connection off.
+        """
         async for output in outputs:
-            if not self._streaming:  # errors before the first piece have a status of theirs
+            if not self._streaming:  # errors before the first event have a status of theirs
                 self._streaming = True
                 headers = [*_STREAM_HEADERS]
                 await self._send({"type": _START, "status": 200, "headers": headers})
                 await self._event([ChunkChoice(delta=Delta(role="assistant", content=""))])
-            if output.text or output.tokens or output.finish_reason:
+            if output is None:
+                await self._send_event(": waiting", more=True)
+            elif output.text or output.tokens or output.finish_reason:
                 delta = Delta(content=output.text) if output.text or output.tokens else Delta()
                 logprobs = self._logprobs(parsed, output.tokens) if output.tokens else None
                 reason = output.finish_reason
@@ -240,7 +258,10 @@ class _Answer:
         await self._send_body(chunk.model_dump_json(), more=True)
 
     async def _send_body(self, document: str, *, more: bool) -> None:
-        body = f"data: {document}\n\n".encode()
+        await self._send_event(f"data: {document}", more=more)
+
+    async def _send_event(self, line: str, *, more: bool) -> None:
+        body = f"{line}\n\n".encode()
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def _send(self, message: Message) -> None:

@@ -149,7 +149,7 @@ class Prompts:
         if tokens >= context:
             raise bad_request(
                 # litellm knows an overflow by the first words, LangChain by "prompt is too long".
-                f"This model's maximum context length is {context} tokens and the prompt is too long "
+                f"This model's maximum context length is {context} tokens; the prompt is too long "
                 f"with {tokens} or more: shorten it, or send fewer turns, fewer or smaller images",
                 "messages",
                 "context_length_exceeded",

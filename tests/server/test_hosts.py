@@ -78,3 +78,25 @@ class Config:
     class config:
         class text:
             max_position = 100
+
+
+def test_web_pages_of_allowed_origins_may_ask(tiny_processor):
+    """The browser asks before it sends JSON or a key; without the option nobody is answered so."""
+    asks = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+
+    def allowed(world, origin: str) -> list[str | None]:
+        headers = {"Origin": origin}
+        before = world.http.options("/v1/chat/completions", headers=headers | asks)
+        answer = world.http.get("/v1/models", headers=headers)
+        name = "access-control-allow-origin"
+        return [response.headers.get(name) for response in (before, answer)]
+
+    page = "http://localhost:3000"
+    with running(tiny_processor, origins=(page,), api_key="k") as world:
+        assert allowed(world, page) == [page, page]  # also of a 401, so that the page can tell why
+        assert allowed(world, "http://evil.example") == [None, None]
+    with running(tiny_processor) as world:
+        assert allowed(world, page) == [None, None]

@@ -1,10 +1,13 @@
 """The real `openai` client against a running server."""
 
 import math
+import threading
 
 import openai
 import pytest
 from serve_world import MODEL, World, body, data_uri, image
+
+from mis_jax.server import chat_completions
 
 SYSTEM = {"role": "system", "content": "Answer in one word."}
 USER = {"role": "user", "content": "hello"}
@@ -120,6 +123,23 @@ def test_a_stream_without_usage_ends_with_its_reason(world):
         assert response.headers["content-type"].startswith("text/event-stream")
         lines = [line for line in response.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
+
+
+def test_a_stream_that_waits_is_kept_alive(world, monkeypatch):
+    """With comments, which clients skip; their stream is the same."""
+    monkeypatch.setattr(chat_completions, "KEEP_ALIVE_SECONDS", 0.02)
+    expected = [chunk.choices for chunk in stream(world)]
+    world.engine.gate.clear()
+    asked = body(stream=True)
+    with world.http.stream("POST", "/v1/chat/completions", json=asked) as response:
+        lines = (line for line in response.iter_lines() if line)
+        assert next(lines).startswith("data: ")  # the role
+        assert [next(lines) for _ in range(3)] == [": waiting"] * 3
+        world.engine.gate.set()
+        assert list(lines)[-1] == "data: [DONE]"
+    threading.Timer(0.2, world.engine.gate.set).start()
+    world.engine.gate.clear()
+    assert [chunk.choices for chunk in stream(world)] == expected
 
 
 def test_stop(world):
