@@ -2,11 +2,14 @@
 
 import errno
 import hashlib
+import io
+import math
 import mmap
 import os
 import secrets
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +21,9 @@ import numpy as np
 
 from mis_jax.storage.paths import destination_path
 
+# numpy reads an array's header with Python's parser, which in 3.11 raises SystemError ("AST
+# constructor recursion depth mismatch") when two threads use it at once.
+_PARSING = threading.Lock()
 FULL = errno.ENOSPC, errno.EDQUOT  # a disk, or a user's share of one
 
 
@@ -145,7 +151,15 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 def read_array(path: Path) -> np.ndarray:
     """The array of an .npy file; OSError, ValueError or EOFError for a damaged one."""
-    return np.load(path, allow_pickle=False)
+    stream = io.BytesIO(read_bytes(path))
+    with _PARSING:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError(f"{path}: not an array that write_array wrote")
+        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(stream)
+    if columns_first or dtype.hasobject:
+        raise ValueError(f"{path}: not an array that write_array wrote")
+    values = np.frombuffer(stream.getbuffer(), dtype, math.prod(shape), stream.tell())
+    return values.reshape(shape)
 
 
 @dataclass(frozen=True)
