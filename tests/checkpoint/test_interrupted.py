@@ -221,6 +221,6 @@ def test_a_kill_just_before_the_renaming_is_gone_on_from(source, tmp_path):
 def test_a_destination_in_a_bucket_is_refused(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for scheme in ("gs", "s3", "hdfs"):
-        with pytest.raises(ValueError, match=rf"destination {scheme}:/b/out: {scheme}:// paths"):
+        with pytest.raises(ValueError, match=rf"destination {scheme}://b/out: {scheme}:// paths"):
             convert(open_checkpoint(source), Path(f"{scheme}://b/out"), "hf")
     assert not list(tmp_path.iterdir())

@@ -220,7 +220,7 @@ def test_a_prompt_that_the_host_has_no_memory_for_gets_507(tiny_processor, monke
 
     with running(tiny_processor) as world:
         with monkeypatch.context() as patched:
-            patched.setattr(tiny_processor, "example", full)
+            patched.setattr(tiny_processor, "joined", full)
             assert "fewer or smaller images" in world.refused(507)["message"]
         assert world.ask().status_code == 200
 
