@@ -30,7 +30,11 @@ _NEVER_WRAPPED = 10_000  # columns of what is piped: a path must stay in one pie
 def open_console(*, stderr: bool = False) -> Console:
     """A console whose lines are wrapped on a terminal alone."""
     console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=_NEVER_WRAPPED)
+    if console.file.isatty():
+        return console
+    # FORCE_COLOR, which many CI systems set, makes rich take a pipe for a terminal of 80 columns.
+    colors: Any = console.color_system
+    return Console(stderr=stderr, width=_NEVER_WRAPPED, force_terminal=False, color_system=colors)
 
 
 class _Display(Protocol):
