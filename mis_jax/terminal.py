@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -134,9 +134,9 @@ class _Lines:
         else:
             state = f"{self._show(line.completed)} of {self._show(line.total)}"
         words = (f"{line.name}: {state}", line.note, f"{seconds // 60}:{seconds % 60:02}")
-        self._console.print(
-            "  ".join(filter(None, words)), markup=False, highlight=False, soft_wrap=True
-        )
+        # Not by rich, which ends the program, and its stdout, where nobody reads any more.
+        with suppress(OSError, ValueError):
+            print("  ".join(filter(None, words)), file=self._console.file, flush=True)
 
 
 @contextmanager
