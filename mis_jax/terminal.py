@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,7 +30,11 @@ _NEVER_WRAPPED = 10_000  # columns of what is piped: a path must stay in one pie
 def open_console(*, stderr: bool = False) -> Console:
     """A console whose lines are wrapped on a terminal alone."""
     console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=_NEVER_WRAPPED)
+    if console.file.isatty():
+        return console
+    # FORCE_COLOR, which many CI systems set, makes rich take a pipe for a terminal of 80 columns.
+    colors: Any = console.color_system
+    return Console(stderr=stderr, width=_NEVER_WRAPPED, force_terminal=False, color_system=colors)
 
 
 class _Display(Protocol):
@@ -130,9 +134,9 @@ class _Lines:
         else:
             state = f"{self._show(line.completed)} of {self._show(line.total)}"
         words = (f"{line.name}: {state}", line.note, f"{seconds // 60}:{seconds % 60:02}")
-        self._console.print(
-            "  ".join(filter(None, words)), markup=False, highlight=False, soft_wrap=True
-        )
+        # Not by rich, which ends the program, and its stdout, where nobody reads any more.
+        with suppress(OSError, ValueError):
+            print("  ".join(filter(None, words)), file=self._console.file, flush=True)
 
 
 @contextmanager

@@ -157,6 +157,9 @@ def test_auto_is_the_dtype_of_the_checkpoint(run, tiny_checkpoint, tmp_path):
 
 def test_options_override_a_configuration_that_is_only_looked_at(run, yaml_of):
     """As those of train do; steps put the file's epochs aside."""
+    refused = run("plan", yaml_of(), "--topology", "v5e:4x4", "--train.steps", "two")
+    line = "Error parsing --train.steps: 'two' is no INT (see `mis-jax plan --help`)"
+    assert refused.error == line
     refused = run("plan", yaml_of(), "--topology", "v9-4", "--train.steps", 3)
     assert refused.error.startswith("topology 'v9-4' is not known")
     refused = run("data", "show", yaml_of(), "--train.steps", 3, "--model", "nowhere")

@@ -51,3 +51,27 @@ def test_what_takes_no_time_says_nothing(log, monkeypatch):
     with steps_bar(log) as bars:
         bars.task("looking at samples")(5, 5)
     assert lines_of(log) == []
+
+
+def test_a_run_goes_on_where_nobody_reads_its_lines(monkeypatch):
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            writes.append(text)
+            raise BrokenPipeError
+
+    writes: list[str] = []
+    monkeypatch.setattr(terminal, "_WORTH_A_LINE", 0.0)
+    monkeypatch.setattr("os.dup2", lambda *descriptors: writes.append("stdout is gone"))
+    with steps_bar(Console(file=Broken())) as bars:
+        bars.task("training")(2, 2)
+    assert writes == ["training: 2 of 2  0:00"]
+
+
+def test_what_is_piped_is_never_wrapped_where_colours_are_forced(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for variable in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(variable, raising=False)
+    console = terminal.open_console()
+    assert not console.is_terminal
+    console.print("[red]" + "a" * 200)
+    assert capsys.readouterr().out == f"\x1b[31m{'a' * 200}\x1b[0m\n"

@@ -29,7 +29,7 @@ from mis_jax.storage.folders import Journal, finished_folder, resumable_folder
 from mis_jax.storage.json_files import write_json
 
 SHARD_BYTES = 5 * 10**9
-_PLAN_VERSION = 3  # another order or size of pieces needs another
+_PLAN_VERSION = 4  # another order or size of pieces needs another
 _log = logging.getLogger(__name__)
 
 

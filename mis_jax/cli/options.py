@@ -14,6 +14,10 @@ from tyro.conf import FlagCreatePairsOff
 from mis_jax.cli.common import fail
 
 _CHOICES = re.compile(r"\(('[^()]*')\)")  # tyro has them as a set
+# What it says of a field that may be unset; after it come Python's names of the types.
+_NO_TYPE = re.compile(
+    r"no type matching (?:\{None\}\|)?(\S+) could be instantiated from \[(.*?)\].*"
+)
 
 
 def train_config(rest: list[str], about: str) -> Any:
@@ -91,4 +95,5 @@ def _unboxed(text: str) -> str:
         else:
             parts[-1].append(words.split()[0] if words.startswith("--") else words)
     one = "; ".join(" ".join(part) for part in parts if part) or text.strip()
+    one = _NO_TYPE.sub(r"\2 is no \1", one)
     return _CHOICES.sub(lambda found: ", ".join(sorted(found[1].split(", "))), one)

@@ -77,7 +77,7 @@ def serve(
         from mis_jax.inference.async_engine import EngineFailure
         from mis_jax.inference.memory import OutOfMemory
         from mis_jax.server import run
-        from mis_jax.server.access import Settings, allowed_hosts
+        from mis_jax.server.access import Settings, allowed_hosts, allowed_origins
     except ImportError as error:
         raise ValueError(
             f"{error}; serving needs the extra 'serve': pip install 'mis-jax[serve]'"
@@ -96,6 +96,7 @@ def serve(
         raise ValueError(f"--drain is {drain}; give at least 0 seconds")
     if allow_image_folder is not None and not allow_image_folder.is_dir():
         raise ValueError(f"--allow-image-folder {allow_image_folder}: no such folder")
+    origins = allowed_origins(allow_origin)
     key = _key(api_key_env)
     with run.bind(host, port) as bound:  # before minutes of loading
         url = run.address_of(bound)
@@ -112,7 +113,7 @@ def serve(
             context=processor.config.text.max_position,
             api_key=key,
             hosts=allowed_hosts(bound, host, allow_host),
-            origins=allow_origin,
+            origins=origins,
             image_folder=allow_image_folder,
             timeout=timeout,
             max_body=max_body_mib << 20,

@@ -29,6 +29,8 @@ DEFAULT_SYSTEM = (
     "联合开发的多模态大语言模型。"
 )
 IMAGE_MARKER = "<image>"
+#: Field of a message: how many of its markers stand for images, where those after them are text.
+MARKERS = "image_markers"
 
 Message = Mapping[str, Any]
 
@@ -324,8 +326,7 @@ def _stretches(message: Message, index: int) -> list[str]:
     if role == "system" and index:
         raise ValueError(f"{where}.role is 'system'; only the first message may be")
     if isinstance(content, str):
-        # `images`: how many markers stand for one, where those after them are text.
-        most = message.get("images", -1)
+        most = message.get(MARKERS, -1)
         return content.split(IMAGE_MARKER, most) if role == "user" else [content]
     if not isinstance(content, Sequence):
         raise ValueError(f"{where}.content must be text or a list of parts, not {content!r}")

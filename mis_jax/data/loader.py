@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ class TrainingData:
         """Optimizer steps of the run; the last one may have empty sequences."""
         return -(-self.schedule.sequences // self.config.train.global_batch)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of which samples there are and of the sequences they share.
 

@@ -223,14 +223,23 @@ def _built(source: Source, published: Path) -> _Found | None:
 
 def _read_sets(source: Source, path: Path) -> _Found:
     """What a set says of tiles and augmentation goes before what the source says."""
+    sets, sizes = read_meta(path), []
+
+    def annotations() -> Iterator[Annotation]:
+        for one in sets:
+            max_tiles = source.max_tiles if one.max_tiles is None else one.max_tiles
+            augment = source.augment if one.augment is None else one.augment
+            sizes.append(0)
+            for each in _annotations(read_jsonl(one.annotation), one.root, max_tiles, augment):
+                sizes[-1] += 1
+                yield each
+
+    stored = AnnotationStore.of(annotations())  # in one file: a meta may name thousands of sets
     notes: list[str] = []
-    parts: list[AnnotationStore] = []
+    places: list[np.ndarray] = []
     told: list[dict[str, Any]] = []
-    for one in read_meta(path):
-        max_tiles = source.max_tiles if one.max_tiles is None else one.max_tiles
-        augment = source.augment if one.augment is None else one.augment
-        stored = _stored(read_jsonl(one.annotation), one.root, max_tiles, augment)
-        available = len(stored)
+    start = 0
+    for one, available in zip(sets, sizes, strict=True):
         if one.length not in (None, available):
             notes.append(
                 f"{path}, set '{one.name}': length is {one.length}, "
@@ -242,7 +251,8 @@ def _read_sets(source: Source, path: Path) -> _Found:
                 f"{path}, set '{one.name}': repeat_time {one.repeat} leaves none of its "
                 f"{available} samples; raise it or take the set out"
             )
-        parts.append(stored.take(np.arange(used) % available))
+        places.append(start + np.arange(used) % available)
+        start += available
         file = str(one.annotation)
         told.append({"name": one.name, "file": file, "available": available, "used": used})
-    return _Found(path, AnnotationStore.joined(parts), notes, told)
+    return _Found(path, stored.take(np.concatenate(places)), notes, told)

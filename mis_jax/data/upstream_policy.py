@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
-from mis_jax.data.chat_template import IMAGE_MARKER, checked_turns
+from mis_jax.data.chat_template import IMAGE_MARKER, MARKERS, checked_turns
 
 
 def upstream_messages(fields: Mapping[str, Any], images: int) -> list[dict[str, Any]]:
@@ -23,8 +23,8 @@ def upstream_messages(fields: Mapping[str, Any], images: int) -> list[dict[str, 
     for role, value in turns:
         message: dict[str, Any] = {"role": role, "content": value}
         if role == "user":
-            message["images"] = min(value.count(IMAGE_MARKER), left)
-            left -= message["images"]
+            message[MARKERS] = min(value.count(IMAGE_MARKER), left)
+            left -= message[MARKERS]
         messages.append(message)
     if left:
         raise ValueError(

@@ -1,6 +1,6 @@
 """Conversations and images in, answers out: the engine, with the processor around it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -80,7 +80,8 @@ def answer(
         raise ValueError(f"batch_size is {batch_size}; give at least 1")
 
     def continued(index: int) -> bool:
-        return bool(conversations[index]) and conversations[index][-1].get("role") == "assistant"
+        last = conversations[index][-1] if conversations[index] else None
+        return isinstance(last, Mapping) and last.get("role") == "assistant"
 
     def example(index: int) -> Example | ValueError:
         try:

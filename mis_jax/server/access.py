@@ -7,8 +7,9 @@ in `Host`. An address in place of a name cannot be turned that way and is always
 
 import hmac
 import ipaddress
+import re
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mis_jax.server.protocol import ApiError
 MIB = 1 << 20
 _LOOPBACK = frozenset({"localhost", "*.localhost"})
 _LONGEST_NAME = 253  # of DNS
+_ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[a-z0-9_.:\[\]-]+")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,17 @@ def allowed_hosts(
     if "*" in more or (everywhere and not more):
         return None
     return _LOOPBACK | {_plain(name) for name in (host, socket.gethostname(), *more)}
+
+
+def allowed_origins(names: Sequence[str]) -> tuple[str, ...]:
+    """Origins as browsers send them; ValueError for what never is one."""
+    for name in names:
+        if name != "*" and not _ORIGIN.fullmatch(name):
+            raise ValueError(
+                f"--allow-origin {name!r:.80}: no browser sends this; give scheme, host and port "
+                "in small letters and nothing behind them, such as http://localhost:3000"
+            )
+    return tuple(names)
 
 
 class HostCheck:

@@ -161,7 +161,8 @@ async def _outputs(
         ticket.start(parsed.request, lambda out: _hand_over(loop, queue, out))
         while True:
             try:
-                output = await asyncio.wait_for(queue.get(), KEEP_ALIVE_SECONDS)
+                async with asyncio.timeout(KEEP_ALIVE_SECONDS):  # wait_for loses a cancellation
+                    output = await queue.get()
             except TimeoutError:
                 yield None
                 continue

@@ -231,6 +231,12 @@ def _conversation(
     urls: list[NamedUrl] = []
     tiles: list[int | None] = []
     for number, message in enumerate(messages):
+        role = "system" if message.role == "developer" else message.role
+        if role == "system" and turns and turns[-1]["role"] != "system":
+            field = f"messages[{number}].role"
+            raise bad_request(
+                f"{field} is {message.role!r}; system messages come before all others", field
+            )
         parts: list[dict[str, str]] = []
         text: list[str] = []
         where = f"messages[{number}].content"
@@ -240,19 +246,23 @@ def _conversation(
         for place, part in enumerate(content):
             if isinstance(part, protocol.TextPart):
                 text.append(part.text)
+            elif role != "user":
+                raise bad_request(
+                    f"{where}[{place}] is an image, but the role is {message.role!r}; only user "
+                    "messages may hold images: move it to one",
+                    f"{where}[{place}]",
+                )
             else:
                 parts += [{"type": "text", "text": "".join(text)}, {"type": "image"}]
                 text = []
                 urls.append((f"{where}[{place}].image_url.url", part.image_url.url))
                 tiles.append(part.image_url.max_dynamic_patch)
         parts.append({"type": "text", "text": "".join(text)})
-        role = "system" if message.role == "developer" else message.role
         turns.append({"role": role, "content": parts})
     first = list(takewhile(lambda turn: turn["role"] == "system", turns))
     if len(first) > 1:
-        gap = {"type": "text", "text": "\n\n"}
-        joined = [part for turn in first for part in (*turn["content"], gap)][:-1]
-        turns[: len(first)] = [{"role": "system", "content": joined}]
+        joined = "\n\n".join(turn["content"][0]["text"] for turn in first)  # the only part
+        turns[: len(first)] = [{"role": "system", "content": [{"type": "text", "text": joined}]}]
     return turns, urls, tiles
 
 

@@ -124,6 +124,14 @@ def test_other_options_start_again(source, tmp_path):
     assert first_progress(source, tmp_path / "out", dtype="bfloat16") == 0
 
 
+def test_pieces_of_an_earlier_version_start_again(source, tmp_path, monkeypatch):
+    """Up to version 3 the sums of an adapter were rounded to the dtype of the base."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr("mis_jax.checkpoint.convert._PLAN_VERSION", 3)
+        interrupted(source, tmp_path / "out")
+    assert first_progress(source, tmp_path / "out") == 0
+
+
 def test_a_changed_source_starts_again(source, tmp_path):
     interrupted(source, tmp_path / "out")
     shard = sorted(source.glob("*.safetensors"))[0]

@@ -262,6 +262,12 @@ def test_equal_to_a_chat_template_on_parts(tokenizer: Tokenizer) -> None:
     assert count_images(messages) == 3
 
 
+def test_images_of_other_clients_say_nothing_of_the_markers() -> None:
+    """Ollama's messages have such a field."""
+    [message] = user("<image> <image>")
+    assert [count_images([message | {"images": i}]) for i in (["a.png", "b.png"], 1)] == [2, 2]
+
+
 def test_typed_tokens_and_markers_stay_text(tokenizer: Tokenizer) -> None:
     typed = "".join(CONTROL_TOKENS) + BOS
     parts = [{"type": "text", "text": f"a <image> {typed}"}, {"type": "image"}]

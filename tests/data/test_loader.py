@@ -87,6 +87,14 @@ def test_the_order_is_a_function_of_the_seed(config, steps_of):
     assert ids_of(steps_of(changed(config, seed=8), 6)) != ids_of(first)
 
 
+def test_a_checkpoint_reads_no_annotation_again(config, tiny_processor, monkeypatch):
+    """Each has the fingerprint; a million annotations take 22 s to decode."""
+    data = data_of(config, tiny_processor)
+    known = data.fingerprint
+    monkeypatch.setattr("mis_jax.data.annotation_store._decoded", None)
+    assert data.fingerprint == known
+
+
 def test_the_order_does_not_depend_on_the_batch(config, steps_of):
     wide = [i for step in steps_of(changed(config, train__global_batch=8), 3) for i in step.ids]
     narrow = [i for step in steps_of(changed(config, train__global_batch=2), 12) for i in step.ids]

@@ -503,3 +503,14 @@ def test_annotations_are_once_on_the_machine(tmp_path):
     del annotations, file
     assert not place.exists()  # and `here`, which another process would hold, removes nothing
     assert here[1].id == "s5"  # mapped already
+
+
+def test_the_sets_of_a_meta_file_share_one_file(tmp_path):
+    """Each mapped file costs a descriptor, and a process has 1,024."""
+    for name in "ab":
+        write(tmp_path / f"{name}.jsonl", [sample(0, []) | {"id": name}] * 3, lines=True)
+    sets = {n: {"annotation": f"{n}.jsonl", "repeat_time": r} for n, r in (("a", 2), ("b", 0.5))}
+    write(tmp_path / "meta.json", sets)
+    annotations = read_source(Source("meta", path=tmp_path / "meta.json"))
+    assert [annotation.id for annotation in annotations] == ["a"] * 6 + ["b"]
+    assert len(annotations._files) == 1

@@ -158,3 +158,5 @@ def test_arguments_that_do_not_match_are_refused(tiny, asked):
         answer(*tiny, conversations, images, row_ids=np.array([1]))
     with pytest.raises(ValueError, match="batch_size is 0"):
         answer(*tiny, conversations, images, batch_size=0)
+    with pytest.raises(ValueError, match=r"messages\[0\] must be an object"):
+        answer(*tiny, [["hello"]], [[]])

@@ -7,7 +7,7 @@ from serve_world import error_of, running
 
 from mis_jax.cli import serving
 from mis_jax.server import run
-from mis_jax.server.access import allowed_hosts
+from mis_jax.server.access import allowed_hosts, allowed_origins
 from mis_jax.server.run import bind
 
 PATHS = ("/", "/health", "/metrics", "/openapi.json", "/v1/models", "/nothing")
@@ -100,3 +100,11 @@ def test_web_pages_of_allowed_origins_may_ask(tiny_processor):
         assert allowed(world, "http://evil.example") == [None, None]
     with running(tiny_processor) as world:
         assert allowed(world, page) == [None, None]
+
+
+def test_an_origin_that_no_browser_sends_is_refused():
+    good = ("*", "null", "http://localhost:3000", "https://[::1]:8", "chrome-extension://abc")
+    assert allowed_origins(good) == good
+    for name in ("localhost:3000", "http://a.org/", "http://A.org", "https://*.a.org", ""):
+        with pytest.raises(ValueError, match="no browser sends this; give scheme, host and port"):
+            allowed_origins([name])

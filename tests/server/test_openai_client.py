@@ -1,13 +1,15 @@
 """The real `openai` client against a running server."""
 
+import asyncio
 import math
 import threading
+from types import SimpleNamespace
 
 import openai
 import pytest
 from serve_world import MODEL, World, body, data_uri, image
 
-from mis_jax.server import chat_completions
+from mis_jax.server import chat_completions, inputs, protocol
 
 SYSTEM = {"role": "system", "content": "Answer in one word."}
 USER = {"role": "user", "content": "hello"}
@@ -251,7 +253,7 @@ def test_models(world):
          openai.BadRequestError, "add_generation_prompt", None),
         (dict(extra_body={"add_generation_prompt": False}), openai.BadRequestError,
          "add_generation_prompt", None),
-        (dict(messages=[USER, SYSTEM, USER]), openai.BadRequestError, "messages", None),
+        (dict(messages=[USER, SYSTEM, USER]), openai.BadRequestError, "messages[1].role", None),
     ],
 )  # fmt: skip
 def test_errors(world, fields, kind, param, code):
@@ -293,6 +295,39 @@ def test_system_messages_are_joined(world):
         return chat(world, messages=[*system, USER]).usage.prompt_tokens
 
     assert tokens("Be brief.", "Be kind.") == tokens("Be brief.\n\nBe kind.")
+    many = [protocol.Message(role="system", content="a")] * 5
+    (turn,), _, _ = inputs._conversation(many)
+    assert len(turn["content"]) == 1  # the template's joining of parts is quadratic
+    picture = {"role": "assistant", "content": [image(data_uri(0))]}
+    for last, field in ((SYSTEM, "[3].role"), (picture, "[3].content[0]")):
+        with pytest.raises(openai.BadRequestError) as refused:
+            chat(world, messages=[SYSTEM, SYSTEM, USER, last, USER])
+        assert refused.value.param == f"messages{field}"
+        assert f"messages{field} is" in refused.value.message
+
+
+def test_a_deadline_that_comes_with_a_piece_is_kept():
+    class Ticket:
+        def start(self, request, each):
+            self.give = each
+
+        def cancel(self):
+            pass
+
+    async def cancelled_after(ticks: int) -> bool:
+        ticket, gone = Ticket(), asyncio.create_task(asyncio.sleep(60))
+        outputs = chat_completions._outputs(ticket, SimpleNamespace(request=None), gone)
+        task = asyncio.create_task(anext(outputs))
+        await asyncio.sleep(0.01)
+        ticket.give(SimpleNamespace(finish_reason=None))
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        wanted = task.cancel()
+        await asyncio.wait([task])
+        gone.cancel()
+        return task.cancelled() == wanted
+
+    assert all(asyncio.run(cancelled_after(ticks)) for ticks in range(6))
 
 
 def test_max_dynamic_patch_of_one_image(world):

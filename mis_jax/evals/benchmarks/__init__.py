@@ -15,6 +15,7 @@ from typing import Any
 
 from mis_jax.evals.controls import CONTROLS, control_of
 from mis_jax.evals.judges import JUDGES
+from mis_jax.evals.judges.prompts import PROTOCOLS
 from mis_jax.evals.outcomes import METRICS
 from mis_jax.evals.types import Benchmark, Sample
 from mis_jax.storage.paths import local_path
@@ -44,13 +45,15 @@ def add_file(path: Path) -> None:
     where = str(local_path(path, "--benchmark-file").absolute())
     try:
         defined = runpy.run_path(where).get("BENCHMARKS")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"--benchmark-file {path} cannot be run: {reason}") from error
     if not isinstance(defined, list | tuple) or not defined:
         raise ValueError(f"--benchmark-file {path} holds no list BENCHMARKS of Benchmark objects")
     for benchmark in defined:
         _check_own(benchmark, f"--benchmark-file {path}", where)
+    if len({benchmark.name for benchmark in defined}) < len(defined):
+        raise ValueError(f"--benchmark-file {path}: two of its BENCHMARKS have one name")
     for benchmark in defined:
         BENCHMARKS[benchmark.name] = benchmark
         _OWN_FILES[benchmark.name] = where
@@ -68,6 +71,11 @@ def _check_own(benchmark: Any, origin: str, where: str) -> None:
         raise ValueError(
             f"{origin}: {benchmark.name!r} has the unknown judge {benchmark.default_judge!r}; "
             f"known are {', '.join(JUDGES)}, and None for a judge that --judge names"
+        )
+    if unknown := [name for name in benchmark.judging.split("+") if name not in PROTOCOLS]:
+        raise ValueError(
+            f"{origin}: {benchmark.name!r} has the unknown judging protocol {unknown[0]!r}; known "
+            f"are {', '.join(PROTOCOLS)}"
         )
     if unknown := [metric for metric in benchmark.metrics if metric not in METRICS]:
         raise ValueError(
