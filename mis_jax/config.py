@@ -126,7 +126,7 @@ class DataConfig:
     workers: Annotated[int, _at_least(0), _at_most(1024)] = 0
     """Number of worker processes that load and tile images; 0 uses threads."""
     rows: Literal["strict", "upstream"] = "strict"
-    """Annotations that are good ones. strict: images and <image> agree, turns alternate, answers
+    """Which annotations are taken. strict: images and <image> agree, turns alternate, answers
     are not empty; upstream: whatever the official code trains on, as it reads it, each kind
     counted."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
