@@ -55,8 +55,9 @@ def test_sizes_are_those_of_the_rendered_samples(made):
         assert found.tiles[i] == len(example.tiles) == sum(example.tiles_per_image)
     assert len(set(found.tiles.tolist())) > 4
     assert found.problems.keys() == {3, 6}
-    assert "row 3: " in found.problems[3] and "empty answer" in found.problems[3]
-    assert "row 6: " in found.problems[6] and "6-0.png" in found.problems[6]
+    path = rows[3].where.removesuffix(", line 4")  # the place once, as an editor counts
+    assert found.problems[3].startswith(f"{path}, line 4: conversations[1].value is an empty")
+    assert "line 7: " in found.problems[6] and "6-0.png" in found.problems[6]
 
 
 def test_no_picture_is_decoded(made, monkeypatch):

@@ -480,7 +480,7 @@ def bad_rows(folder: Path) -> Path:
 def test_a_bad_sample_stops_a_run_and_leaves_nothing(tiny_checkpoint, tmp_path):
     data = bad_rows(tmp_path)
     config = run_config(tiny_checkpoint, data, tmp_path / "runs" / "run", train__global_batch=8)
-    with pytest.raises(ValueError, match=r"samples.jsonl, row 4: image .*4.png cannot be decoded"):
+    with pytest.raises(ValueError, match=r"samples.jsonl, line 5: image .*4.png cannot be decoded"):
         train(config)
     assert not config.output.exists()
 
@@ -494,10 +494,10 @@ def test_bad_samples_are_skipped_and_counted(tiny_checkpoint, tmp_path, caplog):
     )  # fmt: skip
     assert train(config).steps == 4
     assert sum(line["skipped"] for line in metrics_of(config.output)) == 2
-    assert sum("row 4" in record.message for record in caplog.records) == 2
+    assert sum("line 5" in record.message for record in caplog.records) == 2
     lines = read_lines(config.output / "samples.jsonl")
     reasons = [reason for line in lines for reason in line.get("skipped", [])]
-    assert len(reasons) == 2 and all("row 4: image" in reason for reason in reasons)
+    assert len(reasons) == 2 and all("line 5: image" in reason for reason in reasons)
     ids = [i for line in lines for i in line["ids"]]
     assert sorted(ids[:7]) == sorted(f"s{i}" for i in range(8) if i != 4)
     assert "s4" not in ids
