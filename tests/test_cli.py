@@ -331,7 +331,7 @@ def test_data_show_beyond_the_samples(run, yaml_of):
 def test_train(run, yaml_of, tmp_path):
     done = run("train", yaml_of(), "--train.steps", 2, "--optimizer.learning-rate", "1e-3")
     assert done.code == 0
-    assert "trained 2 steps" in done.out
+    assert "trained 2 steps" in done.out and "run/final (float32)" in done.out
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["learning_rate"] for line in lines] == [0, pytest.approx(1e-3)]
     assert run("inspect", tmp_path / "run" / "final").code == 0

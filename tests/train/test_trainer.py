@@ -137,6 +137,19 @@ def test_final_model_opens_and_frozen_parts_are_those_of_the_source(straight, ti
         assert np.array_equal(final.arrays[name], value) == name.startswith("vision."), name
 
 
+def test_the_final_model_has_the_data_type_that_is_asked_for(tiny_checkpoint, tiny_data, tmp_path):
+    """Half the bytes: the values are those of the checkpoint, rounded once."""
+    config = run_config(
+        tiny_checkpoint, tiny_data, tmp_path / "run", train__steps=1,
+        train__final_dtype="bfloat16",
+    )  # fmt: skip
+    trained = train(config)
+    final, saved = map(read_checkpoint, (trained.model, config.output / "checkpoints" / "1"))
+    assert (trained.dtype, final.dtype, saved.dtype) == ("bfloat16", "bfloat16", "float32")
+    for name, value in final.arrays.items():
+        assert np.array_equal(value, saved.arrays[name].astype(value.dtype)), name
+
+
 def test_a_run_from_a_native_checkpoint_is_the_same(straight, tiny_checkpoint, tiny_data, tmp_path):
     write_checkpoint(read_checkpoint(tiny_checkpoint), tmp_path / "native", "native")
     before = contents(tmp_path / "native")
