@@ -138,3 +138,13 @@ def test_worker_processes_find_the_same(made, monkeypatch):
     rows, render = made()
     a, b = survey(rows, render), survey(rows, render, workers=2)
     assert np.array_equal(a.tokens, b.tokens) and a.problems == b.problems
+
+
+def test_a_kept_problem_has_the_line_of_today(made, folder):
+    """A blank line in front moves every sample of the file by one."""
+    first = survey(*made())
+    save(first, folder / "survey.npz")
+    path = folder / "samples.jsonl"
+    path.write_text("\n" + path.read_text())
+    again = survey(*made(), saved=folder / "survey.npz")
+    assert ", line 5: " in again.problems[3] and ", line 4: " in first.problems[3]
