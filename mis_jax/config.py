@@ -194,6 +194,8 @@ class TrainConfig:
     """Number of most recent checkpoints to keep."""
     keep_best: bool = False
     """Also keep the checkpoint with the lowest attack success rate in `evaluation`."""
+    final_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Data type of the trained model in `final/`; if unset, `dtype.params`."""
     on_not_finite: Literal["stop", "skip"] = "stop"
     """Loss or gradient that is NaN or infinite: stop the run or skip the step; either way the batch
     is saved in the output folder."""
@@ -397,6 +399,11 @@ class RunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def final_dtype(self) -> str:
+        """Data type of the model or adapter in `final/`."""
+        return self.train.final_dtype or self.dtype.params
 
     def __post_init__(self) -> None:
         _check_bounds("", self)

@@ -310,7 +310,7 @@ def test_data_show(run, yaml_of, tmp_path):
         (dict(data__max_len=3), "unknown field 'data.max_len'; remove it or correct its spelling"),
         (
             dict(data__max_length=30),
-            r"samples.jsonl, row 0: 63 tokens, more than data.max_length 30",
+            r"samples.jsonl, line 1: 63 tokens, more than data.max_length 30",
         ),
         (dict(model="nowhere"), "nowhere: no such folder"),
         (dict(data__sources=[{"kind": "mis", "root": "nowhere"}]), "mis_train.json: no such file"),
@@ -334,7 +334,7 @@ def test_data_show_beyond_the_samples(run, yaml_of):
 def test_train(run, yaml_of, tmp_path):
     done = run("train", yaml_of(), "--train.steps", 2, "--optimizer.learning-rate", "1e-3")
     assert done.code == 0
-    assert "trained 2 steps" in done.out
+    assert "trained 2 steps" in done.out and "run/final (float32)" in done.out
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["learning_rate"] for line in lines] == [0, pytest.approx(1e-3)]
     assert run("inspect", tmp_path / "run" / "final").code == 0
@@ -374,7 +374,8 @@ def test_train_on_a_bad_sample_leaves_nothing(run, yaml_of, tmp_path):
         "train", yaml_of(data__sources=[{"kind": "jsonl", "path": f"{tmp_path}/bad.jsonl"}])
     )
     assert refused.code == 2
-    assert f"{tmp_path}/bad.jsonl, row 0: image {tmp_path}/gone.png does not exist" in refused.error
+    message = f"{tmp_path}/bad.jsonl, line 1: image {tmp_path}/gone.png does not exist"
+    assert message in refused.error
     assert not (tmp_path / "run").exists()
 
 

@@ -49,7 +49,7 @@ OPTIONS = {
     "optimizer.weight_decay", "optimizer.clip", "optimizer.beta1", "optimizer.beta2",
     "optimizer.eps",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "mesh.slices",
-    "dtype.params", "dtype.compute", "dtype.moments", "dtype.gradients",
+    "train.final_dtype", "dtype.params", "dtype.compute", "dtype.moments", "dtype.gradients",
 }  # fmt: skip
 
 MINIMAL = """

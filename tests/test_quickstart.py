@@ -62,7 +62,7 @@ def stages(monkeypatch):
     def fine_tune(out, name, labels, seed, console):
         done.append(name)
         (out / name / "final").mkdir(parents=True, exist_ok=True)
-        return Trained(out / name / "final", 1, 1.0)
+        return Trained(out / name / "final", 1, 1.0, "float32")
 
     monkeypatch.setattr(module, "write_mini", lambda path, seed: trace("draw")(path))
     monkeypatch.setattr(module, "open_checkpoint", lambda path: None)

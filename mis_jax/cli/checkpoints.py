@@ -152,7 +152,7 @@ def verify(
         where = f"; the first layer that differs is {first.name}" if first else ""
         raise Failed(f"{b} does not compute what {a} computes: {'; '.join(result.reasons)}{where}")
     if not json:
-        console.print(f"the same: {b} computes what {a} computes")
+        console.print(f"the same within the thresholds: {b} computes what {a} computes")
 
 
 def _layer_table(layers: Sequence[Any], first: Any) -> Table:

@@ -45,7 +45,7 @@ def data_show(
     if stats:
         with steps_bar(err_console) as bar:
             found = statistics(run, processor, bar.task("looking at samples"))
-        print_json(found) if json else _print_statistics(found)
+        print_json(found) if json else _print_statistics(found, run.data.on_bad_sample)
         return
     shown = show_sample(run, processor, index)
     if json:
@@ -61,7 +61,7 @@ def data_show(
         shown.contact_sheet().save(picture)
 
 
-def _print_statistics(found: dict[str, Any]) -> None:
+def _print_statistics(found: dict[str, Any], on_bad_sample: str) -> None:
     table = Table("", "mean", "5 %", "median", "95 %", "largest", "in all")
     for name in ("tokens", "answer_tokens", "tiles"):
         spread = found[name]
@@ -86,6 +86,12 @@ def _print_statistics(found: dict[str, Any]) -> None:
     console.print(f"{cut['samples']:,} samples are cut, by {cut['tokens']:,} tokens")
     for problem in found["bad_samples"]:
         console.print(f"[red]bad sample[/]  {problem}", highlight=False)
+    if bad := len(found["bad_samples"]):
+        done = "leaves them out" if on_bad_sample == "skip" else "stops at them"
+        console.print(
+            f"{bad:,} of {found['samples']:,} samples are bad, and not counted above; "
+            f"`mis-jax train` {done} (data.on_bad_sample: {on_bad_sample})"
+        )
 
 
 def data_build(

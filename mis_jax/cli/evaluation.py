@@ -172,7 +172,9 @@ def eval_(
             raise Failed(
                 f"{failed} sample(s) have no answer (the last: {problem}); call again to retry them"
             )
-        console.print(f"answers in {out}; next: mis-jax judge {out}")
+        own = f" --benchmark-file {benchmark_file}" if benchmark_file else ""
+        needed = "" if all(one.default_judge for one in chosen) else " --judge http://host/v1"
+        console.print(f"answers in {out}; next: mis-jax judge {out}{own}{needed}")
 
 
 def judge(

@@ -51,7 +51,10 @@ def _train(config: Any) -> None:
         looking = bar.task("looking at samples") if first else None
         trained = run(config, progress, looking, evaluate)
     if first:
-        console.print(f"trained {trained.steps} steps in {trained.seconds:.0f} s: {trained.model}")
+        console.print(
+            f"trained {trained.steps} steps in {trained.seconds:.0f} s: {trained.model} "
+            f"({trained.dtype})"
+        )
 
 
 def quickstart(

@@ -88,7 +88,7 @@ def read_jsonl(path: Path) -> Iterator[Entry]:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             if not text.strip():
                 continue
-            entry = check_entry(parse_json(text), f"{path}, row {index}", index)
+            entry = check_entry(parse_json(text), where, index)
         except UnicodeDecodeError as error:
             problem = f"{where}: not UTF-8 text ({error}); save it as UTF-8 or remove the line"
             entry = Entry(where, str(index), problem=problem)

@@ -62,12 +62,11 @@ def from_sharegpt(row: Mapping[str, Any]) -> list[dict[str, str]]:
 
     Raises:
         ValueError: a missing field, an unknown role, turns out of order or an empty answer; the
-            row's `id` and the field are named.
+            field is named, and the caller knows the place.
     """
-    name = _name(row)
     messages: list[dict[str, str]] = []
     for index, (role, value) in enumerate(checked_turns(row)):
-        where = f"{name}: conversations[{index}]"
+        where = f"conversations[{index}]"
         expected = "assistant" if messages and messages[-1]["role"] == "user" else "user"
         if role not in ("system", expected):
             wanted = "gpt" if expected == "assistant" else "human"
@@ -79,18 +78,18 @@ def from_sharegpt(row: Mapping[str, Any]) -> list[dict[str, str]]:
             raise ValueError(f"{where}.value is an empty answer; fill it in or drop the row")
         messages.append({"role": role, "content": value})
     if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{name}: 'conversations' ends without a 'gpt' turn; add the answer")
+        raise ValueError("'conversations' ends without a 'gpt' turn; add the answer")
     return messages
 
 
 def checked_turns(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Role and text of each turn of such a row, in whatever order; raises as `from_sharegpt`."""
-    name, turns = _name(row), row.get("conversations")
+    turns = row.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{name}: 'conversations' must be a list with at least one turn")
+        raise ValueError("'conversations' must be a list with at least one turn")
     checked: list[tuple[str, str]] = []
     for index, turn in enumerate(turns):
-        where = f"{name}: conversations[{index}]"
+        where = f"conversations[{index}]"
         if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
             raise ValueError(f"{where} must be an object with 'from' and a text 'value'")
         role = _SHAREGPT_ROLES.get(str(turn.get("from")))
@@ -102,10 +101,6 @@ def checked_turns(row: Mapping[str, Any]) -> list[tuple[str, str]]:
             raise ValueError(f"{where}.from is 'system'; only the first turn may be")
         checked.append((role, turn["value"]))
     return checked
-
-
-def _name(row: Mapping[str, Any]) -> str:
-    return f"row {row.get('id', '(without id)')}"
 
 
 def count_images(messages: Sequence[Message]) -> int:

@@ -213,8 +213,12 @@ class TrainingData:
         content["sources"] = self.mixture.sources
         replace_file(folder / MIXTURE, json.dumps(content, indent=1, default=str) + "\n")
         save(self.survey, folder / SURVEY)
-        if self.survey.problems:
-            _write_problems(folder / BAD_SAMPLES, self.annotations, self.survey.problems)
+        if problems := self.survey.problems:
+            _write_problems(folder / BAD_SAMPLES, self.annotations, problems)
+            _log.warning(
+                "%d of %d samples are bad and left out, listed in %s; the first one: %s",
+                len(problems), len(self.annotations), folder / BAD_SAMPLES, problems[min(problems)],
+            )  # fmt: skip
 
 
 class Steps:
@@ -298,18 +302,14 @@ def make_preprocess(config: RunConfig, processor: Processor) -> PreprocessSample
 def _judge_problems(
     config: RunConfig, annotations: Sequence[Annotation], problems: dict[int, str]
 ) -> None:
-    """Stop at bad samples, or say how many are left out."""
+    """Stop at bad samples, unless they are left out and others remain."""
     if not problems:
         return
     first = problems[min(problems)]
-    if len(problems) == len(annotations):
-        raise ValueError(f"all {len(annotations)} samples are bad; the first one: {first}")
     if config.data.on_bad_sample == "skip":
-        _log.warning(
-            "%d of %d samples are bad and left out (see %s); the first one: %s",
-            len(problems), len(annotations), Path(config.output) / BAD_SAMPLES, first,
-        )  # fmt: skip
-        return
+        if len(problems) < len(annotations):
+            return  # `TrainingData.save` lists them
+        raise ValueError(f"all {len(annotations)} samples are bad; the first one: {first}")
     if len(problems) == 1:
         raise ValueError(first)
     output = Path(config.output)

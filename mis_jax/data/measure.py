@@ -131,7 +131,8 @@ def _key(annotations: Sequence[Annotation], render: PreprocessSample) -> str:
             hasher.update(hashlib.sha256(read_bytes(path)).digest())
     for annotation in annotations:
         images = [_file(image) for image in annotation.images]
-        add([annotation.id, images, annotation.problem, annotation.max_tiles, annotation.fields])
+        place = [annotation.where, annotation.problem]  # problems are kept with their places
+        add([annotation.id, images, place, annotation.max_tiles, annotation.fields])
     return hasher.hexdigest()
 
 

@@ -97,8 +97,8 @@ def statistics(
 ) -> dict[str, Any]:
     """What a run takes its samples from and how well they fill its batches; ready for JSON.
 
-    Bad samples are told, whatever the run does about them. `fill` is the share of the places of all
-    batches that hold a token, or a tile.
+    Bad samples are listed, whatever the run does about them. `fill` is the share of the places of
+    all batches that hold a token, or a tile.
     """
     settings = dataclasses.replace(config.data, on_bad_sample="skip")
     data = TrainingData(dataclasses.replace(config, data=settings), processor, progress)

@@ -269,9 +269,10 @@ def _judging_task(
         judge = judge(benchmark, list(samples.values()))
     for key in judge.needs:
         if lacking := [sample.id for sample in samples.values() if sample.meta.get(key) is None]:
+            own = "leave --judge out, or " if benchmark.default_judge else ""
             raise CannotJudge(
                 f"{benchmark.name} is not judged by {judge.id}, which needs meta[{key!r}]: sample "
-                f"{lacking[0]} has none; leave --judge out, or pass --judge http://host/v1"
+                f"{lacking[0]} has none; {own}pass --judge http://host/v1"
             )
     keys = {
         key: (key, answer_hash(hashes[key], text), judge.id, digest(samples[key].meta))

@@ -100,5 +100,7 @@ def export(folder: Path, trained: Mapping[str, Any], config: RunConfig, opened: 
     """
     model_type = (opened.published or {}).get("model_type")
     layout: Layout = "internvl" if model_type == "internvl_chat" else "hf"
-    adapter = adapter_of(trained, config.lora)
+    dtype = config.final_dtype
+    rounded = {name: value.astype(dtype) for name, value in trained.items()}
+    adapter = adapter_of(rounded, config.lora)
     write_adapter(folder, adapter, opened.config, layout, base=str(config.model))

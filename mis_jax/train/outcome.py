@@ -13,6 +13,7 @@ class Trained:
     model: Path
     steps: int
     seconds: float  # of training, over all sessions of the run
+    dtype: str  # of what was written
 
 
 class FailedRun(RuntimeError):

@@ -188,7 +188,7 @@ class _Trainer:
                 f"checkpoint is of step {self.checkpoints.latest or 0}: make room or repair the "
                 "disk, then run the same command again"
             ) from error
-        return Trained(final, self.done, seconds)
+        return Trained(final, self.done, seconds, self.config.final_dtype)
 
     def close(self) -> None:
         """End what reads ahead and what saves; a lost process would be waited for in vain."""
@@ -396,7 +396,7 @@ class _Trainer:
                     self.opened.folder,
                     self.opened.published,
                 )
-                write_checkpoint(trained, final, "native")
+                write_checkpoint(trained, final, "native", dtype=self.config.final_dtype)
         processes.meet("final model")
         return final
 

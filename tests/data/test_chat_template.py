@@ -348,22 +348,22 @@ def test_sharegpt_rows() -> None:
         {"role": "assistant", "content": "ho"},
     ]
     for turns, message in (
-        (None, r"row 7: 'conversations' must be a list"),
-        ([], r"row 7: 'conversations' must be a list"),
-        ([human, {"from": "bot", "value": "x"}], r"row 7: conversations\[1\]\.from is 'bot'"),
-        ([human, {"from": ["gpt"], "value": "x"}], r"row 7: conversations\[1\]\.from is"),
-        ([human, {"from": "gpt", "value": " \n"}], r"row 7: conversations\[1\]\.value is an empty"),
-        ([human, {"from": "gpt", "value": None}], r"row 7: conversations\[1\] must be an object"),
-        ([human, human, gpt], r"row 7: conversations\[1\]\.from is 'human' where 'gpt' is due"),
-        ([gpt, human], r"row 7: conversations\[0\]\.from is 'gpt' where 'human' is due"),
-        ([human, gpt, gpt], r"row 7: conversations\[2\]\.from is 'gpt' where 'human' is due"),
-        ([human, gpt, system], r"row 7: conversations\[2\]\.from is 'system'; only the first"),
-        ([human, gpt, human], r"row 7: 'conversations' ends without a 'gpt' turn"),
-        ([system], r"row 7: 'conversations' ends without a 'gpt' turn"),
+        (None, r"^'conversations' must be a list"),
+        ([], r"^'conversations' must be a list"),
+        ([human, {"from": "bot", "value": "x"}], r"^conversations\[1\]\.from is 'bot'"),
+        ([human, {"from": ["gpt"], "value": "x"}], r"^conversations\[1\]\.from is"),
+        ([human, {"from": "gpt", "value": " \n"}], r"^conversations\[1\]\.value is an empty"),
+        ([human, {"from": "gpt", "value": None}], r"^conversations\[1\] must be an object"),
+        ([human, human, gpt], r"^conversations\[1\]\.from is 'human' where 'gpt' is due"),
+        ([gpt, human], r"^conversations\[0\]\.from is 'gpt' where 'human' is due"),
+        ([human, gpt, gpt], r"^conversations\[2\]\.from is 'gpt' where 'human' is due"),
+        ([human, gpt, system], r"^conversations\[2\]\.from is 'system'; only the first"),
+        ([human, gpt, human], r"^'conversations' ends without a 'gpt' turn"),
+        ([system], r"^'conversations' ends without a 'gpt' turn"),
     ):
         with pytest.raises(ValueError, match=message):
-            from_sharegpt({"id": 7, "conversations": turns})
-    with pytest.raises(ValueError, match=r"row \(without id\)"):
+            from_sharegpt({"conversations": turns})
+    with pytest.raises(ValueError, match=r"^'conversations' must be a list"):
         from_sharegpt({})
 
 

@@ -430,7 +430,7 @@ def test_a_bad_sample_is_one_line_with_file_row_and_field(
 ):
     data = bad_folder(tmp_path, 3, spoil)
     config = run_config(tiny_checkpoint, data, tmp_path / "run", train__global_batch=8)
-    with pytest.raises(ValueError, match=rf"samples.jsonl, row 3: .*{BAD[spoil]}") as caught:
+    with pytest.raises(ValueError, match=rf"samples.jsonl, line 4: .*{BAD[spoil]}") as caught:
         next(TrainingData(config, tiny_processor).iterator())
     assert "\n" not in str(caught.value)
 
@@ -467,12 +467,13 @@ def test_skipping_leaves_bad_samples_out_and_counts_them(
         tiles, mask = np.asarray(step.batch.tiles), np.asarray(step.batch.tile_mask)
         assert mask.sum() == len(step.ids) and tiles[mask].any(axis=(1, 2, 3)).all()
     warnings = {record.message for record in caplog.records}
-    assert any("row 3" in warning for warning in warnings)
+    assert any("line 4" in warning for warning in warnings) is late
     folder = tmp_path / "notes"
     folder.mkdir()
     made.save(folder)
     assert (folder / BAD_SAMPLES).exists() is not late
     if not late:
+        assert f"1 of 8 samples are bad and left out, listed in {folder}/" in caplog.text
         (line,) = (folder / BAD_SAMPLES).read_text().splitlines()
         assert json.loads(line)["id"] == "s3" and "empty answer" in json.loads(line)["reason"]
 
@@ -481,7 +482,9 @@ def test_all_bad_samples_are_listed(tiny_checkpoint, tiny_processor, tmp_path):
     data = bad_folder(tmp_path, 3, empty_answer)
     (data / "images" / "5.png").unlink()
     config = run_config(tiny_checkpoint, data, tmp_path / "run")
-    message = r"row 3: .*empty answer.* \(the first of 2 bad samples, listed in .*/run\.bad_samples"
+    message = (
+        r"line 4: .*empty answer.* \(the first of 2 bad samples, listed in .*/run\.bad_samples"
+    )
     with pytest.raises(ValueError, match=message):
         TrainingData(config, tiny_processor)
     lines = (tmp_path / f"run.{BAD_SAMPLES}").read_text().splitlines()
@@ -506,7 +509,7 @@ def test_a_picture_that_changes_during_a_run(tiny_checkpoint, tiny_processor, tm
     made = TrainingData(config, tiny_processor)
     picture(data / "images" / "3.png", 600, 60, 3)
     iterator = made.iterator()
-    with pytest.raises(ValueError, match="row 3: its images have changed since the run began"):
+    with pytest.raises(ValueError, match="line 4: its images have changed since the run began"):
         next(iterator)
     iterator.close()
 
@@ -597,6 +600,6 @@ def test_worker_processes_change_nothing(
         tiny_checkpoint, data, tmp_path / "run", train__global_batch=8, data__workers=workers
     )
     iterator = data_of(bad, tiny_processor).iterator()
-    with pytest.raises(ValueError, match=r"samples.jsonl, row 3: image .* cannot be decoded"):
+    with pytest.raises(ValueError, match=r"samples.jsonl, line 4: image .* cannot be decoded"):
         next(iterator)
     iterator.close()

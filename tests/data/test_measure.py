@@ -55,8 +55,9 @@ def test_sizes_are_those_of_the_rendered_samples(made):
         assert found.tiles[i] == len(example.tiles) == sum(example.tiles_per_image)
     assert len(set(found.tiles.tolist())) > 4
     assert found.problems.keys() == {3, 6}
-    assert "row 3: " in found.problems[3] and "empty answer" in found.problems[3]
-    assert "row 6: " in found.problems[6] and "6-0.png" in found.problems[6]
+    path = rows[3].where.removesuffix(", line 4")  # the place once, as an editor counts
+    assert found.problems[3].startswith(f"{path}, line 4: conversations[1].value is an empty")
+    assert "line 7: " in found.problems[6] and "6-0.png" in found.problems[6]
 
 
 def test_no_picture_is_decoded(made, monkeypatch):
@@ -137,3 +138,13 @@ def test_worker_processes_find_the_same(made, monkeypatch):
     rows, render = made()
     a, b = survey(rows, render), survey(rows, render, workers=2)
     assert np.array_equal(a.tokens, b.tokens) and a.problems == b.problems
+
+
+def test_a_kept_problem_has_the_line_of_today(made, folder):
+    """A blank line in front moves every sample of the file by one."""
+    first = survey(*made())
+    save(first, folder / "survey.npz")
+    path = folder / "samples.jsonl"
+    path.write_text("\n" + path.read_text())
+    again = survey(*made(), saved=folder / "survey.npz")
+    assert ", line 5: " in again.problems[3] and ", line 4: " in first.problems[3]

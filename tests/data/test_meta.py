@@ -59,7 +59,7 @@ def test_the_sets_of_a_meta_file(two_sets, monkeypatch):
     assert [row.augment for row in rows] == [True] * 8 + [False] * 7
     assert rows[0].images == rows[8].images == (two_sets / "pictures" / "x.png",)
     assert rows[-1].images == (two_sets / "x.png",)
-    assert rows[9].where == f"{two_sets / 'b.jsonl'}, row 1"
+    assert rows[9].where == f"{two_sets / 'b.jsonl'}, line 2"
     assert mixture.notes == []
     (told,) = mixture.sources
     assert (told["kind"], told["available"], told["used"]) == ("meta", 15, 15)

@@ -58,7 +58,8 @@ def test_the_three_kinds_read_the_same_rows(tmp_path):
         assert [row.id for row in found] == ["s0", "s1", "s2"]
         assert [row.fields for row in found] == rows
         assert found[1].images == (tmp_path / "1/object1.png", tmp_path / "1/object2.png")
-        assert found[1].where == f"{annotation_file(source)}, row 1"
+        place = "line 2" if source.kind == "jsonl" else "row 1"
+        assert found[1].where == f"{annotation_file(source)}, {place}"
     assert len(read_sources(sources, seed=0)) == 9
 
 
@@ -406,11 +407,11 @@ def test_bad_entries_are_rows_with_a_problem(tmp_path, case, kind):
     path = write(tmp_path / "mis_train.json", [ROW, entry, ROW], lines=kind == "jsonl")
     good, bad, last = read_source(Source(kind, root=tmp_path, path=path))
     assert not good.problem and not last.problem
-    assert last.where == f"{path}, row 2"
-    assert bad.where == f"{path}, row 1"
+    places = ["line 2", "line 3"] if kind == "jsonl" else ["row 1", "row 2"]
+    assert [bad.where, last.where] == [f"{path}, {place}" for place in places]
     assert bad.images == ()
     assert bad.id == (str(entry.get("id", 1)) if isinstance(entry, dict) else "1")
-    assert bad.problem.startswith(f"{path}, row 1: ") and "\n" not in bad.problem
+    assert bad.problem.startswith(f"{bad.where}: ") and "\n" not in bad.problem
     assert re.search(message, bad.problem), bad.problem
 
 
@@ -435,7 +436,7 @@ def test_bad_lines_of_jsonl_are_told_by_their_numbers(tmp_path):
     assert [bool(row.problem) for row in rows] == [False, True, True, False, True, True, False]
     assert [row.where for row in rows] == [
         f"{path}, {place}"
-        for place in ("row 0", "line 3", "line 4", "row 3", "line 6", "line 7", "row 6")
+        for place in ("line 1", "line 3", "line 4", "line 5", "line 6", "line 7", "line 9")
     ]
     for row in rows:
         assert "\n" not in row.problem

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_world import SYSTEM, run_config, sample
 
-from mis_jax.data.preview import Shown, show_sample
+from mis_jax.data.preview import Shown, show_sample, statistics
 
 GREEN = "bold green"
 
@@ -84,5 +84,23 @@ def test_a_bad_sample_is_named(tiny_checkpoint, tiny_processor, tmp_path):
     row = sample(0, ["gone.png"])
     (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
     config = run_config(tiny_checkpoint, tmp_path, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"samples.jsonl, row 0: image .*gone.png does not exist"):
+    with pytest.raises(ValueError, match=r"samples.jsonl, line 1: image .*gone.png does not exist"):
         show_sample(config, tiny_processor, 0)
+
+
+@pytest.mark.parametrize("on_bad_sample", ["stop", "skip"])
+def test_statistics_name_no_file_that_they_do_not_write(
+    tiny_checkpoint, tiny_processor, tmp_path, caplog, on_bad_sample
+):
+    rows = [sample(0, ["gone.png"]), sample(1, []), sample(2, [])]
+    rows[1]["conversations"][1]["value"] = " "
+    (tmp_path / "samples.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
+    config = run_config(
+        tiny_checkpoint, tmp_path, tmp_path / "run", data__on_bad_sample=on_bad_sample
+    )
+    found = statistics(config, tiny_processor)
+    assert not caplog.records and [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
+    gone, empty = found["bad_samples"]
+    path = tmp_path / "samples.jsonl"
+    assert gone.startswith(f"{path}, line 1: image {tmp_path}/") and "gone.png" in gone
+    assert empty.startswith(f"{path}, line 3: conversations[1].value is an empty answer")

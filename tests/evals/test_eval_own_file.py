@@ -57,7 +57,13 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) 
         urls = {"mis_jax/assets/mini": model.url, "http://127.0.0.1:8000/v1": judge.url}
         for words in commands:
             assert run(*(urls.get(word, word) for word in words)) == 0
-    assert "kitchen" in capsys.readouterr().out.splitlines()[-1]
+    shown = capsys.readouterr().out
+    ahead = "next: mis-jax judge runs/kitchen --benchmark-file kitchen.py --judge http://host/v1"
+    assert ahead in shown and "kitchen" in shown.splitlines()[-1]
+    rules = ["--benchmark-file", "kitchen.py", "--judge", "rules"]
+    assert run("judge", "runs/kitchen", *rules) == 2  # there is no judge of its own to fall back on
+    error = capsys.readouterr().err
+    assert "pass --judge http://host/v1" in error and "leave --judge out" not in error
     report = json.loads((tmp_path / "runs/kitchen-report/report.json").read_text())
     assert report["headline"].startswith("On kitchen, the rate of unsafe answers of kitchen is 0.0")
     entry = read_manifest(tmp_path / "runs/kitchen")["benchmarks"]["kitchen"]
@@ -98,7 +104,7 @@ def test_bad_files_are_one_line(tmp_path: Path, old: str, new: str, message: str
     with pytest.raises(ValueError, match=re.escape(message)):
         add_file(tmp_path / "k.py")
     assert known == BENCHMARKS
-    with pytest.raises(ValueError, match="No such file"):
+    with pytest.raises(ValueError, match=r"cannot be run: .*gone\.py: No such file"):
         add_file(tmp_path / "gone.py")
 
 

@@ -60,6 +60,15 @@ def test_the_merged_model_answers_as_the_trained_one(run, tmp_path):
         state, _ = program.step(state, batch)
     folder = tmp_path / "adapter"
     lora.export(folder, state.trainable, config, opened)
+    half = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, final_dtype="float16")
+    )
+    lora.export(tmp_path / "half", state.trainable, half, opened)
+    files = (load_file(f / "adapter_model.safetensors") for f in (folder, tmp_path / "half"))
+    for (name, value), rounded in zip(next(files).items(), next(files).values(), strict=True):
+        assert rounded.dtype == np.float16 and np.array_equal(rounded, value.astype(np.float16)), (
+            name
+        )
     content = json.loads((folder / "adapter_config.json").read_text())
     assert (content["r"], content["lora_alpha"], content["rank_pattern"]) == (RANK, 2 * RANK, {})
     assert content["modules_to_save"] == ["mlp1"]

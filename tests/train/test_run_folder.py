@@ -94,7 +94,7 @@ def test_a_failure_takes_back_only_what_the_run_made_itself(tiny_checkpoint, tmp
     config.output.mkdir()
     write_yaml(config, config.output / "config.yaml")
     before = belongings(config.output, ["notes.md", "plots/loss.png"])
-    with pytest.raises(ValueError, match=r"row 4: image .*4.png cannot be decoded"):
+    with pytest.raises(ValueError, match=r"line 5: image .*4.png cannot be decoded"):
         train(config)
     assert contents(config.output) == before
     assert {path.name for path in config.output.iterdir()} == {"config.yaml", "notes.md", "plots"}
@@ -130,7 +130,7 @@ def test_a_bad_sample_after_trained_steps_saves_and_then_stops(tiny_checkpoint, 
         cli.main(["train", str(write_yaml(config, tmp_path / "run.yaml"))])
     said = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == 2
-    assert "row 4: image" in said and "is saved: mend this and run the same command again" in said
+    assert "line 5: image" in said and "is saved: mend this and run the same command again" in said
     done = RunCheckpoints(config.output / "checkpoints", 2).latest
     assert done and f"step {done} is saved" in said
     assert [line["step"] for line in read_lines(config.output / "metrics.jsonl")] == [

@@ -137,6 +137,19 @@ def test_final_model_opens_and_frozen_parts_are_those_of_the_source(straight, ti
         assert np.array_equal(final.arrays[name], value) == name.startswith("vision."), name
 
 
+def test_the_final_model_has_the_data_type_that_is_asked_for(tiny_checkpoint, tiny_data, tmp_path):
+    """Half the bytes: the values are those of the checkpoint, rounded once."""
+    config = run_config(
+        tiny_checkpoint, tiny_data, tmp_path / "run", train__steps=1,
+        train__final_dtype="bfloat16",
+    )  # fmt: skip
+    trained = train(config)
+    final, saved = map(read_checkpoint, (trained.model, config.output / "checkpoints" / "1"))
+    assert (trained.dtype, final.dtype, saved.dtype) == ("bfloat16", "bfloat16", "float32")
+    for name, value in final.arrays.items():
+        assert np.array_equal(value, saved.arrays[name].astype(value.dtype)), name
+
+
 def test_a_run_from_a_native_checkpoint_is_the_same(straight, tiny_checkpoint, tiny_data, tmp_path):
     write_checkpoint(read_checkpoint(tiny_checkpoint), tmp_path / "native", "native")
     before = contents(tmp_path / "native")
@@ -480,7 +493,7 @@ def bad_rows(folder: Path) -> Path:
 def test_a_bad_sample_stops_a_run_and_leaves_nothing(tiny_checkpoint, tmp_path):
     data = bad_rows(tmp_path)
     config = run_config(tiny_checkpoint, data, tmp_path / "runs" / "run", train__global_batch=8)
-    with pytest.raises(ValueError, match=r"samples.jsonl, row 4: image .*4.png cannot be decoded"):
+    with pytest.raises(ValueError, match=r"samples.jsonl, line 5: image .*4.png cannot be decoded"):
         train(config)
     assert not config.output.exists()
 
@@ -494,10 +507,10 @@ def test_bad_samples_are_skipped_and_counted(tiny_checkpoint, tmp_path, caplog):
     )  # fmt: skip
     assert train(config).steps == 4
     assert sum(line["skipped"] for line in metrics_of(config.output)) == 2
-    assert sum("row 4" in record.message for record in caplog.records) == 2
+    assert sum("line 5" in record.message for record in caplog.records) == 2
     lines = read_lines(config.output / "samples.jsonl")
     reasons = [reason for line in lines for reason in line.get("skipped", [])]
-    assert len(reasons) == 2 and all("row 4: image" in reason for reason in reasons)
+    assert len(reasons) == 2 and all("line 5: image" in reason for reason in reasons)
     ids = [i for line in lines for i in line["ids"]]
     assert sorted(ids[:7]) == sorted(f"s{i}" for i in range(8) if i != 4)
     assert "s4" not in ids
