@@ -44,8 +44,8 @@ def _download(folder: Path) -> str:
         return ""
     place = f"checkpoints/{folder.name}"
     return (
-        f". If this is a model's id on Hugging Face: hf download {folder} --local-dir {place}, then "
-        f"give {place}"
+        f". If this is a model's id on Hugging Face: hf download {folder} --local-dir {place}, "
+        f"then give {place}"
     )
 
 
