@@ -1,6 +1,6 @@
 """What fits where: a train step of every published size, compiled for some hardware.
 
-    python tools/plan_table.py compile [SIZE ...]    # adds to benchmarks/results/plan.json, minutes
+    python tools/plan_table.py compile [SIZE ...]    # adds to docs/assets/plan.json, minutes
     python tools/plan_table.py render                # writes the table of docs/plan.md from it
 
 Settings are those of configs/internvl2_5/ in sequences of 4,096 tokens and 12 tiles (as
@@ -21,7 +21,7 @@ from mis_jax.config import DtypeConfig, RunConfig, load_config
 from mis_jax.plan import plan
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "plan.json"
+RESULTS = ROOT / "docs" / "assets" / "plan.json"
 PAGE = ROOT / "docs" / "plan.md"
 SIZES = ("1b", "2b", "4b", "8b", "26b", "38b", "78b")
 TOPOLOGIES = ("h100:1", "h200:1", "h100:8", "v6e:2x4", "v5e:4x4")
