@@ -152,7 +152,8 @@ def test_a_refusal_on_one_process_is_the_line_of_all(
     picture.write_bytes(picture.read_bytes()[:200])
     with Job(write_yaml(config, tmp_path / "stop.yaml"), 2) as job:
         assert job.codes() == [2, 2], job.errors()
-        (theirs,), (own,) = (text.splitlines() for text in job.errors())
+        (start, theirs), (own,) = (text.splitlines() for text in job.errors())
+        assert "2 steps of 4 sequences" in start
         assert f"image {picture}" in own
         assert theirs == own.replace("error: ", "error: process 1: ")
     assert not config.output.exists()
