@@ -30,9 +30,9 @@ def wait_for(log: Console, text: str) -> None:
 def test_lines_come_regularly_before_and_between_updates(log):
     with steps_bar(log) as bars:
         show = bars.training("training")
-        wait_for(log, "training: under way  0:00")
+        wait_for(log, "training: under way  0:")
         show(3, 1068, {"loss": 2.5, "samples_per_second": 12.0})
-        wait_for(log, "training: 3 of 1,068  loss 2.5000  12 samples/s  0:00")  # not wrapped at 20
+        wait_for(log, "training: 3 of 1,068  loss 2.5000  12 samples/s  0:")  # not wrapped at 20
     printed = len(lines_of(log))
     time.sleep(0.1)
     assert len(lines_of(log)) == printed
@@ -43,7 +43,8 @@ def test_what_is_done_is_not_told_again(log, monkeypatch):
     with bytes_bar(log) as bars:
         bars.task("converting")(3_000_000, 3_000_000)
         time.sleep(0.1)
-    assert lines_of(log) == ["converting: 3.0 MB of 3.0 MB  0:00"]
+    (line,) = lines_of(log)
+    assert line.startswith("converting: 3.0 MB of 3.0 MB  0:")
 
 
 def test_what_takes_no_time_says_nothing(log, monkeypatch):
@@ -64,7 +65,8 @@ def test_a_run_goes_on_where_nobody_reads_its_lines(monkeypatch):
     monkeypatch.setattr("os.dup2", lambda *descriptors: writes.append("stdout is gone"))
     with steps_bar(Console(file=Broken())) as bars:
         bars.task("training")(2, 2)
-    assert writes == ["training: 2 of 2  0:00"]
+    (line,) = writes
+    assert line.startswith("training: 2 of 2  0:")
 
 
 def test_what_is_piped_is_never_wrapped_where_colours_are_forced(monkeypatch, capsys):

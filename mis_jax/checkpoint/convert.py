@@ -24,7 +24,7 @@ from mis_jax.checkpoint.parameter_source import (
     run_jobs,
 )
 from mis_jax.checkpoint.safetensors_writer import finish_published, published_jobs
-from mis_jax.storage.files import FULL, without_number
+from mis_jax.storage.files import FULL, os_error_text
 from mis_jax.storage.folders import Journal, finished_folder, resumable_folder
 from mis_jax.storage.json_files import write_json
 
@@ -62,7 +62,7 @@ def convert(
     shapes = nnx_state.shapes(config)
     plan = {"format": kind, "dtype": dtype, "shard_bytes": shard_bytes}
     size = NUMPY_DTYPES[dtype].itemsize * sum(math.prod(shape) for shape in shapes.values())
-    with _told_of(size), _workplace(opened, destination, plan) as (folder, journal):
+    with _size_in_error(size), _workplace(opened, destination, plan) as (folder, journal):
         write_companions(opened.folder, folder, config, kind)  # first: a bad one is told at once
         if kind == "native":
             jobs = native_jobs(folder, opened.weights, shapes, dtype)
@@ -80,14 +80,14 @@ def convert(
 
 
 @contextmanager
-def _told_of(size: int) -> Iterator[None]:
+def _size_in_error(size: int) -> Iterator[None]:
     """Add to a full disk's error how many bytes all weights take."""
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
-        reason = f"{without_number(error)}; all weights take {size / 1e9:.2f} GB"
+        reason = f"{os_error_text(error)}; all weights take {size / 1e9:.2f} GB"
         raise OSError(error.errno, reason) from error
 
 

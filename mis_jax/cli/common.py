@@ -10,7 +10,7 @@ from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from mis_jax.signals import RESUMABLE, LostWorker, Stop, came
-from mis_jax.storage.files import FULL, without_number
+from mis_jax.storage.files import FULL, os_error_text
 from mis_jax.terminal import bytes_bar, open_console
 
 _DISK_ERRORS = (*FULL, errno.EIO)  # the run's fate, not the user's mistake
@@ -68,7 +68,7 @@ def described(error: BaseException) -> tuple[str, int]:
         shown = f"{type(error).__name__}: {error} (a fault of mis-jax? --debug shows where)"
         return shown, 1
     if isinstance(error, OSError):
-        return without_number(error), 1 if error.errno in _DISK_ERRORS else 2
+        return os_error_text(error), 1 if error.errno in _DISK_ERRORS else 2
     return str(error), 2
 
 

@@ -102,7 +102,7 @@ def read_jsonl(path: Path) -> Iterator[Entry]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    with _explained(path), open_binary(path) as file:
+    with _read_errors(path), open_binary(path) as file:
         for line in file:
             yield line.removesuffix(b"\n")
 
@@ -252,12 +252,12 @@ def _check_characters(images: tuple[str, ...], conversations: Any) -> None:
 
 
 def _read(path: Path) -> bytes:
-    with _explained(path):
+    with _read_errors(path):
         return read_bytes(path)
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:

@@ -223,7 +223,7 @@ def _writing(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def without_number(error: OSError) -> str:
+def os_error_text(error: OSError) -> str:
     """What the system says, and of which file: a line has no use for its number."""
     reason = error.strerror or str(error)
     return f"{error.filename}: {reason}" if error.filename else reason

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_jax.parsing import parse_json
-from mis_jax.storage.files import without_number
+from mis_jax.storage.files import os_error_text
 from mis_jax.storage.jsonl import AppendLog, append_shared
 from mis_jax.storage.locks import LOCK, boot_id, locked
 from mis_jax.storage.paths import destination_path, is_mount
@@ -116,7 +116,7 @@ def resumable_folder(destination: Path, plan: dict[str, Any]) -> Iterator[tuple[
                 shutil.rmtree(work, ignore_errors=True)
             elif isinstance(error, OSError):
                 remedy = f"{work} keeps what is done; make room and run the same command again"
-                raise OSError(error.errno, f"{without_number(error)}; {remedy}") from error
+                raise OSError(error.errno, f"{os_error_text(error)}; {remedy}") from error
             raise
         _flush_all(work)
         # The notice goes last and not far: a kill before the renaming must leave a folder that is

@@ -23,7 +23,7 @@ from mis_jax.model.internvl import InternVL
 from mis_jax.parallel import processes
 from mis_jax.parallel.processes import CHECKPOINTS
 from mis_jax.parallel.sharding import held_rows, make_mesh, put_batch
-from mis_jax.storage.files import without_number
+from mis_jax.storage.files import os_error_text
 from mis_jax.storage.folders import remove_abandoned
 from mis_jax.storage.locks import Lost
 from mis_jax.train import lora
@@ -184,7 +184,7 @@ class _Trainer:
             with suppress(OSError):  # what is being saved may be complete yet
                 self.checkpoints.wait()
             raise FailedRun(
-                f"step {self.done} of {self.data.steps}: {without_number(error)}; the newest "
+                f"step {self.done} of {self.data.steps}: {os_error_text(error)}; the newest "
                 f"checkpoint is of step {self.checkpoints.latest or 0}: make room or repair the "
                 "disk, then run the same command again"
             ) from error

@@ -62,12 +62,15 @@ def batch_of(rows: list[Example], micro_batches: int = 1, reduction="token", sha
     return jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), flat)
 
 
+def saved(model, folder: Path) -> Checkpoint:
+    return read_checkpoint(reference().save(model, folder / "hf"))
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Checkpoint:
     ref = reference()
-    config = ref.reference_config("llama", "layer_norm", num_hidden_layers=2)
-    folder = tmp_path_factory.mktemp("step") / "hf"
-    return read_checkpoint(ref.save(ref.reference_model(config, seed=0), folder))
+    config = ref.reference_config("qwen2", "layer_norm", num_hidden_layers=2)
+    return saved(ref.reference_model(config, seed=0), tmp_path_factory.mktemp("step"))
 
 
 CONFIG = run_config(Path("model"), Path("data"), Path("out"))
@@ -176,12 +179,13 @@ def test_a_step_does_not_depend_on_how_its_rows_are_cut(checkpoint):
     assert abs(np.mean(singly) - float(metrics["loss"])) > 1e-3
 
 
-def test_means_of_groups_train_as_the_official_code_does(checkpoint, tmp_path):
+def test_means_of_groups_train_as_the_official_code_does(tmp_path):
     """transformers' model in the lines of its trainer (4.37, `_inner_training_loop`): the mean loss
     of each rank's micro-batch, then over ranks and accumulation; AdamW on all parameters alike.
 
     A group of one row is such a micro-batch; one of two rows is what `loss_reduction_all_gather`
-    makes of two ranks of one row. Measured: 1.1e-5 of the movement, which is rounding.
+    makes of two ranks of one row. Measured: 1.1e-5 of the movement, which is rounding. Not of
+    Qwen2: the gradient of its keys' biases is little but rounding, of which AdamW makes steps.
     """
     import torch
 
@@ -189,6 +193,7 @@ def test_means_of_groups_train_as_the_official_code_does(checkpoint, tmp_path):
     theirs = ref.reference_model(
         ref.reference_config("llama", "layer_norm", num_hidden_layers=2), 0
     )
+    checkpoint = saved(theirs, tmp_path)
     theirs.model.vision_tower.requires_grad_(False)  # as in the paper
     trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.05)

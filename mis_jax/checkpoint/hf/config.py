@@ -1,4 +1,4 @@
-"""`config.json` of the three formats -> `InternVLConfig`; `hf_config_writer.py` is the way back.
+"""`config.json` of the three formats -> `InternVLConfig`; `config_writer.py` is the way back.
 
 Names and defaults of the fields: OpenGVLab/InternVL `configuration_intern_vit.py` and
 `configuration_internvl_chat.py`; transformers `configuration_internvl.py` and the text models'.

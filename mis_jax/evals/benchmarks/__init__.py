@@ -18,7 +18,7 @@ from mis_jax.evals.judges import JUDGES
 from mis_jax.evals.judges.prompts import PROTOCOLS
 from mis_jax.evals.outcomes import METRICS
 from mis_jax.evals.types import Benchmark, Sample
-from mis_jax.storage.files import without_number
+from mis_jax.storage.files import os_error_text
 from mis_jax.storage.paths import local_path
 
 
@@ -48,7 +48,7 @@ def add_file(path: Path) -> None:
         defined = runpy.run_path(where).get("BENCHMARKS")
     except (Exception, SystemExit) as error:
         known = isinstance(error, OSError)
-        reason = without_number(error) if known else f"{type(error).__name__}: {error}"
+        reason = os_error_text(error) if known else f"{type(error).__name__}: {error}"
         raise ValueError(f"--benchmark-file {path} cannot be run: {reason}") from error
     if not isinstance(defined, list | tuple) or not defined:
         raise ValueError(f"--benchmark-file {path} holds no list BENCHMARKS of Benchmark objects")
